@@ -1,0 +1,113 @@
+"""Lets transformers read cospadi checkpoints without ``import cospadi``.
+
+transformers has no entry points for quantization methods, and without the package's two classes it would not know the
+format. PyTorch does have an entry-point group that it runs at the end of ``import torch`` (``torch.backends``, meant
+for device back ends). This module uses it for one thing: to wait until transformers is imported, and then to register
+the format. It imports nothing itself and does nothing at all in a program without transformers.
+
+An exception in such an entry point would make ``import torch`` fail; hence every step here catches everything.
+
+Off switches: ``COSPADI_AUTOLOAD=0`` for this hook alone, ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` for all hooks of the
+group (``import cospadi`` then still does the same). ``import cospadi.integrations.transformers`` always registers.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+# The first holds the tables to fill. It may itself have caused `import torch`, and then be half-executed already when
+# this hook is set; the second is imported later in that case, and before any model is built in every case.
+_AWAITED = ("transformers.quantizers", "transformers.modeling_utils")
+
+
+def autoload() -> None:
+    """Register now, or as soon as transformers is imported. Never raises; may be called any number of times."""
+    try:
+        if os.environ.get("COSPADI_AUTOLOAD", "1") == "0" or any(isinstance(f, _Finder) for f in sys.meta_path):
+            return
+        quantizers, models = (sys.modules.get(name) for name in _AWAITED)
+        if not (_ready(quantizers) and _register(last_chance=_ready(models))):
+            sys.meta_path.insert(0, _Finder())
+    except Exception as error:
+        _complain(error)
+
+
+def _ready(module: ModuleType | None) -> bool:
+    """Whether a module has been executed to its end."""
+    return module is not None and not getattr(module.__spec__, "_initializing", False)
+
+
+def _register(last_chance: bool = False) -> bool:
+    try:
+        from cospadi.checkpoint.hf_quantizer import register
+
+        register()
+    except Exception as error:
+        if last_chance:
+            _complain(error)
+        return False
+    return True
+
+
+def _complain(error: Exception) -> None:
+    logging.getLogger("cospadi").warning("transformers will not read cospadi checkpoints: %s", error)
+
+
+class _Finder(MetaPathFinder):
+    """Finds nothing itself: it has the others find the awaited modules, and wraps their loaders."""
+
+    def __init__(self) -> None:
+        self._busy = False
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in _AWAITED or self._busy:
+            return None
+        self._busy = True
+        try:
+            for finder in sys.meta_path:
+                if finder is self or not hasattr(finder, "find_spec"):
+                    continue
+                spec = finder.find_spec(fullname, path, target)
+                if spec is not None:
+                    if spec.loader is not None and hasattr(spec.loader, "exec_module"):
+                        spec.loader = _Loader(spec.loader, self)
+                    return spec
+        except Exception as error:
+            _complain(error)
+        finally:
+            self._busy = False
+        return None
+
+
+class _Loader(Loader):
+    """Runs the module as its own loader would, then registers the format."""
+
+    def __init__(self, loader: Any, finder: _Finder) -> None:
+        self._loader, self._finder = loader, finder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        module: ModuleType | None = self._loader.create_module(spec)
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        # Hand the module back to its own loader, for whoever looks at it later (pickling, resources, reload).
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        if not _ready(sys.modules.get(_AWAITED[0])) and module.__name__ != _AWAITED[0]:
+            return
+        if _register(last_chance=module.__name__ == _AWAITED[-1]) and self._finder in sys.meta_path:
+            sys.meta_path.remove(self._finder)

@@ -1,0 +1,44 @@
+"""Make a trained language model smaller without retraining.
+
+    from cospadi import compress, load
+    compress("path/or/hub-id", out="small", keep=0.6, calibration="text.jsonl")
+    model, tokenizer = load("small")
+
+Importing this package registers the checkpoint format with transformers as soon as transformers is imported, so that
+``AutoModelForCausalLM.from_pretrained("small")`` works too. Names are loaded on first use: ``import cospadi`` is cheap.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import _cospadi_autoload
+
+if TYPE_CHECKING:
+    from cospadi.engine import Estimate, Result, compress, estimate
+    from cospadi.evaluation import evaluate, load
+    from cospadi.recipe import Recipe
+
+__all__ = ["Estimate", "Recipe", "Result", "compress", "estimate", "evaluate", "load"]
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Estimate": "cospadi.engine",
+    "Result": "cospadi.engine",
+    "compress": "cospadi.engine",
+    "estimate": "cospadi.engine",
+    "evaluate": "cospadi.evaluation",
+    "load": "cospadi.evaluation",
+    "Recipe": "cospadi.recipe",
+}
+
+_cospadi_autoload.autoload()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cospadi' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,5 @@
+"""``python -m cospadi``: the command line."""
+
+from cospadi.cli import main
+
+main()

@@ -1,0 +1,141 @@
+"""Budgets as shares of the dense bytes: the same for all, or by theoretical truncation loss (SVD-LLM V2)."""
+
+import math
+from collections.abc import Hashable, Sequence
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+
+from cospadi.errors import BudgetError
+
+
+def exact_keep(keep: float) -> Fraction:
+    """`keep` as the decimal number it is written as, so that 0.29 of 100 bytes is 29, not 28.
+
+    Raises:
+        BudgetError: if keep is not in (0, 1].
+    """
+    if not 0 < keep <= 1:
+        raise BudgetError(f"keep is the share of bytes kept and must lie in (0, 1], not {keep}")
+    return Fraction(repr(float(keep)))
+
+
+def apportion(shares: Sequence[Fraction], total: int, most: Sequence[int] | None = None) -> list[int]:
+    """Integers near `shares` that sum to `total`: round down, then one more to the largest remainders.
+
+    Args:
+        shares: not negative, summing to at least `total` and less than `total` + 1.
+        total: what the result sums to.
+        most: upper limits of the result; None: none.
+
+    Returns:
+        the integers. Ties go to the earlier.
+    """
+    budgets = [math.floor(share) for share in shares]
+    order = sorted(range(len(shares)), key=lambda i: (budgets[i] - shares[i], i))
+    missing = total - sum(budgets)
+    while missing > 0:
+        given = 0
+        for i in order:
+            if given < missing and (most is None or budgets[i] < most[i]):
+                budgets[i] += 1
+                given += 1
+        if not given:
+            break
+        missing -= given
+    return budgets
+
+
+def uniform(dense_bytes: Sequence[int], keep: float) -> list[int]:
+    """The same share for every group.
+
+    Args:
+        dense_bytes: bytes of each group at 16 bits a weight.
+        keep: share of bytes kept, in (0, 1].
+
+    Returns:
+        whole bytes of each group, within one of its exact share, that sum to floor(keep · total).
+
+    Raises:
+        BudgetError: if keep is out of range.
+    """
+    exact = exact_keep(keep)
+    return apportion([exact * size for size in dense_bytes], math.floor(exact * sum(dense_bytes)))
+
+
+def truncation_loss(spectrum: npt.ArrayLike, rank: int) -> float:
+    """Theoretical loss of a truncation: root of the sum of the squared singular values beyond `rank`.
+
+    Args:
+        spectrum: singular values of the whitened weight, largest first.
+        rank: how many are kept.
+    """
+    tail = np.asarray(spectrum, dtype=np.float64)[rank:]
+    return float(np.sqrt(np.square(tail).sum()))
+
+
+def theoretical_loss(
+    losses: Sequence[float],
+    dense_bytes: Sequence[int],
+    kinds: Sequence[Hashable],
+    keep: float,
+    *,
+    least_keep: float = 0.05,
+) -> list[int]:
+    """Budgets that follow each group's theoretical truncation loss (SVD-LLM V2, arXiv 2503.12340, section 3.1).
+
+    Within a kind of weight (all query projections, say) the removed share of group i is proportional to 1 / log L_i,
+    L_i its loss at the uniform budget: what loses more is compressed less. Every kind keeps the share `keep`.
+
+    The published formula takes log L itself and so depends on the unit of the loss; it fails at L ≤ 1. Here
+    the logarithm is 1 + log(L / least L of the kind), which any unit leaves alone.
+
+    Args:
+        losses: theoretical loss of each group at the uniform budget, not negative.
+        dense_bytes: bytes of each group at 16 bits a weight.
+        kinds: groups of one kind share out their bytes among themselves.
+        keep: share of bytes kept, in (0, 1].
+        least_keep: share that every group keeps at least (`keep`, where that is less).
+
+    Returns:
+        whole bytes of each group, at most its dense bytes, that sum to floor(keep · total).
+
+    Raises:
+        BudgetError: if keep is out of range.
+        ValueError: if the sequences differ in length or a loss is negative or not finite.
+    """
+    if not len(losses) == len(dense_bytes) == len(kinds):
+        raise ValueError(f"{len(losses)} losses, {len(dense_bytes)} sizes and {len(kinds)} kinds")
+    if any(not (math.isfinite(loss) and loss >= 0) for loss in losses):
+        raise ValueError("a loss must be finite and not negative")
+    exact = exact_keep(keep)
+    kept: list[Fraction] = [Fraction(0)] * len(losses)
+    for kind in dict.fromkeys(kinds):
+        members = [i for i, other in enumerate(kinds) if other == kind]
+        positive = [losses[i] for i in members if losses[i] > 0]
+        floor = min(positive) if positive else 1.0
+        weights = [Fraction(1 / (1 + math.log(max(losses[i], floor) / floor))) for i in members]
+        limits = [dense_bytes[i] * (1 - min(exact, Fraction(repr(least_keep)))) for i in members]
+        removed = _fill(
+            [w * dense_bytes[i] for w, i in zip(weights, members, strict=True)],
+            limits,
+            (1 - exact) * sum(dense_bytes[i] for i in members),
+        )
+        for i, gone in zip(members, removed, strict=True):
+            kept[i] = dense_bytes[i] - gone
+    return apportion(kept, math.floor(exact * sum(dense_bytes)), dense_bytes)
+
+
+def _fill(weights: list[Fraction], limits: list[Fraction], amount: Fraction) -> list[Fraction]:
+    """Share out `amount` in proportion to `weights`, none above its limit; what a full one cannot take, others do."""
+    filled = [Fraction(0)] * len(weights)
+    open_ = set(range(len(weights)))
+    while open_ and amount > 0:
+        scale = amount / sum(weights[i] for i in open_)
+        full = {i for i in open_ if weights[i] * scale >= limits[i]}
+        for i in full or open_:
+            filled[i] = limits[i] if full else weights[i] * scale
+            amount -= filled[i]
+        open_ -= full or open_
+    return filled

@@ -1,0 +1,142 @@
+"""From documents to blocks of tokens, reproducibly."""
+
+import hashlib
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from cospadi.calibration.texts import Progress, Texts, read_texts
+from cospadi.errors import CalibrationError
+
+_CHUNK_CHARACTERS = 2_000_000
+
+
+@dataclass(frozen=True)
+class TokenBlocks:
+    """Blocks of tokens.
+
+    Attributes:
+        ids: int64 (blocks, seq_len).
+        sha256: of the ids and their shape.
+        report: documents, tokens_available, tokens_used, longest_document (tokens), truncated_tokens (the stream's
+            tail that fills no block), samples_asked, samples_used, seq_len, seed, source, notes.
+    """
+
+    ids: Tensor
+    sha256: str
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return int(self.ids.shape[0])
+
+
+def encode(texts: Texts, tokenizer: PreTrainedTokenizerBase, progress: Progress | None = None) -> list[np.ndarray]:
+    """Tokens of every document, int32, without added special tokens.
+
+    Args:
+        texts: the documents.
+        tokenizer: of the model.
+        progress: called as progress(documents done, documents, source of the text).
+    """
+    out: list[np.ndarray] = []
+    batch: list[str] = []
+    waiting = 0
+    for number, document in enumerate(texts.documents, 1):
+        batch.append(document)
+        waiting += len(document)
+        if waiting >= _CHUNK_CHARACTERS or number == len(texts):
+            # verbose=False: a document longer than the model's context is no mistake here
+            encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            out.extend(np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"])
+            batch, waiting = [], 0
+            if progress:
+                progress(number, len(texts), texts.source)
+    return out
+
+
+def join(documents: list[np.ndarray], end: int | None) -> np.ndarray:
+    """One stream, int64, with the end token (if there is one) between documents."""
+    parts: list[np.ndarray] = []
+    for ids in documents:
+        if parts and end is not None:
+            parts.append(np.asarray([end], dtype=np.int32))
+        parts.append(ids)
+    return np.concatenate(parts).astype(np.int64)
+
+
+def token_blocks(
+    texts: "Texts | str | Path | list[str]",
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int = 256,
+    seq_len: int = 1024,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> TokenBlocks:
+    """Draw calibration blocks.
+
+    The documents, joined by the end token, make one stream; it is cut into blocks that do not overlap, and `samples`
+    of these are drawn without repetition and kept in the order of the text.
+
+    Args:
+        texts: documents, or anything `read_texts` takes.
+        tokenizer: of the model; no special tokens are added.
+        samples: how many blocks.
+        seq_len: tokens in each.
+        seed: of the draw.
+        progress: called as progress(documents done, documents, source of the text).
+
+    Returns:
+        the blocks; all of them, with a warning, if there are fewer than asked.
+
+    Raises:
+        CalibrationError: if the text does not fill one block.
+    """
+    if samples < 1 or seq_len < 1:
+        raise CalibrationError(f"samples and seq_len must be positive, not {samples} and {seq_len}")
+    texts = read_texts(texts)
+    notes = list(texts.notes)
+    documents = encode(texts, tokenizer, progress)
+    end = tokenizer.eos_token_id
+    if end is None and len(documents) > 1:
+        notes.append("the tokenizer has no end token: documents follow each other without one")
+    stream = join(documents, end)
+    available = len(stream) // seq_len
+    if available < 1:
+        raise CalibrationError(
+            f"{texts.source}: its {len(stream)} tokens do not fill one sequence of {seq_len}; "
+            "give more text or a smaller --seq-len"
+        )
+    if available < samples:
+        notes.append(
+            f"the text gives {available} sequences of {seq_len} tokens where {samples} were asked; all are used"
+        )
+        warnings.warn(f"{texts.source}: {notes[-1]}", stacklevel=2)
+    chosen = np.sort(np.random.default_rng(seed).permutation(available)[:samples])
+    ids = stream[: available * seq_len].reshape(available, seq_len)[chosen]
+    report = {
+        "source": texts.source,
+        "documents": len(documents),
+        "tokens_available": len(stream),
+        "tokens_used": int(ids.size),
+        "longest_document": max(map(len, documents)),
+        "truncated_tokens": len(stream) - available * seq_len,
+        "samples_asked": samples,
+        "samples_used": len(chosen),
+        "seq_len": seq_len,
+        "seed": seed,
+        "notes": notes,
+    }
+    return TokenBlocks(torch.from_numpy(np.ascontiguousarray(ids)), digest(ids), report)
+
+
+def digest(ids: np.ndarray) -> str:
+    """SHA-256 of a matrix of tokens: its shape, then the ids as little-endian 64-bit integers."""
+    shape = np.asarray(ids.shape, dtype="<i8").tobytes()
+    return hashlib.sha256(shape + np.ascontiguousarray(ids, dtype="<i8").tobytes()).hexdigest()

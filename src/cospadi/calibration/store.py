@@ -1,0 +1,175 @@
+"""Statistics on disk, one safetensors file per decoder layer, so that an interrupted run goes on where it stopped.
+
+Grams are symmetric: only the rows' parts from the diagonal block on are written, in strips of `STRIP` rows. Every
+file appears by an atomic rename, complete or not at all.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from cospadi.calibration.statistics import Statistics
+from cospadi.errors import OutputError
+from cospadi.model_view import LinearGroup
+
+STRIP = 256
+FINGERPRINT = "fingerprint.json"
+
+
+class StatisticsStore:
+    """A directory of statistics that belong to one model and one calibration text.
+
+    Args:
+        directory: made if absent.
+        fingerprint: whatever the statistics depend on (JSON values); what lies there must have been made with the same.
+
+    Raises:
+        OutputError: if the directory holds statistics made with another fingerprint (names what differs), or cannot
+            be used.
+    """
+
+    def __init__(self, directory: str | Path, fingerprint: Mapping[str, Any]) -> None:
+        self.directory = Path(directory)
+        self.fingerprint: dict[str, Any] = json.loads(json.dumps(dict(fingerprint)))
+        path = self.directory / FINGERPRINT
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for left in self.directory.glob("*.tmp"):
+                left.unlink()
+            if path.exists():
+                self._compare(json.loads(path.read_text(encoding="utf-8")))
+            else:
+                write_atomically(path, (json.dumps(self.fingerprint, indent=1, sort_keys=True) + "\n").encode())
+        except json.JSONDecodeError:
+            raise OutputError(f"{path}: damaged; delete {self.directory} or use --fresh") from None
+        except OSError as error:
+            raise OutputError(f"{self.directory}: cannot hold statistics: {error.strerror or error}") from None
+
+    def __contains__(self, layer: int) -> bool:
+        """Whether a decoder layer's statistics are there."""
+        return self._path(layer).is_file()
+
+    def save(self, layer: int, statistics: Mapping[LinearGroup, Statistics]) -> None:
+        """Write one decoder layer's statistics.
+
+        Raises:
+            OutputError: if the disk is full or cannot be written.
+        """
+        tensors: dict[str, Tensor] = {}
+        for group, item in statistics.items():
+            key = group.modules[0]
+            tensors[f"{key}.gram"] = pack_symmetric(item.gram)
+            tensors[f"{key}.abs_sum"] = item.abs_sum.contiguous()
+            tensors[f"{key}.tokens"] = torch.tensor([item.tokens], dtype=torch.int64)
+        write_atomically(self._path(layer), save(tensors))
+
+    def load(self, group: LinearGroup) -> Statistics:
+        """Read one group's statistics.
+
+        Raises:
+            OutputError: if they are not there or damaged.
+        """
+        path, key = self._path(group.layer), group.modules[0]
+        try:
+            with safe_open(path, framework="pt") as file:
+                gram = unpack_symmetric(file.get_tensor(f"{key}.gram"), group.d_in)
+                return Statistics(gram, file.get_tensor(f"{key}.abs_sum"), int(file.get_tensor(f"{key}.tokens")))
+        except FileNotFoundError:
+            raise OutputError(f"{self.directory}: no statistics of decoder layer {group.layer}") from None
+        except (SafetensorError, ValueError, OSError) as error:
+            raise OutputError(f"{path}: damaged ({error}); delete it or use --fresh") from None
+
+    def discard(self, layer: int) -> None:
+        """Delete one decoder layer's statistics, once they are no longer needed."""
+        self._path(layer).unlink(missing_ok=True)
+
+    def require_space(self, groups: Iterable[LinearGroup]) -> None:
+        """Look whether the disk will hold the statistics of these groups.
+
+        Raises:
+            OutputError: if it will not, with what is needed and what is free.
+        """
+        need = sum(8 * (packed_size(group.d_in) + group.d_in) for group in groups)
+        free = shutil.disk_usage(self.directory).free
+        if need > free:
+            raise OutputError(
+                f"{self.directory}: the calibration statistics need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+                "free some, or choose a directory on another disk"
+            )
+
+    def _path(self, layer: int) -> Path:
+        return self.directory / f"layer-{layer:05d}.safetensors"
+
+    def _compare(self, found: Any) -> None:
+        if not isinstance(found, dict):
+            found = {}
+        missing = object()
+        keys = sorted(found.keys() | self.fingerprint.keys())
+        differ = [k for k in keys if found.get(k, missing) != self.fingerprint.get(k, missing)]
+        if differ:
+            shown = "; ".join(
+                f"{key}: {_short(found.get(key))} there, {_short(self.fingerprint.get(key))} now" for key in differ
+            )
+            raise OutputError(
+                f"{self.directory} holds statistics of another run ({shown}); use --fresh or another directory"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "…"
+
+
+def packed_size(size: int) -> int:
+    """Numbers that `pack_symmetric` keeps of a (size, size) matrix."""
+    return sum(min(STRIP, size - start) * (size - start) for start in range(0, size, STRIP))
+
+
+def pack_symmetric(matrix: Tensor) -> Tensor:
+    """A symmetric matrix (d, d) as a vector of `packed_size(d)` numbers."""
+    return torch.cat([matrix[i : i + STRIP, i:].reshape(-1) for i in range(0, len(matrix), STRIP)])
+
+
+def unpack_symmetric(packed: Tensor, size: int) -> Tensor:
+    """Inverse of `pack_symmetric`.
+
+    Raises:
+        ValueError: if the vector does not hold a matrix of that size.
+    """
+    if packed.shape != (packed_size(size),):
+        raise ValueError(f"a packed {size}x{size} matrix holds {packed_size(size)} numbers, not {tuple(packed.shape)}")
+    matrix = torch.empty(size, size, dtype=packed.dtype)
+    position = 0
+    for start in range(0, size, STRIP):
+        rows, columns = min(STRIP, size - start), size - start
+        strip = packed[position : position + rows * columns].view(rows, columns)
+        matrix[start : start + rows, start:] = strip
+        matrix[start:, start : start + rows] = strip.T
+        position += rows * columns
+    return matrix
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all, also after a power cut.
+
+    Raises:
+        OutputError: if the disk is full or cannot be written.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None

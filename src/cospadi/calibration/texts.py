@@ -1,0 +1,203 @@
+"""Reading calibration and evaluation text: files, lists, and data sets of the hub."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cospadi.errors import CalibrationError
+
+Progress = Callable[[int, int, str], None]
+"""Called as progress(done, total, detail), where detail says what is at work."""
+
+SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
+HUB_CHARACTERS = 16_000_000
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.+-]+){0,2}")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Documents in order.
+
+    Attributes:
+        documents: never empty; documents of white space only are left out.
+        source: where they come from, for reports.
+        notes: what a reader of a report should know about them.
+    """
+
+    documents: tuple[str, ...]
+    source: str
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+
+def read_texts(
+    source: "str | Path | list[str] | Texts", *, field: str = "text", hub_characters: int = HUB_CHARACTERS
+) -> Texts:
+    """Read documents.
+
+    Args:
+        source: a list of documents; a file: ``.txt`` (one document; any line end is read as a newline), ``.json`` (a
+            list of strings or records), ``.jsonl`` (a record or string a line), ``.parquet``; or, if no such file
+            exists, a hub data set as ``name``, ``name:split`` or ``name:configuration:split`` (split: train),
+            streamed. Only the last of these uses the network.
+        field: which field of a record holds the text.
+        hub_characters: how much to take of a hub data set, from its beginning.
+
+    Returns:
+        the documents.
+
+    Raises:
+        CalibrationError: if the text is missing, empty, not UTF-8 (naming the byte), malformed (naming the line), or
+            has records without `field` (naming the line and what it has).
+    """
+    if isinstance(source, Texts):
+        return source
+    if isinstance(source, list):
+        return _checked(_strings(source, "the list", field), "a list of documents")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise CalibrationError(f"{source}: is a directory; name one of {', '.join(SUFFIXES)} files")
+    if path.is_file():
+        return _checked(_read_file(path, field), str(source))
+    if isinstance(source, Path) or path.suffix.lower() in SUFFIXES or not _HUB_NAME.fullmatch(source):
+        raise CalibrationError(f"{source}: there is no such file")
+    return _read_hub(source, field, hub_characters)
+
+
+def _checked(documents: Iterator[str], source: str, notes: tuple[str, ...] = ()) -> Texts:
+    kept, blank = [], 0
+    for document in documents:
+        if document.strip():
+            kept.append(document)
+        else:
+            blank += 1
+    if not kept:
+        raise CalibrationError(f"{source}: holds no text")
+    if blank:
+        notes = (*notes, f"{blank} empty documents left out")
+    return Texts(tuple(kept), source, notes)
+
+
+def _read_file(path: Path, field: str) -> Iterator[str]:
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return _read_parquet(path, field)
+    if suffix not in SUFFIXES:
+        raise CalibrationError(f"{path}: {suffix or 'a file without a suffix'} is not one of {', '.join(SUFFIXES)}")
+    text = _decode(path)
+    if suffix == ".txt":
+        # Line ends as Python's text mode reads them: \r\n is one newline. Models have hardly seen carriage returns, and
+        # a perplexity must not depend on the system on which a file was saved.
+        return iter([text.replace("\r\n", "\n").replace("\r", "\n")])
+    if suffix == ".json":
+        try:
+            records = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise CalibrationError(f"{path}: malformed JSON in line {error.lineno}: {error.msg}") from None
+        if not isinstance(records, list):
+            raise CalibrationError(f"{path}: must hold a list of strings or records, not {_kind(records)}")
+        return _strings(records, str(path), field, what="entry")
+    return _read_lines(path, text, field)
+
+
+def _decode(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"{path}: not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {error.start}); convert it to UTF-8"
+        ) from None
+    except OSError as error:
+        raise CalibrationError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _read_lines(path: Path, text: str, field: str) -> Iterator[str]:
+    # split on newlines alone: str.splitlines would cut strings at U+2028 and the like, which JSON allows
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise CalibrationError(f"{path}: malformed JSON in line {number}: {error.msg}") from None
+        yield _text_of(record, f"{path}: line {number}", field)
+
+
+def _strings(records: list[Any], where: str, field: str, what: str = "item") -> Iterator[str]:
+    for number, record in enumerate(records, 1):
+        yield _text_of(record, f"{where}: {what} {number}", field)
+
+
+def _text_of(record: Any, where: str, field: str) -> str:
+    if isinstance(record, str):
+        return _sound(record, where)
+    if not isinstance(record, dict):
+        raise CalibrationError(f"{where} is {_kind(record)}, neither a string nor a record")
+    if field not in record:
+        keys = ", ".join(map(repr, record)) or "nothing"
+        raise CalibrationError(f"{where} has no field {field!r} (it has {keys})")
+    if not isinstance(record[field], str):
+        raise CalibrationError(f"{where}: field {field!r} is {_kind(record[field])}, not a string")
+    return _sound(record[field], where)
+
+
+def _sound(text: str, where: str) -> str:
+    """Refuse halves of surrogate pairs, which JSON escapes can spell but no tokenizer can read."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CalibrationError(f"{where}: character {error.start} is half a surrogate pair, not text") from None
+    return text
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "a record", list: "a list", str: "a string", bool: "a truth value", int: "a number"}
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
+
+
+def _read_parquet(path: Path, field: str) -> Iterator[str]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        if field not in names:
+            raise CalibrationError(f"{path}: has no column {field!r} (it has {', '.join(map(repr, names)) or 'none'})")
+        number = 0
+        for batch in file.iter_batches(columns=[field]):
+            for value in batch.column(0).to_pylist():
+                number += 1
+                yield _text_of({field: value}, f"{path}: row {number}", field)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise CalibrationError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _read_hub(source: str, field: str, characters: int) -> Texts:
+    from datasets import load_dataset
+
+    name, *rest = source.split(":")
+    split = rest[-1] if rest else "train"
+    configuration = rest[0] if len(rest) == 2 else None
+    documents: list[str] = []
+    taken = 0
+    try:
+        for number, record in enumerate(load_dataset(name, configuration, split=split, streaming=True), 1):
+            documents.append(_text_of(record, f"{source}: record {number}", field))
+            taken += len(documents[-1])
+            if taken >= characters:
+                break
+    except CalibrationError:
+        raise
+    except Exception as error:
+        cause = str(error).strip().splitlines() or [type(error).__name__]
+        raise CalibrationError(
+            f"{source}: neither a local file nor a data set that can be reached: {cause[0]}"
+        ) from error
+    notes = (f"the first {len(documents)} documents of {source}",) if taken >= characters else ()
+    return _checked(iter(documents), source, notes)

@@ -1,0 +1,58 @@
+"""A compressed checkpoint as a stock one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cospadi.checkpoint.checks import read_config
+from cospadi.checkpoint.load import load
+from cospadi.checkpoint.publish import staged
+from cospadi.errors import CheckpointError, OutputError
+
+
+def export_dense(
+    path: str | Path,
+    out: str | Path,
+    dtype: str | torch.dtype = "auto",
+    max_shard_size: str | int = "5GB",
+) -> None:
+    """Multiply every dictionary with its codes and write a checkpoint that loads without this package.
+
+    Needs the memory of the dense model. Products are computed in float32, then rounded to `dtype`.
+
+    Args:
+        path: a compressed checkpoint.
+        out: directory to write, another than `path`.
+        dtype: of the weights written; ``"auto"`` for that of the checkpoint.
+        max_shard_size: of one weight file.
+
+    Raises:
+        CheckpointError: if `path` is damaged or not compressed.
+        OutputError: if `out` cannot be written.
+    """
+    source, target = Path(path), Path(out)
+    if target.exists() and target.resolve() == source.resolve():
+        raise OutputError(f"{out}: the export would overwrite the checkpoint it reads; choose another directory")
+    read_config(source)
+    model = load(source, dtype=dtype)
+    dense: Any = model
+    dense.dequantize(dtype=model.dtype)
+    with staged(target) as staging:
+        model.save_pretrained(staging, max_shard_size=max_shard_size)
+        tokenizer = _tokenizer(source)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+
+
+def _tokenizer(source: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    if not (source / "tokenizer_config.json").exists():
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{source}: the tokenizer cannot be read: {error}") from error

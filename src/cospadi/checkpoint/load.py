@@ -1,0 +1,108 @@
+"""Load a checkpoint, loudly: whatever is missing or damaged stops it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from cospadi.checkpoint.checks import QUANT_METHOD, validate
+from cospadi.checkpoint.headers import read_directory, read_json
+from cospadi.checkpoint.hf_quantizer import register
+from cospadi.errors import CheckpointError, CospadiError, ResourceError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device_map: Any = None,
+    revision: str | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a compressed checkpoint, or a stock one (dense or pruned) as it is.
+
+    Unlike plain ``from_pretrained`` this refuses a checkpoint in which a weight is missing, of another shape, or not
+    accounted for.
+
+    Args:
+        path: directory, or the id of a repository on the hub.
+        dtype: ``"auto"`` for that of the checkpoint, or the floating-point dtype to compute in.
+        device_map: as transformers takes it.
+        revision: of a repository on the hub.
+        **kwargs: passed on to ``from_pretrained``.
+
+    Returns:
+        the model, in evaluation mode; factors are frozen.
+
+    Raises:
+        CheckpointError: if the checkpoint is absent or damaged; names file and tensor.
+        ResourceError: if memory does not suffice.
+    """
+    directory = _locate(path, revision)
+    config = read_json(directory / "config.json")
+    compressed = (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD
+    if compressed:
+        validate(directory, deep=False)  # masks and scales are checked on the loaded tensors
+        register()
+    else:
+        read_directory(directory)
+    try:
+        model, info = _model_class(config).from_pretrained(
+            directory,
+            dtype=dtype,
+            device_map=device_map,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **kwargs,
+        )
+    except CospadiError:
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ResourceError(f"{directory}: not enough memory to load the model: {_first_line(error)}") from error
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{directory}: cannot be loaded: {_first_line(error)}") from error
+    for kind in ("missing", "mismatched", "unexpected"):
+        names = sorted(str(name) for name in info.get(f"{kind}_keys") or ())
+        if names and (compressed or kind != "unexpected"):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(f"{directory}: {kind} tensor {names[0]}{more}; copy the checkpoint again")
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def _locate(path: str | Path, revision: str | None) -> Path:
+    directory = Path(path)
+    if directory.is_dir():
+        return directory
+    if isinstance(path, Path) or path.count("/") > 1 or path.startswith((".", "/", "~")):
+        raise CheckpointError(f"{path}: there is no such directory")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: neither a directory nor a repository on the hub that can be read: {_first_line(error)}"
+        ) from error
+
+
+def _model_class(config: dict[str, Any]) -> Any:
+    import transformers
+
+    names = config.get("architectures") or [""]
+    found = getattr(transformers, str(names[0]), None)
+    known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if known else transformers.AutoModelForCausalLM
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

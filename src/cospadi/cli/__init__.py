@@ -1,0 +1,81 @@
+"""The command line. `--help` imports no torch: every command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from cospadi.cli.common import UsageError
+from cospadi.errors import CospadiError
+
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main() -> None:
+    """Run a command: exit code 0 done, 1 failed with a clear message, 2 wrong usage, 130 interrupted."""
+    debug = "--debug" in sys.argv
+    sys.argv = [arg for arg in sys.argv if arg != "--debug"]
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        code = _run(sys.argv[1:])
+    except UsageError as error:
+        code = _complain(str(error), USAGE, debug)
+    except CospadiError as error:
+        code = _complain(str(error), FAILED, debug)
+    except KeyboardInterrupt:
+        durable = sys.argv[1:2] in (["compress"], ["demo"])
+        rest = "; the same command goes on where it stopped" if durable else ""
+        code = _complain(f"interrupted{rest}", INTERRUPTED, debug)
+    except BrokenPipeError:  # whoever read our output has gone, as in `cospadi methods | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = FAILED
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        code = _complain(
+            f"this should not have happened: {what}; please report it with what --debug prints", FAILED, debug
+        )
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    """Parse and run; what the parser raises becomes a :class:`UsageError` of one line."""
+    import typer
+
+    from cospadi.cli.app import app
+
+    command = typer.main.get_command(app)
+    context: Any = None
+    try:
+        with command.make_context("cospadi", list(arguments)) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        return int(end.exit_code)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except Exception as error:
+        # typer brings its own copy of click or uses the installed one, by version; both have this method
+        text = getattr(error, "format_message", None)
+        if text is None:
+            raise
+        where = getattr(error, "ctx", None) or context
+        if type(error).__name__ == "NoArgsIsHelpError":
+            typer.echo(where.get_help(), err=True)
+            return USAGE
+        path = where.command_path if where is not None else "cospadi"
+        raise UsageError(f"{text().rstrip('. ')}; see {path} --help") from None
+    return DONE
+
+
+def _complain(message: str, code: int, debug: bool) -> int:
+    """Say in one line what went wrong."""
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    from rich.console import Console
+    from rich.text import Text
+
+    line = Text.assemble(("Error: ", "bold red"), " ".join(message.splitlines()))
+    Console(stderr=True, highlight=False).print(line, soft_wrap=True)
+    return code

@@ -1,0 +1,374 @@
+"""The typer application: one verb a function."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.text import Text
+
+from cospadi.cli.common import (
+    AllocationOption,
+    AnchorOption,
+    CalibrationOption,
+    DeviceOption,
+    GroupingOption,
+    JsonOption,
+    KeepOption,
+    LengthOption,
+    MethodOption,
+    ModelArgument,
+    RecipeOption,
+    RefineOption,
+    SamplesOption,
+    SeedOption,
+    SetOption,
+    SizeOption,
+    UsageError,
+    check_new_directory,
+    command_line,
+    consoles,
+    make_recipe,
+    pages_written,
+    print_json,
+    quiet_transformers,
+)
+from cospadi.cli.compare import LimitOption, TasksOption, printable, register, split
+
+app = typer.Typer(
+    name="cospadi",
+    help="Make a trained language model smaller without retraining.",
+    epilog="Every command takes --debug, which shows the traceback of an error.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+FloatName = Literal["auto", "bfloat16", "float16", "float32"]
+OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Output directory: new, empty, or of the same run.")]
+DirArgument = Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint: compressed, pruned or dense.")]
+TextOption = Annotated[
+    str | None, typer.Option(help="Text to measure perplexity on: .txt, .jsonl …", show_default=False)
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from cospadi import __version__
+
+        print(f"cospadi {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Make a trained language model smaller without retraining."""
+
+
+@app.command()
+def compress(
+    model: ModelArgument,
+    out: OutArgument,
+    keep: KeepOption = None,
+    target_size: SizeOption = None,
+    method: MethodOption = None,
+    recipe: RecipeOption = None,
+    set_: SetOption = None,
+    grouping: GroupingOption = None,
+    allocation: AllocationOption = None,
+    anchor: AnchorOption = None,
+    refine: RefineOption = None,
+    calibration: CalibrationOption = None,
+    samples: SamplesOption = None,
+    seq_len: LengthOption = None,
+    device: DeviceOption = None,
+    seed: SeedOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget an earlier run in OUT.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Compress a model; the same command after an interruption goes on where it stopped."""
+    merged = make_recipe(
+        recipe,
+        settings=set_,
+        calibration=calibration,
+        samples=samples,
+        seq_len=seq_len,
+        keep=keep,
+        target_size=target_size,
+        method=method,
+        grouping=grouping,
+        allocation=allocation,
+        anchor=anchor,
+        refine=refine,
+        device=device,
+        seed=seed,
+    )
+    if dry_run:
+        _print_estimate(model, merged, json_)
+        return
+    from cospadi.engine import compress as run
+    from cospadi.report import ProgressDisplay, print_summary, write_all
+
+    quiet_transformers()
+    stdout, stderr = consoles()
+    with ProgressDisplay(stderr) as display:
+        result = run(model, out, recipe=merged, fresh=fresh, progress=display.update, command=command_line())
+    report, groups = result.report, len(result.report["groups"])
+    if result.complete:
+        stderr.print(Text(f"{out} was complete already, nothing was changed; --fresh compresses anew"), soft_wrap=True)
+    elif result.resumed:
+        stderr.print(f"{result.resumed} of {groups} groups were taken over from the interrupted run")
+    # A run that was stopped between its last weight and its last page is complete but for the pages.
+    if not result.complete or not pages_written(out):
+        write_all(report, out)
+    if json_:
+        for line in report["warnings"]:
+            stderr.print(Text(f"warning: {line}"), soft_wrap=True)
+        print_json(report | {"out": str(out)})
+        return
+    print_summary(report, stdout)
+    hints = (
+        f'\nReport: {out / "report.html"}\nTry:    cospadi generate {shlex.quote(str(out))} --prompt "Once upon a time"'
+    )
+    stdout.print(Text(hints), soft_wrap=True)
+
+
+def _print_estimate(model: str, merged: Any, json_: bool) -> None:
+    from cospadi.engine import estimate as run
+    from cospadi.report import print_estimate
+
+    quiet_transformers()
+    data = run(model, merged).to_dict()
+    if json_:
+        print_json(data)
+    else:
+        print_estimate(data, consoles()[0])
+
+
+@app.command()
+def estimate(
+    model: ModelArgument,
+    keep: KeepOption = None,
+    target_size: SizeOption = None,
+    method: MethodOption = None,
+    recipe: RecipeOption = None,
+    set_: SetOption = None,
+    grouping: GroupingOption = None,
+    samples: SamplesOption = None,
+    seq_len: LengthOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Sizes, layer table, memory and time guess, from the model's configuration alone."""
+    merged = make_recipe(
+        recipe,
+        settings=set_,
+        samples=samples,
+        seq_len=seq_len,
+        keep=keep,
+        target_size=target_size,
+        method=method,
+        grouping=grouping,
+    )
+    _print_estimate(model, merged, json_)
+
+
+@app.command()
+def inspect(
+    directory: DirArgument,
+    json_: JsonOption = False,
+) -> None:
+    """What is in a compressed checkpoint: groups, bytes, errors; checks every file."""
+    from cospadi.evaluation import inspect as run
+    from cospadi.report import print_inspect
+
+    data = run(directory)
+    if json_:
+        print_json(data)
+    else:
+        print_inspect(data, consoles()[0])
+
+
+@app.command()
+def evaluate(
+    directory: DirArgument,
+    text: TextOption = None,
+    against: Annotated[
+        str | None, typer.Option(help="A second model, measured in the same way.", show_default=False)
+    ] = None,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens per block.")] = 1024,
+    max_blocks: Annotated[
+        int | None, typer.Option(min=1, help="Only the first blocks of the text.", show_default="all")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Blocks at once.", show_default="by size")] = None,
+    tasks: TasksOption = None,
+    limit: LimitOption = None,
+    device: DeviceOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Perplexity and task scores of any checkpoint that transformers can load, beside those of another."""
+    if text is None and not tasks:
+        raise UsageError("nothing to measure on: name a text with --text FILE, or tasks with --tasks FILE")
+    from cospadi.evaluation import evaluate as run
+    from cospadi.model_view import open_config
+    from cospadi.report import ProgressDisplay, print_evaluation
+
+    quiet_transformers()
+    if against is not None:
+        open_config(against)  # a wrong name shall not come to light after the first model has been measured
+    stdout, stderr = consoles()
+    with ProgressDisplay(stderr) as display:
+        data = run(
+            directory,
+            text=text,
+            tasks=split(tasks),
+            limit=limit,
+            against=against,
+            seq_len=seq_len,
+            max_blocks=max_blocks,
+            batch=batch,
+            device=device or "auto",
+            progress=display.update,
+        )
+    if json_:
+        print_json(data)
+    else:
+        print_evaluation(printable(data), stdout)
+
+
+register(app)
+
+
+@app.command()
+def generate(
+    directory: DirArgument,
+    prompt: Annotated[str, typer.Option(help="What to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token every time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    device: DeviceOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Generate text with a checkpoint."""
+    from cospadi.evaluation import generate as run
+
+    quiet_transformers()
+    stdout, stderr = consoles()
+    data = run(
+        directory, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, device=device or "auto"
+    )
+    if json_:
+        print_json(data)
+        return
+    stdout.print(Text.assemble((prompt, "bold"), data["text"]), soft_wrap=True)
+    stderr.print(f"{data['tokens']} tokens, {data['tokens_per_second']:.1f} tokens/s", style="dim")
+
+
+@app.command()
+def export(
+    directory: DirArgument,
+    out: OutArgument,
+    dense: Annotated[bool, typer.Option("--dense", help="Multiply the factors out: a stock checkpoint.")] = False,
+    dtype: Annotated[FloatName, typer.Option(help="Of the weights written.")] = "auto",
+    json_: JsonOption = False,
+) -> None:
+    """Write a checkpoint in another form; --dense needs no cospadi to load, and is as large as the original."""
+    if not dense:
+        raise UsageError("name the form: --dense writes a stock checkpoint")
+    check_new_directory(out)
+    from cospadi.checkpoint import export_dense, file_bytes
+    from cospadi.report.text import human_bytes
+
+    quiet_transformers()
+    export_dense(directory, out, dtype=dtype)
+    size = file_bytes(out)
+    if json_:
+        print_json({"out": str(out), "file_bytes": size})
+    else:
+        consoles()[0].print(Text(f"{out}: a stock checkpoint of {human_bytes(size)}"), soft_wrap=True)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show one method's options.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a recipe.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """The methods and their options."""
+    if schema:
+        from cospadi.recipe import json_schema
+
+        print(json_schema())
+        return
+    from cospadi.cli.listing import method_table, methods_data
+
+    data = methods_data(name)
+    if json_:
+        print_json(data)
+    else:
+        consoles()[0].print(method_table(data))
+
+
+@app.command()
+def doctor(json_: JsonOption = False) -> None:
+    """Check the installation: versions, devices, optional parts, a tiny run."""
+    from cospadi.cli.listing import doctor_table
+    from cospadi.engine.doctor import examine
+
+    data = examine()
+    if json_:
+        print_json(data)
+    else:
+        consoles()[0].print(doctor_table(data))
+    if not data["healthy"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory.")] = Path("demo-report"),
+    keep: Annotated[list[float] | None, typer.Option(help="Shares to try.", show_default="0.8 and 0.6")] = None,
+    json_: JsonOption = False,
+) -> None:
+    """The whole way on the embedded model: compress, evaluate, compare with truncated SVD; no network."""
+    from cospadi.evaluation.demo import run_demo
+    from cospadi.report import ProgressDisplay, print_comparison, write_all
+    from cospadi.report.text import human_count
+
+    quiet_transformers()
+    stdout, stderr = consoles()
+    with ProgressDisplay(stderr) as display:
+        data = run_demo(out, keeps=keep or [0.8, 0.6], progress=display.update)
+    changed = data.pop("changed")
+    for report in data.pop("reports"):
+        folder = out / report["directory"]
+        if report["directory"] in changed or not pages_written(folder):
+            write_all(report, folder)
+    if not changed:
+        stderr.print("everything was there already, nothing was computed anew")
+    if json_:
+        print_json(data | {"out": str(out)})
+        return
+    stdout.print(
+        f"A small model of Python code that comes with cospadi ({human_count(data['parameters'])} parameters), "
+        f"compressed without retraining: {data['calibration_tokens']:,} tokens of text were read to find out which "
+        "errors matter. Perplexity, lower is better, is on code that the model never saw. Every size is reached twice: "
+        "by the default method (with equal shares for all layers, which is quick) and, in the same number of bytes, by "
+        "truncated SVD, the textbook way."
+    )
+    print_comparison(data["rows"], stdout, data["dense"])
+    stdout.print(
+        "keep: share of the linear layers' bytes that was asked for; kept: the share that came out. "
+        "bytes: all weights, with the parts that are left alone. time: of compressing, on this machine.\n"
+    )
+    for row in data["rows"]:
+        stdout.print(Text(f"Report: {out / row['directory'] / 'report.html'}"), soft_wrap=True)
+    best = shlex.quote(str(out / data["rows"][0]["directory"]))
+    stdout.print(Text(f'Try:    cospadi generate {best} --prompt "def read("'), soft_wrap=True)

@@ -1,0 +1,162 @@
+"""What the commands share: options, output, and the way from flags to a recipe. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+import yaml
+
+from cospadi.errors import CospadiError, OutputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cospadi.recipe import Recipe
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A local directory or a hub id.")]
+KeepOption = Annotated[
+    float | None, typer.Option(help="Share of the linear layers' bytes to keep: 0.6 keeps 60 %.", show_default=False)
+]
+SizeOption = Annotated[
+    str | None, typer.Option(help="Size of all files instead of --keep, such as 5GB.", show_default=False)
+]
+MethodOption = Annotated[str | None, typer.Option(help="See `cospadi methods`.", show_default="pursuit")]
+RecipeOption = Annotated[Path | None, typer.Option(help="YAML recipe; flags override it.", show_default=False)]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="An option of the method; repeatable.", show_default=False),
+]
+GroupingOption = Annotated[
+    str | None, typer.Option(help="matrix or siblings: which layers share a dictionary.", show_default="the method's")
+]
+AllocationOption = Annotated[
+    str | None,
+    typer.Option(help="uniform, pooled, truncation, rocket or knapsack.", show_default="the method's"),
+]
+AnchorOption = Annotated[
+    bool | None,
+    typer.Option("--anchor/--no-anchor", help="Fit layers to what the compressed ones give.", show_default="no"),
+]
+RefineOption = Annotated[
+    bool | None,
+    typer.Option("--refine/--no-refine", help="Tune every decoder layer after its factorisation.", show_default="no"),
+]
+CalibrationOption = Annotated[
+    str | None,
+    typer.Option(help="A .txt, .json, .jsonl or .parquet file, or a hub data set name.", show_default=False),
+]
+SamplesOption = Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="256")]
+LengthOption = Annotated[int | None, typer.Option(help="Tokens per calibration sequence.", show_default="1024")]
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", show_default="auto")]
+SeedOption = Annotated[int | None, typer.Option(help="Seed of every random choice.", show_default="0")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one machine-readable object on the last line.")]
+
+
+class UsageError(CospadiError):
+    """A command line is wrong: an argument is missing, unknown, or at odds with another; exit code 2."""
+
+
+def consoles() -> tuple[Console, Console]:
+    """Consoles for results (stdout) and for messages and progress (stderr)."""
+    from rich.console import Console
+
+    return Console(highlight=False), Console(stderr=True, highlight=False)
+
+
+def print_json(data: Any) -> None:
+    """One object on one line of stdout."""
+    print(json.dumps(data, ensure_ascii=False, sort_keys=True), flush=True)
+
+
+def parse_settings(settings: list[str] | None) -> dict[str, Any]:
+    """``["rho=3", "pattern=free"]`` as a dict, values read as YAML.
+
+    Raises:
+        UsageError: if one has no ``=``, or a value that cannot be read.
+    """
+    out: dict[str, Any] = {}
+    for setting in settings or []:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--set {setting!r}: write KEY=VALUE, for example --set rho=3")
+        try:
+            # YAML reads 16:32 as a base-60 number; a pattern is meant.
+            out[key.strip()] = value if ":" in value else yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UsageError(f"--set {setting!r}: {value!r} is neither a number nor a word") from None
+    return out
+
+
+def make_recipe(
+    recipe: Path | None,
+    *,
+    settings: list[str] | None = None,
+    calibration: str | None = None,
+    samples: int | None = None,
+    seq_len: int | None = None,
+    **fields: Any,
+) -> Recipe:
+    """The recipe of a file with the given flags laid over it; flags left out (None) change nothing.
+
+    Raises:
+        RecipeError: on an unknown key or a wrong value.
+        UsageError: if nothing says how small the model shall be, or two flags do.
+    """
+    from cospadi.recipe import Recipe
+
+    base = Recipe.load(recipe) if recipe is not None else Recipe()
+    changes: dict[str, Any] = {key: value for key, value in fields.items() if value is not None}
+    if "keep" in changes and "target_size" in changes:
+        raise UsageError("--keep and --target-size are both given: give one of them")
+    section = {"source": calibration, "samples": samples, "seq_len": seq_len}
+    section = {key: value for key, value in section.items() if value is not None}
+    if section:
+        changes["calibration"] = section
+    options = parse_settings(settings)
+    if options:
+        changes["options"] = options
+    merged = base.merged(changes, source="command line")
+    if merged.keep is None and merged.target_size is None:
+        raise UsageError("say how small the model shall be: --keep (such as 0.8) or --target-size (such as 5GB)")
+    return merged
+
+
+def quiet_transformers() -> None:
+    """No progress bars and chatter of transformers in our output; downloads from the hub keep theirs."""
+    from huggingface_hub import utils
+    from transformers.utils import logging
+
+    hub, chatter = cast(Any, utils), cast(Any, logging)  # neither has types
+    disabled = hub.are_progress_bars_disabled()
+    chatter.disable_progress_bar()
+    chatter.set_verbosity_error()
+    if not disabled:
+        hub.enable_progress_bars()
+
+
+def check_new_directory(out: Path) -> None:
+    """Refuse a directory that holds anything: what lies there may not be ours to overwrite.
+
+    Raises:
+        OutputError: if it is a file, or not empty.
+    """
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file: name a directory")
+    if out.is_dir() and any(out.iterdir()):
+        raise OutputError(f"{out} is not empty: choose a new directory")
+
+
+def pages_written(out: Path) -> bool:
+    """Whether a finished run's pages are there; they come last, so an interruption may have left a run without."""
+    return all((out / name).exists() for name in ("report.html", "README.md"))
+
+
+def command_line() -> str:
+    """The command as it was typed, with the program's name instead of its path."""
+    import shlex
+
+    return shlex.join(["cospadi", *sys.argv[1:]])

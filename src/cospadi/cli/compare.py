@@ -1,0 +1,242 @@
+"""`cospadi compare`: methods beside each other at the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from cospadi.cli.common import (
+    CalibrationOption,
+    DeviceOption,
+    JsonOption,
+    LengthOption,
+    ModelArgument,
+    SamplesOption,
+    SeedOption,
+    UsageError,
+    command_line,
+    consoles,
+    parse_settings,
+    print_json,
+    quiet_transformers,
+)
+from cospadi.errors import BudgetError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cospadi.recipe import Recipe
+
+TasksOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Task files (.jsonl) or directories of such, or names of lm-eval's tasks; several with commas.",
+        show_default=False,
+    ),
+]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Examples of every task.", show_default="all")]
+
+
+def split(text: str | None) -> list[str]:
+    """The parts of a list with commas."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def _shares(text: str | None) -> list[float]:
+    try:
+        return [float(part) for part in split(text)]
+    except ValueError:
+        raise UsageError(f"--keep {text!r}: write shares with commas, for example --keep 0.8,0.6") from None
+
+
+def _options(settings: Iterable[str], methods: list[str]) -> dict[str, dict[str, Any]]:
+    """``["pursuit.rho=3"]`` as ``{"pursuit": {"rho": 3}}``."""
+    found: dict[str, dict[str, Any]] = {}
+    for setting in settings:
+        method, dot, rest = setting.partition(".")
+        if not dot or "=" in method or method not in methods:
+            example = f"{methods[0] if methods else 'pursuit'}.rho=3"
+            raise UsageError(
+                f"--set {setting!r}: write METHOD.KEY=VALUE with one of the methods compared, for example {example}"
+            )
+        found.setdefault(method, {}).update(parse_settings([rest]))
+    return found
+
+
+def _recipes(values: Iterable[str]) -> tuple[Recipe | None, dict[str, Recipe]]:
+    """The recipe of all rows (a bare path) and rows of their own (``NAME=PATH``)."""
+    from cospadi.recipe import Recipe
+
+    common: Recipe | None = None
+    named: dict[str, Recipe] = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if equals:
+            named[name] = Recipe.load(path)
+        elif common is not None:
+            raise UsageError("--recipe PATH holds for all rows and is given twice; write --recipe NAME=PATH for a row")
+        else:
+            common = Recipe.load(value)
+    return common, named
+
+
+def _texts(paths: list[str]) -> dict[str, str]:
+    """Texts by file name; where two have the same, by path."""
+    names = [Path(path).name for path in paths]
+    return {name if names.count(name) == 1 else path: path for name, path in zip(names, paths, strict=True)}
+
+
+def compare(
+    model: ModelArgument,
+    methods: Annotated[
+        str | None, typer.Option(help="Methods with commas; see `cospadi methods`.", show_default=False)
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="Shares of the linear layers' bytes, with commas.", show_default=False)
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to measure perplexity on; repeatable, the first counts.", show_default=False),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory for table, plot and rows.", show_default=False)] = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]PATH", help="A recipe for all rows, or with NAME= for rows of its own.", show_default=False
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="METHOD.KEY=VALUE", help="An option of a method; repeatable.", show_default=False
+        ),
+    ] = None,
+    references: Annotated[
+        str, typer.Option(help="Plain quantisers drawn in at 8, 4 and 3 bits, with commas; none for none.")
+    ] = "rtn",
+    calibration: CalibrationOption = None,
+    samples: SamplesOption = None,
+    seq_len: LengthOption = None,
+    device: DeviceOption = None,
+    seed: SeedOption = None,
+    eval_seq_len: Annotated[int, typer.Option(min=2, help="Tokens per block of the measurement.")] = 1024,
+    max_blocks: Annotated[
+        int | None, typer.Option(min=1, help="Only the first blocks of every text.", show_default="all")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Blocks at once.", show_default="by size")] = None,
+    arithmetic: Annotated[
+        Literal["float32", "model"], typer.Option(help="Measure in float32, or in the model's own dtype.")
+    ] = "float32",
+    tasks: TasksOption = None,
+    limit: LimitOption = None,
+    save: Annotated[bool, typer.Option("--save", help="Write every row's checkpoint to OUT/METHOD-KEEP.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier rows in OUT.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Methods beside each other at the same bytes: table, CSV, plot; finished rows are not computed again."""
+    from cospadi.recipe import Recipe
+
+    names = split(methods)
+    common, named = _recipes(recipe or [])
+    if not names and not named:
+        raise UsageError("nothing to compare: name methods, such as --methods svd,pursuit")
+    if not text:
+        raise UsageError("nothing to measure on: name a text with --text FILE")
+    if out is None:
+        raise UsageError("name a directory for the results with --out DIR")
+    shares = _shares(keep)
+    if not shares and (names or not all(of_row.keep for of_row in named.values())):
+        raise UsageError("say how small the model shall be: --keep 0.8,0.6")
+    options = _options(set_ or [], names)
+    section = {"source": calibration, "samples": samples, "seq_len": seq_len}
+    flags = {"device": device, "seed": seed, "calibration": {k: v for k, v in section.items() if v is not None}}
+    changes = {key: value for key, value in flags.items() if value is not None}
+    merged = (common or Recipe()).merged(changes, source="command line")
+
+    from cospadi.evaluation.compare import compare as run
+    from cospadi.report import ProgressDisplay
+    from cospadi.report.comparison import write_comparison
+
+    quiet_transformers()
+    stdout, stderr = consoles()
+    with ProgressDisplay(stderr) as display:
+        data = run(
+            model,
+            out,
+            methods=names,
+            keeps=shares,
+            text=_texts(text),
+            recipe=merged,
+            options=options,
+            recipes=named,
+            references=[] if references == "none" else split(references),
+            seq_len=eval_seq_len,
+            max_blocks=max_blocks,
+            batch=batch,
+            arithmetic=arithmetic,
+            tasks=split(tasks),
+            limit=limit,
+            save=save,
+            fresh=fresh,
+            progress=display.update,
+            command=command_line(),
+        )
+    files = write_comparison(data, out)
+    if save:
+        _write_pages(data, out)
+    if json_:
+        print_json(data | {"files": {kind: path.name for kind, path in files.items()}})
+    else:
+        _print(data, list(files.values()), stdout)
+    if all(row.get("reason") for row in data["rows"]):
+        raise BudgetError(f"no row could be made: {data['rows'][0]['reason']}")
+
+
+def _write_pages(data: dict[str, Any], out: Path) -> None:
+    """Report page and model card beside every checkpoint, with what was measured."""
+    import json
+
+    from cospadi.report import write_all
+
+    for row in data["rows"]:
+        if row.get("directory"):
+            folder = out / row["directory"]
+            report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+            keys = ("perplexity", "tasks")
+            dense = {f"dense_{key}": data["dense"].get(key) for key in keys}
+            report["evaluation"] = {"text": data["text"], **{key: row.get(key) for key in keys}, **dense}
+            write_all(report, folder)
+
+
+def printable(data: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation with the scores of both models in one table."""
+    scores = {}
+    for name, metrics in data.get("tasks", {}).items():
+        scores[name] = {key: value for key, value in metrics.items() if key != "samples"}
+        dense = data.get("dense_tasks", {}).get(name, {})
+        scores[name] |= {f"{key}, against": value for key, value in dense.items() if key != "samples"}
+    return data | {"tasks": scores}
+
+
+def _print(data: dict[str, Any], files: list[Path], console: Console) -> None:
+    from cospadi.report import print_comparison
+    from cospadi.report.comparison import all_rows
+
+    rows = all_rows(data)
+    print_comparison([row for row in rows if not row.get("reason")], console, data["dense"])
+    for row in rows:
+        if row.get("reason"):
+            size = "" if row["keep"] is None else f" at {row['keep']:g}"
+            line = f"{row['method']}{size}: {row['reason']}"
+            console.print(line, style="yellow", markup=False, soft_wrap=True)
+    console.print(f"Perplexity on {data['text']}, measured {data['measured']}.", style="dim", markup=False)
+    names = ",".join(path.suffix.removeprefix(".") for path in files)
+    console.print(f"\nFiles: {files[0].with_suffix('')}.{{{names}}}", markup=False, soft_wrap=True)
+
+
+def register(app: typer.Typer) -> Callable[..., None]:
+    """Add the command to the application."""
+    return app.command()(compare)

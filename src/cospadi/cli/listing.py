@@ -1,0 +1,50 @@
+"""Data and tables of `cospadi methods` and `cospadi doctor`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from cospadi.methods import Method, all_methods, get_method
+
+
+def methods_data(name: str | None) -> dict[str, Any]:
+    """All methods, or one.
+
+    Raises:
+        RecipeError: if there is none of that name.
+    """
+    chosen = {name: get_method(name)} if name else all_methods()
+    return {"methods": [_describe(method) for method in chosen.values()]}
+
+
+def _describe(method: Method) -> dict[str, Any]:
+    return {
+        "name": method.name,
+        "summary": method.summary,
+        "paper": method.paper,
+        "grouping": method.grouping,
+        "options": {key: field.default for key, field in method.options.model_fields.items()},
+    }
+
+
+def method_table(data: dict[str, Any]) -> Table:
+    """Name, options with their defaults, what it does and where it comes from."""
+    table = Table(box=None, padding=(0, 1, 1, 0))
+    table.add_column("method", style="bold", no_wrap=True)
+    table.add_column("what it does")
+    table.add_column("options (--set KEY=VALUE)")
+    for row in data["methods"]:
+        options = ", ".join(f"{key}={value}" for key, value in row["options"].items())
+        table.add_row(row["name"], f"{row['summary']} [dim]{row['paper']}[/]", options)
+    return table
+
+
+def doctor_table(data: dict[str, Any]) -> Table:
+    """One line a check."""
+    table = Table(box=None, show_header=False)
+    for row in data["checks"]:
+        mark = {True: "[green]ok[/]", False: "[red]no[/]", None: "[dim]--[/]"}[row["ok"]]
+        table.add_row(mark, row["name"], row["detail"])
+    return table

@@ -1,0 +1,275 @@
+"""The journal: every finished group is durable, and the same command goes on where it stopped.
+
+A run's directory holds ``.cospadi/`` while it works: ``fingerprint.json`` (what the run is), ``statistics/`` (Grams),
+``groups/NNNN.safetensors`` with the packed factors and, as metadata, what the report says of them. Every file is
+written under another name, flushed to disk and renamed, so a file that is there is whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from cospadi.checkpoint import validate
+from cospadi.errors import CheckpointError, CospadiError, OutputError, ResourceError
+
+FOLDER = ".cospadi"
+MARKER = "fingerprint.json"
+REPORT = "report.json"
+_CHECKPOINT = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission into one clear line.
+
+    Raises:
+        OutputError: in place of what the system or safetensors raised.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number is None:  # safetensors gives the number in its text only
+            found = re.search(r"os error (\d+)", str(error))
+            number = int(found[1]) if found else None
+        if number in _FULL:
+            raise OutputError(
+                f"no space left on the disk of {path}: free some and run the same command again; it goes on from here"
+            ) from None
+        reason = os.strerror(number) if number else str(error)
+        raise OutputError(f"{path} cannot be written: {reason}; check it or choose another directory") from None
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file that is either whole or absent."""
+    with disk_errors(path):
+        temporary = path.with_name(path.name + ".part")
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Keys whose values differ, as ``key: old → new``, nested keys dotted."""
+    out: list[str] = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            out += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            out.append(f"{prefix}{key}: {_short(old)} → {_short(new)}")
+    return out
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else "unset" if value is None else json.dumps(value)
+    return text if len(text) <= 24 else text[:10] + "…" + text[-6:]
+
+
+class Journal:
+    """The durable state of one run in its output directory.
+
+    A run that has left nothing worth keeping (no statistics, no group, no checkpoint) does not bind the directory: the
+    next one takes its place. Used as a context manager, it removes what it made if the run fails for good before its
+    first group: then the same command would only fail in the same way.
+
+    Args:
+        out: the output directory; made if absent.
+        fingerprint: what the run is: model, recipe, text, versions.
+        fresh: forget an earlier run in `out`; files that no run of ours wrote stay.
+
+    Raises:
+        OutputError: if `out` holds something else, another run (naming what differs), or a run that is under way.
+    """
+
+    def __init__(self, out: Path, fingerprint: dict[str, Any], *, fresh: bool = False) -> None:
+        self.out, self.folder = out, out / FOLDER
+        self._lock: IO[str] | None = None
+        check_output(out)
+        self._made = [path for path in (self.folder, out, *out.parents) if not path.exists()]
+        try:
+            with disk_errors(out):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._take_lock()
+                if fresh:
+                    self._forget()
+                (self.folder / "groups").mkdir(exist_ok=True)
+            self._claim(json.loads(json.dumps(fingerprint)))
+        except BaseException:
+            self.close()
+            raise
+
+    def _claim(self, fingerprint: dict[str, Any]) -> None:
+        marker = self.folder / MARKER
+        if marker.exists():
+            try:
+                earlier = json.loads(marker.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                raise OutputError(f"{marker} is damaged: forget that run with --fresh") from None
+            changed = differences(earlier, fingerprint)
+            if not changed:
+                return
+            finished = (self.out / REPORT).exists()
+            if finished or self._worth_keeping():
+                raise OutputError(
+                    f"{self.out} holds {'a finished' if finished else 'an unfinished'} run with other settings "
+                    f"({'; '.join(changed)}): choose another directory, or replace that run with --fresh"
+                )
+            shutil.rmtree(self.statistics, ignore_errors=True)
+        write_durably(marker, json.dumps(fingerprint, indent=1, sort_keys=True).encode())
+
+    def _worth_keeping(self) -> bool:
+        return any(self.statistics.glob("*.safetensors")) or self._groups()
+
+    def _groups(self) -> bool:
+        return any((self.folder / "groups").glob("*.safetensors"))
+
+    def _take_lock(self) -> None:
+        self._lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"another run is working in {self.out}: wait for it or choose another directory"
+            ) from None
+
+    def _forget(self) -> None:
+        # The report goes first, for it says that the run is done; the fingerprint last: an interruption on the way
+        # leaves an unfinished run. Whatever else lies here is not ours to delete.
+        for path in [self.out / REPORT, self.out / "config.json", *self.out.iterdir()]:
+            if path.name in (REPORT, "config.json") or _CHECKPOINT.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+        for name in ("groups", "statistics"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        others = [path for path in self.folder.iterdir() if path.is_file() and path.name not in (MARKER, "lock")]
+        for path in [*others, self.folder / MARKER]:
+            path.unlink(missing_ok=True)
+
+    @property
+    def statistics(self) -> Path:
+        """Directory of the cached statistics."""
+        return self.folder / "statistics"
+
+    def _path(self, index: int) -> Path:
+        return self.folder / "groups" / f"{index:04d}.safetensors"
+
+    def has(self, index: int) -> bool:
+        """Whether the group of this number is finished."""
+        return self._path(index).exists()
+
+    def write(self, index: int, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+        """Make a finished group durable."""
+        data = to_bytes({k: v.contiguous().cpu() for k, v in tensors.items()}, {"info": json.dumps(info)})
+        write_durably(self._path(index), data)
+
+    def read(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """A finished group.
+
+        Raises:
+            OutputError: if the file was altered.
+        """
+        with self.checked(index), safe_open(self._path(index), "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, json.loads((file.metadata() or {})["info"])
+
+    @contextmanager
+    def checked(self, index: int) -> Iterator[None]:
+        """Reading a group, or making use of what was read: whatever does not fit is the file's fault.
+
+        Raises:
+            OutputError: naming the file.
+        """
+        try:
+            yield
+        except (SafetensorError, ValueError, KeyError, OSError) as error:
+            raise OutputError(
+                f"{self._path(index)} is damaged ({error}): delete it and run the command again"
+            ) from None
+
+    def report(self) -> dict[str, Any] | None:
+        """The report of the finished run in `out`, or None if it is not finished.
+
+        Raises:
+            OutputError: if the report is damaged.
+        """
+        path = self.out / REPORT
+        if not path.exists():
+            return None
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise OutputError(f"{path} is damaged ({error}): compress anew with --fresh") from None
+        return found
+
+    def finish(self) -> None:
+        """Forget what only the run needed; the fingerprint stays, so that the same command knows it is done."""
+        for name in ("groups", "statistics"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        hopeless = isinstance(error, CospadiError) and not isinstance(error, (OutputError, ResourceError))
+        if hopeless and not self._groups() and not (self.out / REPORT).exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            for path in self._made:
+                with suppress(OSError):  # not empty: someone else put something there meanwhile
+                    path.rmdir()
+        self.close()
+
+
+def check_output(out: Path) -> None:
+    """Refuse an output directory that is neither new, empty, nor a run of ours, or that cannot be written.
+
+    Raises:
+        OutputError: naming what was found.
+    """
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file: name a directory")
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise OutputError(f"{out} cannot be made: {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(f"{out} cannot be written: no permission in {nearest}; choose another directory")
+    if out.is_dir() and not (out / FOLDER).is_dir() and any(out.iterdir()):
+        raise OutputError(f"{out} is not empty and holds no run of cospadi: choose another directory or empty it")
+
+
+def check_complete(out: Path) -> None:
+    """Look whether the checkpoint of a finished run is still whole.
+
+    Raises:
+        OutputError: naming what is wrong with it.
+    """
+    try:
+        validate(out, deep=False)
+    except CheckpointError as error:
+        raise OutputError(
+            f"the run is finished, but its checkpoint is damaged ({error}): compress anew with --fresh"
+        ) from None

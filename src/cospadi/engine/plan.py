@@ -1,0 +1,278 @@
+"""The plan: who gets how many bytes, from shapes alone. It is what `--dry-run` and `estimate` print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from cospadi.engine.target import side_bytes
+from cospadi.errors import BudgetError, RecipeError
+from cospadi.format import GroupSpec
+from cospadi.methods import GroupShape, Method, get_method
+from cospadi.model_view import LinearGroup, ModelView, discover, open_config, skeleton
+from cospadi.recipe import Recipe, parse_size
+
+
+@dataclass(frozen=True)
+class PlannedGroup:
+    """One group to factorise.
+
+    Attributes:
+        layer: index of its decoder layer.
+        source: the layers that read the same input, of which the group is all or one.
+        spec: how it will be stored; `spec.method` solves it.
+        options: of that method.
+    """
+
+    layer: int
+    source: LinearGroup
+    spec: GroupSpec
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be stored.
+
+    Attributes:
+        groups: in model order.
+        keep_requested: share of bytes asked for.
+        other_bytes: bytes of everything that is left alone (embeddings, norms, head).
+    """
+
+    groups: tuple[PlannedGroup, ...]
+    keep_requested: float
+    other_bytes: int
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the compressed layers at 16 bits a weight."""
+        return sum(g.spec.dense_bytes for g in self.groups)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all factored tensors."""
+        return sum(g.spec.bytes for g in self.groups)
+
+    @property
+    def keep_actual(self) -> float:
+        """bytes_after / bytes_before."""
+        return self.bytes_after / self.bytes_before
+
+
+def split(group: LinearGroup, grouping: str) -> list[GroupShape]:
+    """Shapes of the dictionaries of a set of siblings: one for all, or one for each matrix."""
+    if grouping == "siblings":
+        return [GroupShape(group.modules, group.d_in, group.d_out)]
+    return [GroupShape((m,), group.d_in, (d,)) for m, d in zip(group.modules, group.d_out, strict=True)]
+
+
+def uniform_specs(
+    shapes: Sequence[GroupShape], method: Method, keep: float, options: dict[str, Any]
+) -> list[GroupSpec]:
+    """The same share for every group; what rounding leaves over is handed to the next group.
+
+    Raises:
+        BudgetError: if some group needs more (names the least possible keep).
+    """
+    least = least_keep(shapes, method, options)
+    if keep < least:
+        raise BudgetError(
+            f"keep {keep:g} is too small for method {method.name!r} on this model: the least possible is {least:.4f}"
+        )
+    specs, spare = [], 0.0
+    for shape in shapes:
+        share = keep * shape.dense_bytes + spare
+        spec = method.spec(shape, int(share), options)
+        spare = share - spec.bytes
+        specs.append(spec)
+    return specs
+
+
+def least_keep(shapes: Sequence[GroupShape], method: Method, options: dict[str, Any]) -> float:
+    """The least share that every group can reach, rounded up to four digits.
+
+    Raises:
+        RecipeError: if the method cannot be planned with these options.
+    """
+    try:
+        least = max(least_spec(shape, method, options).bytes / shape.dense_bytes for shape in shapes)
+    except (ValueError, ArithmeticError) as error:
+        raise RecipeError(f"method {method.name!r} cannot work with these options: {error}") from None
+    return ceil(1e4 * least) / 1e4
+
+
+def least_spec(shape: GroupShape, method: Method, options: dict[str, Any]) -> GroupSpec:
+    """The smallest spec of a method."""
+    return method.plan(shape, 0, **_plan_options(method, method.check(options)))
+
+
+def _plan_options(method: Method, options: dict[str, Any]) -> dict[str, Any]:
+    import inspect
+
+    return {k: v for k, v in options.items() if k in inspect.signature(method.plan).parameters}
+
+
+def other_bytes(model: PreTrainedModel, groups: Sequence[LinearGroup]) -> int:
+    """Bytes of the parameters outside the compressed weights, in the model's dtype; tied ones counted once."""
+    inside = {f"{name}.weight" for group in groups for name in group.modules}
+    return sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name not in inside)
+
+
+def target_keep(target: int, before: int, others: int) -> float:
+    """The share of the compressed layers' bytes that is left for them within a size of all files.
+
+    Args:
+        target: bytes of all files.
+        before: bytes of the compressed layers at 16 bits a weight.
+        others: bytes of everything else.
+
+    Raises:
+        BudgetError: if nothing is left, or nothing needs to be done.
+    """
+    if target <= others:
+        raise BudgetError(
+            f"target size {target:,} bytes is below what is left alone: embeddings, norms, head, configuration and "
+            f"tokenizer take {others:,} bytes"
+        )
+    if target >= others + before:
+        raise BudgetError(f"the model already fits into {target:,} bytes ({others + before:,}): nothing to compress")
+    return (target - others) / before
+
+
+def make_plan(view: ModelView, recipe: Recipe) -> Plan:
+    """Plan a run on a real or a meta model.
+
+    Raises:
+        BudgetError: if the size cannot be reached.
+        RecipeError: if the method or one of its options does not exist, or is out of range.
+    """
+    recipe.require_budget()
+    method = get_method(recipe.method)
+    others = other_bytes(view.model, view.groups)
+    pairs = [(g, shape) for g in view.groups for shape in split(g, recipe.grouping or method.grouping)]
+    shapes = [shape for _, shape in pairs]
+    if recipe.keep is not None:
+        keep = recipe.keep
+    else:
+        keep = _keep_for_target(parse_size(str(recipe.target_size)), view, shapes, method, others, recipe.options)
+    specs = uniform_specs(shapes, method, keep, recipe.options)
+    planned = tuple(
+        PlannedGroup(g.layer, g, replace(spec, method=method.name), recipe.options)
+        for (g, _), spec in zip(pairs, specs, strict=True)
+    )
+    return Plan(planned, keep, others)
+
+
+def _keep_for_target(
+    target: int, view: ModelView, shapes: Sequence[GroupShape], method: Method, others: int, options: dict[str, Any]
+) -> float:
+    """The share to keep so that all files together fit into `target` bytes."""
+    before, least = sum(shape.dense_bytes for shape in shapes), least_keep(shapes, method, options)
+    # What stands beside the tensors hardly depends on how much of them is kept: any plan tells it.
+    sides = side_bytes(view.model, uniform_specs(shapes, method, max(least, 0.5), options), target)
+    keep = target_keep(target, before, others + sides)
+    if keep < least:
+        lowest = others + sides + ceil(least * before)
+        raise BudgetError(
+            f"target size {target:,} bytes is too small for method {method.name!r} on this model: the least possible "
+            f"is {lowest:,}"
+        )
+    return keep
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `cospadi estimate` prints."""
+
+    model: str
+    architecture: str
+    parameters: int
+    plan: Plan
+    memory_bytes: int
+    flops: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for `--json` and for the console."""
+        plan = self.plan
+        return {
+            "model": self.model,
+            "architecture": self.architecture,
+            "parameters": self.parameters,
+            "keep_requested": plan.keep_requested,
+            "keep_actual": plan.keep_actual,
+            "bytes_before": plan.bytes_before,
+            "bytes_after": plan.bytes_after,
+            "other_bytes": plan.other_bytes,
+            "file_bytes_before": plan.bytes_before + plan.other_bytes,
+            "file_bytes": plan.bytes_after + plan.other_bytes,
+            "peak_memory_bytes": self.memory_bytes,
+            "flops": self.flops,
+            "groups": [group_row(g) for g in plan.groups],
+        }
+
+
+def group_row(group: PlannedGroup) -> dict[str, Any]:
+    """A group as it stands in reports."""
+    spec = group.spec
+    return {
+        "name": spec.name,
+        "layer": group.layer,
+        "modules": list(spec.modules),
+        "method": spec.method,
+        "atoms": spec.atoms if spec.dictionary else None,
+        "nonzeros": spec.codes.nonzeros if spec.codes.sparse else None,
+        "pattern": spec.codes.pattern,
+        "bits": {"dictionary": spec.dictionary.bits if spec.dictionary else None, "values": spec.codes.bits},
+        "bytes": spec.bytes,
+        "bytes_before": spec.dense_bytes,
+    }
+
+
+def estimate(source: str | Path, recipe: Recipe) -> Estimate:
+    """Sizes, layer table, memory and work, from the configuration alone: no weights are read.
+
+    Args:
+        source: local directory or hub id.
+        recipe: `keep` or `target_size`, method and options.
+
+    Raises:
+        ModelError: if there is no configuration, or the architecture is not supported.
+        BudgetError: if the size cannot be reached.
+    """
+    config = open_config(source)
+    model = skeleton(config)
+    view = discover(model)
+    plan = make_plan(view, recipe)
+    return Estimate(
+        model=Path(str(source)).name,
+        architecture=(config.architectures or [type(model).__name__])[0],
+        parameters=model.num_parameters(),
+        plan=plan,
+        memory_bytes=_memory(view, plan, recipe),
+        flops=_flops(view, plan, recipe),
+    )
+
+
+def _memory(view: ModelView, plan: Plan, recipe: Recipe) -> int:
+    """Peak host memory: the model, the hidden states of the calibration text, one layer's Grams, one group's solve."""
+    hidden = int(getattr(view.model.config, "hidden_size", max(g.d_in for g in view.groups)))
+    states = recipe.calibration.samples * recipe.calibration.seq_len * hidden * 4
+    grams = max(sum(8 * g.d_in**2 for g in view.groups if g.layer == layer) for layer in {g.layer for g in view.groups})
+    solve = max(4 * (4 * g.spec.atoms * g.spec.codes.rows + 3 * g.spec.d_in * g.spec.codes.rows) for g in plan.groups)
+    return (
+        plan.bytes_before + plan.other_bytes + states + max(grams, solve + 24 * max(g.d_in for g in view.groups) ** 2)
+    )
+
+
+def _flops(view: ModelView, plan: Plan, recipe: Recipe) -> float:
+    """Floating-point operations of calibration (forward pass and Grams) and of the default solver's rounds."""
+    tokens = recipe.calibration.samples * recipe.calibration.seq_len
+    forward = sum(2.0 * tokens * g.d_in * (sum(g.d_out) + g.d_in) for g in view.groups)
+    rounds = 30 * 5
+    return forward + sum(2.0 * rounds * g.spec.codes.rows * g.spec.atoms**2 for g in plan.groups)

@@ -1,0 +1,324 @@
+"""Run a recipe: statistics, factors, checkpoint, report; durable after every group."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cospadi.calibration import StatisticsStore, Texts, TokenBlocks, collect, read_texts, token_blocks
+from cospadi.checkpoint import file_bytes, install_packed, replace_modules, save, storage_dtype
+from cospadi.engine.allocate import final_plan
+from cospadi.engine.factorise import factorise_group, split_packed
+from cospadi.engine.feedback import LayerByLayer, require_layers
+from cospadi.engine.journal import Journal, check_complete, check_output, disk_errors, write_durably
+from cospadi.engine.machine import (
+    compute_dtype,
+    device_name,
+    memory_errors,
+    peak_memory,
+    resolve_device,
+    versions,
+    weights_sha256,
+)
+from cospadi.engine.plan import Plan, group_row, make_plan
+from cospadi.errors import CalibrationError, ModelError
+from cospadi.methods import get_method
+from cospadi.model_view import ModelView, check_weights, discover, is_compressed, open_model, placed
+from cospadi.recipe import Recipe
+
+Progress = Callable[..., None]
+"""Called as progress(phase, done, total, detail="", error=None)."""
+
+
+def _silent(*_: object) -> None:
+    """Report nothing."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left behind.
+
+    Attributes:
+        out: the checkpoint directory.
+        report: the content of ``report.json``.
+        resumed: groups taken over from an interrupted run; all of them if the run was already complete.
+        complete: the run was already complete, and nothing was done.
+    """
+
+    out: Path
+    report: dict[str, Any]
+    resumed: int
+    complete: bool = False
+
+    @property
+    def keep_actual(self) -> float:
+        """Share of the compressed layers' bytes that is kept."""
+        return float(self.report["keep_actual"])
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    *,
+    keep: float | None = None,
+    method: str | None = None,
+    calibration: str | Path | list[str] | None = None,
+    recipe: Recipe | str | Path | None = None,
+    fresh: bool = False,
+    progress: Progress | None = None,
+    command: str = "",
+    **changes: Any,
+) -> Result:
+    """Compress a model into a directory that ``from_pretrained`` loads.
+
+    The same call after an interruption goes on where it stopped and gives the same bytes.
+
+    Args:
+        model: local directory or hub id.
+        out: output directory: new, empty, or of the same run.
+        keep: share of the linear layers' 16-bit bytes to keep, in (0, 1).
+        method: name of a method; left out: the recipe's, else the default.
+        calibration: text file, hub data set name, or a list of texts.
+        recipe: a recipe or the path of one; the other arguments override it.
+        fresh: forget an earlier run in `out`.
+        progress: called with (phase, done, total, detail, error so far).
+        command: the command line, for the report.
+        **changes: any other field of :class:`~cospadi.recipe.Recipe`.
+
+    Returns:
+        paths, sizes and errors.
+
+    Raises:
+        CospadiError: see `cospadi.errors`; the message names cause and remedy.
+    """
+    base = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe) if recipe is not None else Recipe()
+    texts = calibration if isinstance(calibration, list) else None
+    if calibration is not None:
+        section = {"source": "a list of texts" if texts is not None else str(calibration)}
+        changes["calibration"] = section | dict(changes.get("calibration", {}))
+    if keep is not None:
+        changes |= {"keep": keep, "target_size": changes.get("target_size")}
+    if method is not None:
+        changes["method"] = method
+    merged = base.merged(changes)
+    with memory_errors():
+        return _Run(str(model), Path(out), merged, texts, progress or _silent, command).go(fresh)
+
+
+class _Run:
+    """The steps of one run, in order; each leaves what the next one needs."""
+
+    def __init__(
+        self, source: str, out: Path, recipe: Recipe, texts: list[str] | None, progress: Progress, command: str
+    ) -> None:
+        self.source, self.out, self.recipe, self.texts = source, out, recipe, texts
+        self.progress, self.command = progress, command
+        folder = Path(source).expanduser()
+        self.name = Path(os.path.abspath(folder)).name if folder.is_dir() else source  # noqa: PTH100 - "." has a name too
+        self.seconds: dict[str, float] = {}
+        self.notes: list[str] = []
+
+    def go(self, fresh: bool) -> Result:
+        """Everything from reading the model to writing the report."""
+        begun = time.perf_counter()
+        method = get_method(self.recipe.method)
+        method.check(self.recipe.options)
+        self.recipe.require_budget()
+        check_output(self.out)
+        device = resolve_device(self.recipe.device)
+        if self.recipe.calibration.source is None:
+            raise CalibrationError(
+                "no calibration text: name a .txt, .json, .jsonl or .parquet file, or a hub data set, "
+                "with --calibration"
+            )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            self.progress("read", 0, 1, "text and model")
+            model, tokenizer, view = self._open()
+            plan = make_plan(view, self.recipe)
+            if self.recipe.anchor or self.recipe.refine is not None:
+                require_layers(plan)
+            blocks = self._tokens(tokenizer)
+            self.progress("read", 1, 1)
+            with Journal(self.out, self._fingerprint(model, blocks, device), fresh=fresh) as journal:
+                finished = journal.report()
+                if finished is not None and (self.out / "config.json").exists():
+                    check_complete(self.out)
+                    journal.finish()  # in case the run was stopped just before it did
+                    return Result(self.out, finished, len(plan.groups), complete=True)
+                self.seconds["read"] = time.perf_counter() - begun
+                self._collect(view, blocks, device, journal)
+                allocating = time.perf_counter()
+                plan = final_plan(view, self.recipe, plan, self.store, device, journal, self.progress, blocks.ids)
+                self.seconds["allocate"] = time.perf_counter() - allocating
+                if self.recipe.anchor or self.recipe.refine is not None:
+                    resumed, rows, layers = self._with_feedback(view, plan, blocks, device, journal)
+                else:
+                    (resumed, rows), layers = self._factorise(view, plan, device, journal), []
+                self._save(model, tokenizer, plan, journal)
+                self.notes = list(dict.fromkeys(str(w.message) for w in caught if w.category is UserWarning))
+                self.seconds["total"] = time.perf_counter() - begun
+                report = self._report(model, plan, rows, blocks, device) | ({"layers": layers} if layers else {})
+                # The report is last: where it is, the run is done.
+                write_durably(self.out / "recipe.yaml", self.recipe.to_yaml().encode())
+                write_durably(self.out / "report.json", (json.dumps(report, indent=2, sort_keys=True) + "\n").encode())
+                journal.finish()
+        return Result(self.out, report, resumed)
+
+    def _open(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelView]:
+        self.documents  # noqa: B018 - read first: that is quick, and it is where most mistakes are
+        model, tokenizer = open_model(self.source)
+        if is_compressed(model.config):
+            raise ModelError(f"{self.source} is already compressed by cospadi: compress the dense model instead")
+        view = discover(model)
+        check_weights(view)
+        return model, tokenizer, view
+
+    @cached_property
+    def documents(self) -> Texts:
+        """The calibration text."""
+        options = self.recipe.calibration
+        return read_texts(self.texts if self.texts is not None else str(options.source), field=options.field)
+
+    def _tokens(self, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
+        options = self.recipe.calibration
+        return token_blocks(
+            self.documents, tokenizer, samples=options.samples, seq_len=options.seq_len, seed=self.recipe.seed
+        )
+
+    def _fingerprint(self, model: PreTrainedModel, blocks: TokenBlocks, device: torch.device) -> dict[str, Any]:
+        recipe = self.recipe.model_dump(mode="json")
+        # The text is known by its tokens; where its file lies does not matter, nor how the device was named.
+        recipe["calibration"].pop("source")
+        recipe.pop("device")
+        found = versions()
+        return {
+            "model": {"name": self.name, "sha256": weights_sha256(model)},
+            "recipe": recipe,
+            "text": {"tokens_sha256": blocks.sha256},
+            "device": device.type,
+            "versions": {"cospadi": found["cospadi"], "torch": found["torch"]},
+        }
+
+    def _collect(self, view: ModelView, blocks: TokenBlocks, device: torch.device, journal: Journal) -> None:
+        begun = time.perf_counter()
+        self.store = StatisticsStore(journal.statistics, {"tokens": blocks.sha256, "model": self.name})
+        wider = compute_dtype(sum(p.numel() * p.element_size() for p in view.model.parameters()), device)
+        with placed(view.model, "cpu", wider) if wider else nullcontext():
+            collect(
+                view,
+                blocks.ids,
+                device=device,
+                store=self.store,
+                progress=partial(self.progress, "calibrate"),
+            )
+        self.seconds["calibrate"] = time.perf_counter() - begun
+
+    def _factorise(
+        self, view: ModelView, plan: Plan, device: torch.device, journal: Journal
+    ) -> tuple[int, list[dict[str, Any]]]:
+        begun = time.perf_counter()
+        rows, resumed, missed, energy = [], 0, 0.0, 0.0
+        for index, group in enumerate(plan.groups):
+            self.progress("factorise", index, len(plan.groups), group.spec.name, missed / energy if energy else None)
+            if journal.has(index):
+                info = journal.read(index)[1]
+                resumed += 1
+            else:
+                tensors, info = factorise_group(
+                    get_method(group.spec.method),
+                    group.options,
+                    group.spec,
+                    [view.weight(name) for name in group.spec.modules],
+                    self.store.load(group.source),
+                    seed=self.recipe.seed,
+                    device=device,
+                    dtype=storage_dtype(view.model),
+                )
+                journal.write(index, tensors, info)
+            missed, energy = missed + info["missed"], energy + info["energy"]
+            rows.append(group_row(group) | {key: info[key] for key in ("error", "missed", "energy", "seconds")})
+        self.progress("factorise", len(plan.groups), len(plan.groups), "", missed / energy if energy else None)
+        self.seconds["factorise"] = time.perf_counter() - begun
+        return resumed, rows
+
+    def _with_feedback(
+        self, view: ModelView, plan: Plan, blocks: TokenBlocks, device: torch.device, journal: Journal
+    ) -> tuple[int, list[dict[str, Any]], list[dict[str, Any]]]:
+        begun = time.perf_counter()
+        dtype = storage_dtype(view.model)
+        found = LayerByLayer(
+            view, plan, self.recipe, self.store, blocks.ids, device, journal, dtype, self.progress
+        ).go()
+        refining = sum(layer.get("refine", {}).get("seconds", 0.0) for layer in found.layers)
+        self.seconds["factorise"] = time.perf_counter() - begun - refining
+        if self.recipe.refine is not None:
+            self.seconds["refine"] = refining
+        return (
+            found.resumed,
+            [group_row(g) | info for g, info in zip(plan.groups, found.groups, strict=True)],
+            found.layers,
+        )
+
+    def _save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, journal: Journal) -> None:
+        begun = time.perf_counter()
+        self.progress("save", 0, 1, self.out.name)
+        specs = [group.spec for group in plan.groups]
+        replace_modules(model, specs)
+        for index, spec in enumerate(specs):
+            with journal.checked(index):
+                install_packed(model, spec, *split_packed(journal.read(index)[0]))
+        with disk_errors(self.out):
+            save(model, tokenizer, self.out, specs)
+        self.progress("save", 1, 1)
+        self.seconds["save"] = time.perf_counter() - begun
+
+    def _report(
+        self,
+        model: PreTrainedModel,
+        plan: Plan,
+        rows: list[dict[str, Any]],
+        blocks: TokenBlocks,
+        device: torch.device,
+    ) -> dict[str, Any]:
+        memory = peak_memory()
+        found = versions()
+        # Compressed layers are counted at 16 bits a weight on both sides; the rest in the model's own dtype.
+        return {
+            "cospadi_version": found["cospadi"],
+            "created": datetime.now(UTC).replace(microsecond=0).isoformat(),
+            "command": self.command,
+            "model": self.name,
+            "architecture": (model.config.architectures or [type(model).__name__])[0],
+            "method": self.recipe.method,
+            "keep_requested": plan.keep_requested,
+            "keep_actual": plan.keep_actual,
+            "bytes_before": plan.bytes_before,
+            "bytes_after": plan.bytes_after,
+            "file_bytes": file_bytes(self.out),
+            "file_bytes_before": plan.bytes_before + plan.other_bytes,
+            "parameters": sum(g.spec.dense_bytes // 2 for g in plan.groups) + plan.other_bytes // model.dtype.itemsize,
+            "seconds": {key: round(value, 3) for key, value in self.seconds.items()},
+            "peak_memory_bytes": memory["host"],
+            "peak_device_bytes": memory.get("device"),
+            "device": device_name(device),
+            "threads": torch.get_num_threads(),
+            "versions": found,
+            "seed": self.recipe.seed,
+            "recipe": self.recipe.model_dump(mode="json", exclude_none=True),
+            "calibration": blocks.report | {"sha256": blocks.sha256},
+            "groups": rows,
+            "warnings": self.notes,
+        }

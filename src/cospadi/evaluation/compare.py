@@ -1,0 +1,398 @@
+"""`cospadi compare`: methods beside each other at the same bytes, on one model, one text, one set of statistics.
+
+Model, calibration tokens and statistics are read and collected once. A row is factorised, its weights are multiplied
+out and measured in memory; checkpoints are written only when asked for. Finished rows lie in ``rows.jsonl``, each with
+a fingerprint of all that its figures depend on, so that an interrupted comparison goes on and a comparison that gains
+a method or a size computes only what is new.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cospadi.calibration import read_texts, token_blocks
+from cospadi.engine.journal import FOLDER, check_output, disk_errors
+from cospadi.engine.machine import device_name, memory_errors, resolve_device, versions, weights_sha256
+from cospadi.engine.plan import other_bytes
+from cospadi.errors import (
+    BudgetError,
+    CalibrationError,
+    ModelError,
+    NumericalError,
+    OutputError,
+    RecipeError,
+    ResourceError,
+)
+from cospadi.evaluation.comparison_row import RowRun, Shared, workplace
+from cospadi.evaluation.tasks import find_tasks, require_lm_eval
+from cospadi.evaluation.yardstick import ARITHMETIC, Yardstick
+from cospadi.methods import get_method
+from cospadi.model_view import check_weights, discover, is_compressed, open_model
+from cospadi.recipe import Recipe
+
+Progress = Callable[..., None]
+ROWS = "rows.jsonl"
+REFERENCE_BITS = (8, 4, 3)
+UNSOLVED = (BudgetError, NumericalError, RecipeError, ResourceError)
+"""What may befall one row and leaves the others as they are."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row to be.
+
+    Attributes:
+        method: as it stands in the table.
+        keep: asked for; None for a reference, whose number of bits decides.
+        recipe: of the run.
+    """
+
+    method: str
+    keep: float | None
+    recipe: Recipe
+
+    @property
+    def slug(self) -> str:
+        """Name of the row's directory."""
+        size = f"{self.recipe.options['bits']}bit" if self.keep is None else f"{self.keep:g}"
+        return f"{self.method}-{size}"
+
+
+def compare(
+    model: str | Path,
+    out: str | Path,
+    *,
+    methods: Sequence[str] = (),
+    keeps: Sequence[float],
+    text: str | Path | list[str] | Mapping[str, str | Path | list[str]],
+    calibration: str | Path | list[str] | None = None,
+    recipe: Recipe | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    recipes: Mapping[str, Recipe] | None = None,
+    references: Sequence[str] = ("rtn",),
+    seq_len: int = 1024,
+    max_blocks: int | None = None,
+    batch: int | None = None,
+    arithmetic: str = "float32",
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    save: bool = False,
+    fresh: bool = False,
+    progress: Progress | None = None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Compress a model by several methods to several sizes and measure them all in the same way.
+
+    Args:
+        model: local directory or hub id.
+        out: directory for finished rows, and for checkpoints with `save`.
+        methods: names.
+        keeps: shares of the linear layers' 16-bit bytes.
+        text: to measure perplexity on: a file, a list of documents, or several of these by name.
+        calibration: text file, hub data set, or a list of documents; left out: the recipe's.
+        recipe: what holds for all rows: calibration, device, seed and whatever else the methods share.
+        options: options by method.
+        recipes: further rows by name, each with the method and options of a recipe (and its keep, if it has one);
+            their calibration, device and seed are those of `recipe`.
+        references: plain quantisers, drawn in at 8, 4 and 3 bits; those among `methods` are not run twice.
+        seq_len: tokens per block of the measurement.
+        max_blocks: only the first blocks of every text.
+        batch: blocks at once.
+        arithmetic: ``"float32"`` or ``"model"``, see :class:`~cospadi.evaluation.yardstick.Yardstick`.
+        tasks: see :func:`~cospadi.evaluation.tasks.run_tasks`.
+        limit: examples of every task.
+        save: write every row's checkpoint to ``out/<method>-<keep>/``; references are only measured.
+        fresh: forget earlier rows in `out`.
+        progress: called as progress(phase, done, total, detail, error).
+        command: the command line, for reports.
+
+    Returns:
+        ``dense``: figures of the model; ``rows``: one for every method and size, with ``method, keep, keep_actual,
+        perplexity, bytes`` (compressed layers), ``bytes_before, total_bytes`` (all weights), ``seconds`` (to
+        factorise), ``evaluate_seconds, error`` (relative output error on the calibration text), ``peak_memory_bytes,
+        peak_device_bytes`` (of factorising, with the model), ``texts, tasks, warnings, directory``; a row that could
+        not be made has ``reason`` and no perplexity. ``references``: rows of plain quantisation. ``measured``: how.
+
+    Raises:
+        CospadiError: see `cospadi.errors`; what befalls a single row is told in its ``reason`` instead.
+    """
+    base = _base(recipe or Recipe(), calibration)
+    entries = _entries(base, methods, keeps, options or {}, recipes or {}, references)
+    if arithmetic not in ARITHMETIC:
+        raise RecipeError(f"arithmetic {arithmetic!r} is unknown; use {' or '.join(ARITHMETIC)}")
+    named = text if isinstance(text, Mapping) else {_name(text): text}
+    yardstick = Yardstick(
+        texts={name: read_texts(source) for name, source in named.items()},
+        seq_len=seq_len,
+        max_blocks=max_blocks,
+        batch=batch,
+        arithmetic=arithmetic,
+        tasks=tuple(tasks),
+        limit=limit,
+        seed=base.seed,
+    )
+    if not yardstick.texts:
+        raise CalibrationError("nothing to measure on: name a text")
+    if tasks:
+        find_tasks(tasks, limit)
+        require_lm_eval()
+    comparison = _Comparison(Path(out), yardstick, save, progress or _silent, command)
+    with memory_errors(), comparison.opened(fresh):
+        return comparison.go(_shared(str(model), base, calibration, Path(out), comparison.progress), base, entries)
+
+
+def _silent(*_: object) -> None:
+    """Report nothing."""
+
+
+def _name(text: str | Path | list[str]) -> str:
+    return "a list of texts" if isinstance(text, list) else Path(text).name
+
+
+def _base(recipe: Recipe, calibration: str | Path | list[str] | None) -> Recipe:
+    if calibration is not None:
+        source = "a list of texts" if isinstance(calibration, list) else str(calibration)
+        recipe = recipe.merged({"calibration": {"source": source}})
+    if recipe.calibration.source is None:
+        raise CalibrationError(
+            "no calibration text: name a .txt, .json, .jsonl or .parquet file, or a hub data set, with --calibration"
+        )
+    return recipe
+
+
+def _entries(
+    base: Recipe,
+    methods: Sequence[str],
+    keeps: Sequence[float],
+    options: Mapping[str, Mapping[str, Any]],
+    recipes: Mapping[str, Recipe],
+    references: Sequence[str],
+) -> list[Entry]:
+    """All rows, every method and option of which exists.
+
+    Raises:
+        RecipeError: on an unknown method or option, options for a method that is not compared, or a name used twice.
+        BudgetError: if a keep is not a share.
+    """
+    if not methods and not recipes:
+        raise RecipeError("nothing to compare: name methods, such as --methods svd,pursuit")
+    if not keeps and (methods or not all(recipe.keep for recipe in recipes.values())):
+        raise RecipeError("say how small the model shall be, such as --keep 0.8,0.6")
+    for name in options:
+        if name not in methods:
+            raise RecipeError(f"options are set for {name!r}, which is not among the methods ({', '.join(methods)})")
+    if twice := sorted({*methods} & {*recipes}):
+        raise RecipeError(f"{twice[0]!r} names a method and a recipe: give the recipe another name")
+    entries = []
+    bare = base.model_copy(update={"options": {}, "target_size": None})
+    for keep in dict.fromkeys(keeps):
+        for name in dict.fromkeys(methods):
+            chosen = (base.options if name == base.method else {}) | dict(options.get(name, {}))
+            entries.append(Entry(name, keep, bare.merged({"method": name, "keep": keep, "options": chosen})))
+    common = {"calibration": base.calibration.model_dump(), "device": base.device, "seed": base.seed}
+    for name, recipe in recipes.items():
+        for keep in [recipe.keep] if recipe.keep else dict.fromkeys(keeps):
+            entries.append(Entry(name, keep, recipe.merged(common | {"keep": keep, "target_size": None})))
+    for name in dict.fromkeys(references):
+        if name not in methods:
+            for bits in REFERENCE_BITS:
+                # The number of bits decides the size; the share only has to leave room for it.
+                plain = {"method": name, "keep": 0.99, "options": {"bits": bits}}
+                entries.append(Entry(name, None, Recipe().merged(common | plain)))
+    for entry in entries:
+        get_method(entry.recipe.method).check(entry.recipe.options)
+    return entries
+
+
+def _shared(
+    source: str, base: Recipe, calibration: str | Path | list[str] | None, out: Path, progress: Progress
+) -> Shared:
+    begun = time.perf_counter()
+    progress("read", 0, 1, "model")
+    model, tokenizer = open_model(source)
+    if is_compressed(model.config):
+        raise ModelError(f"{source} is already compressed by cospadi: compare on the dense model")
+    view = discover(model)
+    check_weights(view)
+    wanted = base.calibration
+    texts = read_texts(calibration if isinstance(calibration, list) else str(wanted.source), field=wanted.field)
+    blocks = token_blocks(texts, tokenizer, samples=wanted.samples, seq_len=wanted.seq_len, seed=base.seed)
+    progress("read", 1, 1)
+    fingerprint = {"tokens": blocks.sha256, "model": weights_sha256(model)}
+    return Shared(
+        source=source,
+        model=model,
+        tokenizer=tokenizer,
+        view=view,
+        blocks=blocks,
+        device=resolve_device(base.device),
+        statistics=out / FOLDER / f"statistics-{_digest(fingerprint)[:12]}",
+        fingerprint=fingerprint,
+        seconds={"read": time.perf_counter() - begun},
+    )
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+class _Comparison:
+    """Rows, made or found."""
+
+    def __init__(self, out: Path, yardstick: Yardstick, save: bool, progress: Progress, command: str) -> None:
+        self.out, self.yardstick, self.save = out, yardstick, save
+        self.progress, self.command = progress, command
+        self.found: dict[str, dict[str, Any]] = {}
+        self.fresh = False
+
+    @contextmanager
+    def opened(self, fresh: bool) -> Iterator[None]:
+        """Hold the output directory, and read what earlier runs left there."""
+        check_output(self.out)
+        self.fresh = fresh
+        with disk_errors(self.out):
+            (self.out / FOLDER).mkdir(parents=True, exist_ok=True)
+            lock = (self.out / FOLDER / "lock").open("w")
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputError(f"another run is working in {self.out}: wait for it or choose another") from None
+            if fresh:
+                (self.out / ROWS).unlink(missing_ok=True)
+            self.found = dict(read_rows(self.out / ROWS))
+            yield
+
+    def go(self, shared: Shared, base: Recipe, entries: Sequence[Entry]) -> dict[str, Any]:
+        """Measure the dense model and every row."""
+        common = self._common(shared)
+        dense = self._once(common | {"row": "dense"}, lambda: self._dense(shared))
+        rows: list[dict[str, Any]] = []
+        references: list[dict[str, Any]] = []
+        for number, entry in enumerate(entries, 1):
+            label = f"{entry.slug} ({number}/{len(entries)})"
+            (references if entry.keep is None else rows).append(self._row(entry, shared, common, label))
+        shutil.rmtree(self.out / FOLDER / "rows", ignore_errors=True)
+        shutil.rmtree(shared.statistics, ignore_errors=True)
+        return {
+            "model": Path(shared.source).name if Path(shared.source).exists() else shared.source,
+            "architecture": (shared.model.config.architectures or [type(shared.model).__name__])[0],
+            "dense": dense,
+            "rows": rows,
+            "references": references,
+            "measured": ARITHMETIC[self.yardstick.arithmetic],
+            "text": next(iter(self.yardstick.texts)),
+            "seq_len": self.yardstick.seq_len,
+            "max_blocks": self.yardstick.max_blocks,
+            "calibration": shared.blocks.report | {"sha256": shared.blocks.sha256},
+            "seed": base.seed,
+            "seconds": {phase: round(value, 3) for phase, value in shared.seconds.items()},
+            "device": device_name(shared.device),
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+            "command": self.command,
+        }
+
+    def _common(self, shared: Shared) -> dict[str, Any]:
+        """What the figures of all rows depend on."""
+        found = versions()
+        return shared.fingerprint | {
+            "yardstick": self.yardstick.fingerprint(),
+            "device": shared.device.type,
+            "versions": {name: found[name] for name in ("cospadi", "torch")},
+        }
+
+    def _once(self, fingerprint: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A row of an earlier run, or a new one, which is durable before it is used."""
+        digest = _digest(fingerprint)
+        if digest not in self.found:
+            self.found[digest] = make()
+            append_row(self.out / ROWS, digest, self.found[digest])
+        return self.found[digest]
+
+    def _dense(self, shared: Shared) -> dict[str, Any]:
+        begun = time.perf_counter()
+        before = sum(group.dense_bytes for group in shared.view.groups)
+        figures = self.yardstick.measure(
+            shared.model, shared.tokenizer, shared.device, partial(_labelled, self.progress, "dense")
+        )
+        return figures | {
+            "bytes": before,
+            "total_bytes": before + other_bytes(shared.model, shared.view.groups),
+            "evaluate_seconds": time.perf_counter() - begun,
+        }
+
+    def _row(self, entry: Entry, shared: Shared, common: dict[str, Any], label: str) -> dict[str, Any]:
+        recipe = entry.recipe.model_dump(mode="json", exclude={"calibration", "device"})
+        head = {"method": entry.method, "keep": entry.keep, "options": entry.recipe.options}
+        fingerprint = common | {"row": recipe}
+        directory = self.out / entry.slug
+        save = self.save and entry.keep is not None
+        if save and not (directory / "report.json").exists():
+            self.found.pop(_digest(fingerprint), None)  # measured, but never written
+        scratch = self.out / FOLDER / "rows" / f"{entry.slug}-{_digest(fingerprint)[:12]}"
+        run = RowRun(
+            shared,
+            self.yardstick,
+            entry.recipe,
+            directory if save else scratch,
+            save=save,
+            progress=partial(_labelled, self.progress, label),
+            command=self.command,
+        )
+        try:
+            with workplace(scratch):
+                row = head | self._once(fingerprint, lambda: run.measured(self.fresh))
+        except UNSOLVED as error:
+            return head | {"perplexity": None, "bytes": None, "seconds": None, "reason": str(error)}
+        if entry.keep is None:
+            row["keep"] = round(row["keep_actual"], 4)
+        return row | ({"directory": entry.slug} if save else {})
+
+
+def _labelled(
+    progress: Progress, label: str, phase: str, done: int, total: int, detail: str = "", error: float | None = None
+) -> None:
+    progress(phase, done, total, f"{label}: {detail}" if detail else label, error)
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Finished rows by fingerprint; a line that an interruption cut off is no row."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+            yield entry["fingerprint"], entry["row"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+
+
+def append_row(path: Path, fingerprint: str, row: Mapping[str, Any]) -> None:
+    """Add a row that survives whatever comes next.
+
+    Raises:
+        OutputError: if the disk is full or cannot be written.
+    """
+    with disk_errors(path.parent), path.open("a+b") as file:
+        # After a line that was cut off, a new one begins.
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps({"fingerprint": fingerprint, "row": row}).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())

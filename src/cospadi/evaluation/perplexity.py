@@ -1,0 +1,152 @@
+"""Perplexity of a causal language model on a text.
+
+Per token, on the text as one token stream without added special tokens (documents joined by the end token), cut into
+blocks that do not overlap; the last partial block is dropped and each block's first token is not predicted.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cospadi.calibration.blocks import encode, join
+from cospadi.calibration.texts import Progress, Texts, read_texts
+from cospadi.errors import CalibrationError, NumericalError
+from cospadi.model_view import embedding_weight, guard_memory, placed
+
+LOGITS_AT_A_TIME = 2**26
+LOSS_AT_A_TIME = 2**24
+REMEDY = "give a smaller --seq-len or batch, or use --device cpu"
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How well a model predicts a text.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood per predicted token.
+        tokens: predicted tokens.
+        blocks: blocks evaluated.
+        bits_per_byte: total loss in bits over the UTF-8 bytes of the part of the text that the blocks cover.
+        word_perplexity: exp of the total loss over the number of words (by white space) of that part.
+    """
+
+    perplexity: float
+    tokens: int
+    blocks: int
+    bits_per_byte: float
+    word_perplexity: float
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: "str | Path | list[str] | Texts",
+    *,
+    seq_len: int = 1024,
+    max_blocks: int | None = None,
+    device: torch.device | str = "cpu",
+    batch: int | None = None,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Measure the perplexity of any causal language model, compressed or not.
+
+    Args:
+        model: it runs on `device` and is back where it was afterwards.
+        tokenizer: of the model.
+        source: anything `read_texts` takes.
+        seq_len: tokens in a block, at least 2.
+        max_blocks: use the first so many blocks only.
+        device: where the model runs.
+        batch: blocks at a time; None: as many as keep the logits small.
+        progress: called as progress(blocks done, blocks, source of the text).
+
+    Raises:
+        CalibrationError: if the text cannot be read or does not fill one block.
+        NumericalError: if the loss is NaN or Inf.
+        ResourceError: if the memory does not suffice.
+    """
+    if seq_len < 2:
+        raise CalibrationError(f"perplexity needs blocks of at least 2 tokens, not {seq_len}")
+    if max_blocks is not None and max_blocks < 1:
+        raise CalibrationError(f"max_blocks must be at least 1, not {max_blocks}")
+    texts = read_texts(source)
+    documents = encode(texts, tokenizer)
+    end = tokenizer.eos_token_id
+    stream = join(documents, end)
+    count = min(len(stream) // seq_len, len(stream) if max_blocks is None else max_blocks)
+    if count < 1:
+        raise CalibrationError(
+            f"{texts.source}: its {len(stream)} tokens do not fill one block of {seq_len}; "
+            "give more text or a smaller --seq-len"
+        )
+    blocks = torch.from_numpy(stream[: count * seq_len].reshape(count, seq_len))
+    total = 0.0
+    training = model.training
+    model.train(False)
+    try:
+        with guard_memory("computing perplexity", REMEDY), placed(model, device), torch.no_grad():
+            size = batch or max(1, LOGITS_AT_A_TIME // (seq_len * len(embedding_weight(model))))
+            for done, part in enumerate(torch.split(blocks, size)):
+                total += _loss(model, part.to(device))
+                if progress:
+                    progress(min((done + 1) * size, count), count, texts.source)
+    finally:
+        model.train(training)
+    tokens = count * (seq_len - 1)
+    if not math.isfinite(total):
+        raise NumericalError(f"the loss on {texts.source} is {total}: the model gives NaN or Inf")
+    covered = list(_covered(texts, tokenizer, documents, count * seq_len, end is not None))
+    size_in_bytes = sum(len(text.encode()) for text in covered)
+    words = sum(len(text.split()) for text in covered)
+    return Perplexity(
+        perplexity=_exp(total / tokens),
+        tokens=tokens,
+        blocks=count,
+        bits_per_byte=total / math.log(2) / max(size_in_bytes, 1),
+        word_perplexity=_exp(total / max(words, 1)),
+    )
+
+
+def _loss(model: PreTrainedModel, ids: Tensor) -> float:
+    """Summed negative log-likelihood of a batch of blocks (b, length), each first token not predicted."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    targets = ids[:, 1:].flatten()
+    rows = max(1, LOSS_AT_A_TIME // logits.shape[-1])
+    total = torch.zeros((), dtype=torch.float64, device=ids.device)
+    for part, target in zip(torch.split(logits, rows), torch.split(targets, rows), strict=True):
+        wide = part if part.dtype == torch.float64 else part.float()
+        chosen = wide.gather(1, target[:, None]).squeeze(1)
+        total += (wide.logsumexp(1) - chosen).sum(dtype=torch.float64)
+    return float(total)
+
+
+def _covered(
+    texts: Texts, tokenizer: PreTrainedTokenizerBase, documents: list[np.ndarray], tokens: int, ended: bool
+) -> Iterator[str]:
+    """The text that the first `tokens` tokens of the stream stand for, document by document."""
+    for text, ids in zip(texts.documents, documents, strict=True):
+        if tokens >= len(ids):
+            yield text
+        else:
+            if tokens > 0:
+                yield _prefix(text, tokenizer, ids, tokens)
+            return
+        tokens -= len(ids) + ended
+
+
+def _prefix(text: str, tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, tokens: int) -> str:
+    """The text of the first `tokens` tokens of a document."""
+    if tokenizer.is_fast:
+        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return text[: offsets["offset_mapping"][tokens - 1][1]]
+    return str(tokenizer.decode(ids[:tokens].tolist(), clean_up_tokenization_spaces=False))
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

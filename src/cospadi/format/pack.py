@@ -1,0 +1,173 @@
+"""Bits in, bits out: from float matrices to the stored tensors and back.
+
+Bit order: stored value i of a row occupies bits [i·b, (i+1)·b) of the row's little-endian bit stream, cut into 32-bit
+words; mask bit c of a row is bit c % 32 of word c // 32. Values of a sparse row stand in ascending column order.
+"""
+
+import torch
+from torch import Tensor
+
+from cospadi.format.schema import MatrixSpec, Stored
+from cospadi.solvers.projection import support as project_support
+
+Packed = dict[str, Tensor]
+
+
+def pack_bits(levels: Tensor, bits: int) -> Tensor:
+    """Pack unsigned integers of `bits` bits.
+
+    Args:
+        levels: integer (rows, n), 0 <= level < 2**bits.
+        bits: 1 to 16.
+
+    Returns:
+        int32 (rows, ceil(n·bits/32)).
+    """
+    rows, n = levels.shape
+    words = -(-n * bits // 32)
+    if 32 % bits == 0:  # values never straddle two words
+        per = 32 // bits
+        padded = torch.zeros(rows, words * per, dtype=torch.int64, device=levels.device)
+        padded[:, :n] = levels
+        shifts = torch.arange(per, device=levels.device) * bits
+        packed = (padded.view(rows, words, per) << shifts).sum(-1)
+    else:
+        packed = torch.zeros(rows, words + 1, dtype=torch.int64, device=levels.device)
+        start = torch.arange(n, device=levels.device) * bits
+        shifted = levels.to(torch.int64) << (start % 32)
+        word = (start // 32).expand(rows, n)
+        packed.scatter_add_(1, word, shifted & 0xFFFFFFFF)
+        packed.scatter_add_(1, word + 1, shifted >> 32)
+        packed = packed[:, :words]
+    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+
+
+def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
+    """Inverse of :func:`pack_bits`.
+
+    Args:
+        words: int32 (rows, ceil(count·bits/32)).
+        bits: 1 to 16.
+        count: values per row.
+
+    Returns:
+        int32 (rows, count).
+    """
+    if 32 % bits == 0:
+        per = 32 // bits
+        shifts = torch.arange(per, device=words.device, dtype=torch.int32) * bits
+        levels = (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+        return levels.reshape(words.shape[0], -1)[:, :count].contiguous()
+    wide = torch.cat([words.to(torch.int64) & 0xFFFFFFFF, torch.zeros_like(words[:, :1], dtype=torch.int64)], 1)
+    start = torch.arange(count, device=words.device) * bits
+    both = wide[:, start // 32] | (wide[:, start // 32 + 1] << 32)
+    return ((both >> (start % 32)) & ((1 << bits) - 1)).to(torch.int32)
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Pack a bool mask (rows, columns) into int32 words (rows, ceil(columns/32))."""
+    return pack_bits(mask.to(torch.uint8), 1)
+
+
+def unpack_mask(words: Tensor, columns: int) -> Tensor:
+    """Inverse of :func:`pack_mask`."""
+    return unpack_bits(words, 1, columns).to(torch.bool)
+
+
+def spread(per_group: Tensor, spec: MatrixSpec) -> Tensor:
+    """Repeat per-group numbers (rows, groups) to one per stored value (rows, nonzeros)."""
+    size = spec.group or spec.nonzeros
+    return per_group.repeat_interleave(size, dim=1)[:, : spec.nonzeros]
+
+
+def _encode(values: Tensor, spec: MatrixSpec, stored: Stored, dtype: torch.dtype) -> Packed:
+    if spec.bits == 16:
+        return {"values": values.to(dtype)}
+    if spec.bits == 14:
+        pattern = values.to(torch.bfloat16).view(torch.int16).to(torch.int32)
+        return {
+            "values": pack_bits(((pattern + 2) >> 2) & 0x3FFF, 14)
+        }  # to nearest; a carry into the exponent is right
+    if stored.scales is None:
+        raise ValueError(f"{spec.bits}-bit values need scales")
+    scales = spread(stored.scales.float(), spec)
+    low, high = integer_range(spec)
+    levels = torch.where(scales != 0, values.float() / scales, 0.0).round()
+    packed: Packed = {"scales": stored.scales.to(dtype)}
+    if spec.symmetric:
+        levels = levels.clamp(low, high)
+        packed["values"] = levels.to(torch.int8) if spec.bits == 8 else pack_bits((levels - low).int(), spec.bits)
+    else:
+        if stored.zeros is None:
+            raise ValueError("asymmetric values need zero points")
+        levels = (levels + spread(stored.zeros.float(), spec)).clamp(low, high)
+        packed["values"] = pack_bits(levels.int(), spec.bits)
+        packed["zeros"] = pack_bits(stored.zeros.int(), spec.bits)
+    return packed
+
+
+def integer_range(spec: MatrixSpec) -> tuple[int, int]:
+    """Smallest and largest level: ±(2^(b-1) − 1) around zero, or 0 … 2^b − 1 with a zero point."""
+    if spec.symmetric:
+        top = 2 ** (spec.bits - 1) - 1
+        return -top, top
+    return 0, 2**spec.bits - 1
+
+
+def decode_values(packed: Packed, spec: MatrixSpec, dtype: torch.dtype) -> Tensor:
+    """Stored values as floats, (rows, nonzeros), in column order."""
+    if spec.bits == 16:
+        return packed["values"].to(dtype)
+    if spec.bits == 14:
+        pattern = unpack_bits(packed["values"], 14, spec.nonzeros) << 2
+        pattern = torch.where(pattern >= 2**15, pattern - 2**16, pattern)
+        return pattern.to(torch.int16).view(torch.bfloat16).to(dtype)
+    if spec.bits == 8 and spec.symmetric:
+        levels = packed["values"]
+    else:
+        levels = unpack_bits(packed["values"], spec.bits, spec.nonzeros)
+    if spec.symmetric:
+        low = 0 if spec.bits == 8 else integer_range(spec)[0]
+        shifted = levels.to(dtype) + low
+    else:
+        zeros = unpack_bits(packed["zeros"], spec.bits, spec.groups)
+        shifted = (levels - spread(zeros, spec)).to(dtype)
+    return shifted * spread(packed["scales"].to(dtype), spec)
+
+
+def pack(stored: Stored, spec: MatrixSpec, dtype: torch.dtype = torch.bfloat16) -> Packed:
+    """Pack a matrix into its stored tensors.
+
+    Args:
+        stored: the matrix (rows, columns) with scales where the spec asks for integers.
+        spec: how to store it.
+        dtype: the 16-bit float of the model, for values and scales.
+
+    Returns:
+        tensors by role (values, mask, scales, zeros), shapes and dtypes as `spec.tensors(dtype)` says.
+
+    Raises:
+        ValueError: if the matrix has another shape than the spec, or more non-zeros than it allows.
+    """
+    matrix = stored.matrix
+    if tuple(matrix.shape) != (spec.rows, spec.columns):
+        raise ValueError(f"matrix is {tuple(matrix.shape)}, the spec says {(spec.rows, spec.columns)}")
+    if not spec.sparse:
+        return _encode(matrix, spec, stored, dtype)
+    mask = stored.support
+    if mask is None:
+        mask = project_support(matrix.T, spec.nonzeros, spec.pattern).T
+    if bool((mask.sum(1) != spec.nonzeros).any()) or bool((matrix[~mask] != 0).any()):
+        raise ValueError(f"the matrix does not have {spec.nonzeros} non-zeros in every row under {spec.pattern}")
+    packed = _encode(matrix[mask].view(spec.rows, spec.nonzeros), spec, stored, dtype)
+    return packed | {"mask": pack_mask(mask)}
+
+
+def unpack(packed: Packed, spec: MatrixSpec, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rebuild the matrix (rows, columns) from its stored tensors, in `dtype`."""
+    values = decode_values(packed, spec, dtype)
+    if not spec.sparse:
+        return values
+    matrix = torch.zeros(spec.rows, spec.columns, dtype=dtype, device=values.device)
+    mask = unpack_mask(packed["mask"], spec.columns)
+    return matrix.masked_scatter(mask, values)

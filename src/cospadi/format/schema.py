@@ -1,0 +1,252 @@
+"""Specifications of stored matrices and groups, and the one function that counts their bytes.
+
+A compressed linear layer computes ``y = (x D) S + b``. Both factors are stored like ``nn.Linear`` weights, outputs
+in rows: the dictionary as Dᵀ (atoms, d_in), the codes as Sᵀ (d_out, atoms). Each is described by a
+:class:`MatrixSpec`; a group of layers that share a dictionary by a :class:`GroupSpec`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cospadi.solvers.projection import balanced_nonzeros, parse_pattern
+
+FORMAT_VERSION = 1
+BITS = (2, 3, 4, 8, 14, 16)
+SCALE_BYTES = 2
+
+
+def _words(values: int, bits: int) -> int:
+    """32-bit words that hold `values` numbers of `bits` bits."""
+    return -(-values * bits // 32)
+
+
+@dataclass(frozen=True)
+class MatrixSpec:
+    """How one matrix is stored, outputs in rows as in ``nn.Linear``.
+
+    Attributes:
+        rows: outputs (atoms of a dictionary, d_out of codes).
+        columns: inputs (d_in of a dictionary, atoms of codes).
+        pattern: ``"dense"``, ``"free"`` (any `nonzeros` of a row) or ``"n:m"``.
+        nonzeros: stored values per row; equals `columns` for ``"dense"``.
+        bits: 16: the model's 16-bit float; 14: bfloat16 without its two lowest mantissa bits; 2, 3, 4, 8: integers
+            with scales.
+        group: stored values that share a scale, along the row; 0 means the whole row.
+        symmetric: integers around zero; otherwise a zero point of `bits` bits is stored beside every scale.
+    """
+
+    rows: int
+    columns: int
+    pattern: str = "dense"
+    nonzeros: int = 0
+    bits: int = 16
+    group: int = 0
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.columns < 1:
+            raise ValueError(f"a matrix of {self.rows}x{self.columns} cannot be stored")
+        if self.bits not in BITS:
+            raise ValueError(f"bits must be one of {BITS}, not {self.bits}")
+        if self.group < 0:
+            raise ValueError(f"group must not be negative, not {self.group}")
+        if self.pattern == "dense":
+            expected = self.columns
+        else:
+            balanced = parse_pattern(self.pattern)
+            expected = self.nonzeros if balanced is None else balanced_nonzeros(self.columns, *balanced)
+            if not 0 < expected <= self.columns:
+                raise ValueError(f"{self.nonzeros} non-zeros of {self.columns} are not possible")
+        if self.nonzeros not in (0, expected):
+            raise ValueError(f"pattern {self.pattern} of {self.columns} holds {expected} values, not {self.nonzeros}")
+        object.__setattr__(self, "nonzeros", expected)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether a mask is stored."""
+        return self.pattern != "dense"
+
+    @property
+    def integer(self) -> bool:
+        """Whether values are integers with scales."""
+        return self.bits <= 8
+
+    @property
+    def groups(self) -> int:
+        """Scales per row."""
+        return -(-self.nonzeros // self.group) if self.group else 1
+
+    def tensors(self, float_dtype: torch.dtype = torch.bfloat16) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and dtypes of the stored tensors, by role: values, mask, scales, zeros."""
+        if self.bits == 16:
+            stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+                "values": ((self.rows, self.nonzeros), float_dtype)
+            }
+        elif self.bits == 8 and self.symmetric:
+            stored = {"values": ((self.rows, self.nonzeros), torch.int8)}
+        else:
+            stored = {"values": ((self.rows, _words(self.nonzeros, self.bits)), torch.int32)}
+        if self.sparse:
+            stored["mask"] = ((self.rows, _words(self.columns, 1)), torch.int32)
+        if self.integer:
+            stored["scales"] = ((self.rows, self.groups), float_dtype)
+            if not self.symmetric:
+                stored["zeros"] = ((self.rows, _words(self.groups, self.bits)), torch.int32)
+        return stored
+
+    @property
+    def bytes(self) -> int:
+        """Exact bytes of the stored tensors."""
+        total = 0
+        for (rows, columns), dtype in self.tensors().values():
+            total += rows * columns * dtype.itemsize
+        return total
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is needed to read the matrix, without defaults and without the shape."""
+        out: dict[str, Any] = {"bits": self.bits}
+        if self.sparse:
+            out["pattern"] = self.pattern
+            out["nonzeros"] = self.nonzeros
+        if self.integer and self.group:
+            out["group"] = self.group
+        if not self.symmetric:
+            out["symmetric"] = False
+        return out
+
+    @classmethod
+    def from_dict(cls, rows: int, columns: int, data: dict[str, Any]) -> MatrixSpec:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: on unknown keys or impossible values.
+        """
+        unknown = set(data) - {"bits", "pattern", "nonzeros", "group", "symmetric"}
+        if unknown:
+            raise ValueError(f"unknown keys {sorted(unknown)}")
+        return cls(rows, columns, **data)
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """How one group of linear layers is stored.
+
+    Attributes:
+        modules: dotted names in the model; the first one holds the dictionary.
+        d_in: inputs, the same for all.
+        d_out: outputs of each module.
+        codes: the codes of all modules together: rows = sum of `d_out`.
+        dictionary: None for an identity dictionary.
+        method: the method that made it (for reports).
+    """
+
+    modules: tuple[str, ...]
+    d_in: int
+    d_out: tuple[int, ...]
+    codes: MatrixSpec
+    dictionary: MatrixSpec | None = None
+    method: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.modules) != len(self.d_out):
+            raise ValueError(f"{len(self.modules)} modules but {len(self.d_out)} output sizes")
+        if self.codes.rows != sum(self.d_out):
+            raise ValueError(f"codes have {self.codes.rows} rows, the modules {sum(self.d_out)}")
+        if self.dictionary is not None and self.dictionary.columns != self.d_in:
+            raise ValueError(f"dictionary reads {self.dictionary.columns} inputs, the modules {self.d_in}")
+        if self.codes.columns != self.atoms:
+            raise ValueError(f"codes read {self.codes.columns} atoms, the dictionary has {self.atoms}")
+
+    @property
+    def atoms(self) -> int:
+        """Atoms of the dictionary; d_in for the identity."""
+        return self.d_in if self.dictionary is None else self.dictionary.rows
+
+    @property
+    def name(self) -> str:
+        """Readable name: the first module, and the last parts of the others."""
+        return "+".join([self.modules[0], *(m.rsplit(".", 1)[-1] for m in self.modules[1:])])
+
+    @property
+    def bytes(self) -> int:
+        """Exact bytes of all stored tensors of the group (biases excluded)."""
+        return self.codes.bytes + (self.dictionary.bytes if self.dictionary else 0)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the same layers at 16 bits a weight."""
+        return 2 * self.d_in * sum(self.d_out)
+
+    def module_codes(self, index: int) -> MatrixSpec:
+        """Codes of one module."""
+        return replace(self.codes, rows=self.d_out[index])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, as it stands in ``config.json``."""
+        return {
+            "modules": list(self.modules),
+            "d_in": self.d_in,
+            "d_out": list(self.d_out),
+            "atoms": self.atoms,
+            "dictionary": None if self.dictionary is None else self.dictionary.to_dict(),
+            "codes": self.codes.to_dict(),
+            "method": self.method,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> GroupSpec:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: if the description is not one of a group.
+        """
+        try:
+            atoms, d_in, d_out = int(data["atoms"]), int(data["d_in"]), tuple(int(n) for n in data["d_out"])
+            dictionary = data["dictionary"]
+            return cls(
+                modules=tuple(str(m) for m in data["modules"]),
+                d_in=d_in,
+                d_out=d_out,
+                codes=MatrixSpec.from_dict(sum(d_out), atoms, data["codes"]),
+                dictionary=None if dictionary is None else MatrixSpec.from_dict(atoms, d_in, dictionary),
+                method=str(data.get("method", "")),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not the description of a group: {error}") from error
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A matrix as a solver leaves it, before packing.
+
+    Attributes:
+        matrix: (rows, columns) float, exactly on the grid given by scales and zeros where `spec.integer`.
+        scales: (rows, spec.groups) for integer specs, already rounded to the 16-bit float they are stored in.
+        zeros: (rows, spec.groups) integer zero points for asymmetric specs.
+        support: (rows, columns) bool for sparse specs; None: found from the matrix.
+    """
+
+    matrix: Tensor
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    support: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What a method gives for a group: the dictionary (None: identity) and the codes of all modules, rows in order.
+
+    Attributes:
+        codes: Sᵀ, (sum of d_out, atoms).
+        dictionary: Dᵀ, (atoms, d_in), or None.
+        info: numbers for the report (rounds, losses …).
+    """
+
+    codes: Stored
+    dictionary: Stored | None = None
+    info: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,14 @@
+"""Native loading: ``AutoModelForCausalLM.from_pretrained(directory)`` after ``import cospadi`` or by itself.
+
+transformers knows a quantization method once its two classes are registered. That happens
+
+* on ``import cospadi.integrations.transformers`` and in `cospadi.checkpoint.load`, always;
+* on ``import cospadi``, and by itself when transformers is imported in an environment where this package is installed:
+  see ``_cospadi_autoload.py`` and its off switches.
+"""
+
+from cospadi.checkpoint.hf_quantizer import CospadiConfig, CospadiQuantizer, register
+
+register()
+
+__all__ = ["CospadiConfig", "CospadiQuantizer", "register"]

@@ -1,0 +1,224 @@
+"""The operation as PyTorch sees it: ``torch.ops.cospadi.factored_linear``, for eager, compiled and exported programs.
+
+An operation takes tensors, numbers and strings only, so a `MatrixSpec` travels as a short string
+(:func:`describe`, :func:`parse`). One custom op with a kernel per device, rather than a `triton_op`: that one cannot be
+compiled or exported without a GPU driver.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from math import prod
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from cospadi.format import MatrixSpec, Packed
+from cospadi.kernels.cpu import cpu_forward
+from cospadi.kernels.gradients import backward as stored_backward
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_GRADIENTS = ("x", "dictionary_values", "dictionary_scales", "codes_values", "codes_scales")
+
+
+def describe(spec: MatrixSpec | None) -> str:
+    """A spec as a short string, empty for None; :func:`parse` reads it."""
+    if spec is None:
+        return ""
+    kind = "symmetric" if spec.symmetric else "zeros"
+    return f"{spec.rows} {spec.columns} {spec.pattern} {spec.nonzeros} {spec.bits} {spec.group} {kind}"
+
+
+@lru_cache(maxsize=4096)
+def parse(text: str) -> MatrixSpec:
+    """Inverse of :func:`describe` for a spec that is not None."""
+    rows, columns, pattern, nonzeros, bits, group, kind = text.split(" ")
+    numbers = {"nonzeros": int(nonzeros), "bits": int(bits), "group": int(group)}
+    return MatrixSpec(int(rows), int(columns), pattern, symmetric=kind == "symmetric", **numbers)
+
+
+def factored_linear(
+    x: Tensor,
+    dictionary: Packed | None,
+    dictionary_spec: MatrixSpec | None,
+    codes: Packed,
+    codes_spec: MatrixSpec,
+) -> Tensor:
+    """``y = (x D) S`` straight from the stored tensors, without a bias.
+
+    Differentiable in x, in 16-bit values and in scales. Under autocast x is cast to the dtype of the stored floats.
+
+    Args:
+        x: (..., d_in) float, of the dtype of the stored floats (values or scales); any strides, also empty.
+        dictionary: stored tensors of Dᵀ (atoms, d_in), by role as `cospadi.format.pack` gives them; None: identity.
+        dictionary_spec: how Dᵀ is stored; None with `dictionary`.
+        codes: stored tensors of Sᵀ (rows, atoms).
+        codes_spec: how Sᵀ is stored.
+
+    Returns:
+        (..., rows) in the dtype of x.
+
+    Raises:
+        ValueError: if the sizes of x, dictionary and codes do not fit each other.
+        TypeError: if x is not a float tensor of the stored floats' dtype.
+    """
+    if (dictionary is None) != (dictionary_spec is None):
+        raise ValueError("a dictionary needs its spec, and a spec its dictionary: give both or neither")
+    first = codes_spec if dictionary_spec is None else dictionary_spec
+    if x.shape[-1] != first.columns:
+        raise ValueError(f"x has {x.shape[-1]} features, the layer reads {first.columns}")
+    if dictionary_spec is not None and codes_spec.columns != dictionary_spec.rows:
+        raise ValueError(f"codes read {codes_spec.columns} atoms, the dictionary has {dictionary_spec.rows}")
+    x = _check_dtype(x, dictionary or {}, codes)
+    atoms = dictionary or {}
+    y: Tensor = torch.ops.cospadi.factored_linear(
+        x,
+        atoms.get("values"),
+        atoms.get("mask"),
+        atoms.get("scales"),
+        atoms.get("zeros"),
+        codes["values"],
+        codes.get("mask"),
+        codes.get("scales"),
+        codes.get("zeros"),
+        describe(dictionary_spec),
+        describe(codes_spec),
+    )
+    return y
+
+
+def _check_dtype(x: Tensor, dictionary: Packed, codes: Packed) -> Tensor:
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"x is {x.dtype}; a compressed layer reads a float tensor")
+    for packed in (dictionary, codes):
+        for role in ("values", "scales"):
+            stored = packed.get(role)
+            if stored is None or not stored.is_floating_point() or stored.dtype == x.dtype:
+                continue
+            if not torch.is_autocast_enabled(x.device.type):
+                raise TypeError(
+                    f"x is {x.dtype}, the layer's {role} are {stored.dtype}: cast one of them, as in model.to(x.dtype)"
+                )
+            x = x.to(stored.dtype)
+    return x
+
+
+def _packed(values: Tensor | None, mask: Tensor | None, scales: Tensor | None, zeros: Tensor | None) -> Packed | None:
+    if values is None:
+        return None
+    roles = {"values": values, "mask": mask, "scales": scales, "zeros": zeros}
+    return {role: stored for role, stored in roles.items() if stored is not None}
+
+
+def _flat(x: Tensor) -> Tensor:
+    # not reshape(-1, d): that is ambiguous for an empty batch
+    return x.reshape(prod(x.shape[:-1]), x.shape[-1])
+
+
+@torch.library.custom_op("cospadi::factored_linear", mutates_args=())
+def _op(
+    x: Tensor,
+    dictionary_values: Tensor | None,
+    dictionary_mask: Tensor | None,
+    dictionary_scales: Tensor | None,
+    dictionary_zeros: Tensor | None,
+    codes_values: Tensor,
+    codes_mask: Tensor | None,
+    codes_scales: Tensor | None,
+    codes_zeros: Tensor | None,
+    dictionary_spec: str,
+    codes_spec: str,
+) -> Tensor:
+    tensors = (dictionary_values, dictionary_mask, dictionary_scales, dictionary_zeros)
+    stored = (codes_values, codes_mask, codes_scales, codes_zeros)
+    return _run(cpu_forward, x, _packed(*tensors), dictionary_spec, _packed(*stored), codes_spec)
+
+
+def _run(
+    forward: Callable[..., Tensor],
+    x: Tensor,
+    dictionary: Packed | None,
+    dictionary_spec: str,
+    codes: Packed | None,
+    codes_spec: str,
+) -> Tensor:
+    spec = parse(dictionary_spec) if dictionary_spec else None
+    y = forward(_flat(x), dictionary, spec, codes, parse(codes_spec))
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+@_op.register_kernel("cuda")
+def _cuda(x: Tensor, *stored: Tensor | str | None) -> Tensor:
+    from cospadi.kernels.cuda import cuda_forward  # imports Triton, which nothing on CPU needs
+
+    tensors, (dictionary_spec, codes_spec) = cast("tuple[Tensor | None, ...]", stored[:8]), stored[8:]
+    specs = str(dictionary_spec), str(codes_spec)
+    return _run(cuda_forward, x, _packed(*tensors[:4]), specs[0], _packed(*tensors[4:]), specs[1])
+
+
+@_op.register_fake
+def _fake(x: Tensor, *rest: Tensor | str | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], parse(str(rest[-1])).rows))
+
+
+@torch.library.custom_op("cospadi::factored_linear_backward", mutates_args=())
+def _backward_op(
+    gradient: Tensor,
+    x: Tensor,
+    dictionary_values: Tensor | None,
+    dictionary_mask: Tensor | None,
+    dictionary_scales: Tensor | None,
+    dictionary_zeros: Tensor | None,
+    codes_values: Tensor,
+    codes_mask: Tensor | None,
+    codes_scales: Tensor | None,
+    codes_zeros: Tensor | None,
+    dictionary_spec: str,
+    codes_spec: str,
+    needs: str,
+) -> list[Tensor]:
+    dictionary = _packed(dictionary_values, dictionary_mask, dictionary_scales, dictionary_zeros)
+    codes = _packed(codes_values, codes_mask, codes_scales, codes_zeros)
+    assert codes is not None
+    spec = parse(dictionary_spec) if dictionary_spec else None
+    names = needs.split(" ")
+    found = stored_backward(_flat(gradient), _flat(x), dictionary, spec, codes, parse(codes_spec), frozenset(names))
+    found |= {"x": found["x"].view(x.shape)} if "x" in found else {}
+    return [found[name].contiguous() for name in names]
+
+
+@_backward_op.register_fake
+def _backward_fake(gradient: Tensor, x: Tensor, *rest: Tensor | str | None) -> list[Tensor]:
+    sources = {
+        "x": x,
+        "dictionary_values": rest[0],
+        "dictionary_scales": rest[2],
+        "codes_values": rest[4],
+        "codes_scales": rest[6],
+    }
+    out = []
+    for name in str(rest[-1]).split(" "):
+        source = sources[name]
+        assert isinstance(source, Tensor)
+        out.append(source.new_empty(source.shape))
+    return out
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:-2])
+    ctx.specs = inputs[-2:]  # type: ignore[attr-defined]
+
+
+def _autograd(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    places = (0, 1, 3, 5, 7)  # of the differentiable inputs among the op's
+    needs = [n for n, place in zip(_GRADIENTS, places, strict=True) if ctx.needs_input_grad[place]]  # type: ignore[attr-defined]
+    out: list[Tensor | None] = [None] * 11
+    if needs:
+        saved, specs = ctx.saved_tensors, ctx.specs  # type: ignore[attr-defined]
+        found = torch.ops.cospadi.factored_linear_backward(gradient, *saved, *specs, " ".join(needs))
+        for name, value in zip(needs, found, strict=True):
+            out[places[_GRADIENTS.index(name)]] = value
+    return tuple(out)
+
+
+_op.register_autograd(_autograd, setup_context=_setup_context)

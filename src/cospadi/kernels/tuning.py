@@ -1,0 +1,114 @@
+"""Choosing the fastest of a few ways to do the same thing, once per shape, in memory.
+
+The first call of a shape times every candidate on the real tensors and remembers the winner for the process. While a
+CUDA graph is captured, or with tuning switched off, the first candidate that is known to run is taken: put the most
+reasonable one first. Before every timing a buffer larger than the second-level cache is filled: that empties the cache
+of weights, as the other layers of a model do, and keeps the device busy while the host prepares the launch, which would
+otherwise be what is timed.
+"""
+
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Run = Callable[[], Tensor]
+REPEATS = 5
+FILLS = 8  # some 0.2 ms on an H200, longer than a launch takes the host
+_enabled = True
+_choices: dict[Hashable, str] = {}
+_failed: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way: `name` is the same for the same way from call to call."""
+
+    name: str
+    run: Run
+
+
+def set_tuning(enabled: bool) -> None:
+    """Switch timing of candidates on or off; off, the first candidate is taken."""
+    global _enabled
+    _enabled = enabled
+
+
+def choices() -> dict[Hashable, str]:
+    """What has been chosen so far, by key (a copy)."""
+    return dict(_choices)
+
+
+def clear() -> None:
+    """Forget all choices and failures."""
+    _choices.clear()
+    _failed.clear()
+
+
+def choose(key: Hashable, candidates: Sequence[Candidate], failures: tuple[type[Exception], ...] = ()) -> Tensor:
+    """Run the best candidate.
+
+    Args:
+        key: the shape and whatever else the choice depends on.
+        candidates: all give the same tensor; the likely best first.
+        failures: exceptions that only rule a candidate out, such as one that needs more shared memory than there is.
+
+    Returns:
+        the result of the chosen candidate.
+
+    Raises:
+        RuntimeError: if every candidate failed in one of these ways.
+    """
+    chosen = _choices.get(key)
+    for candidate in candidates:
+        if candidate.name == chosen:
+            return candidate.run()
+    usable = [c for c in candidates if c.name not in _failed]
+    if len(usable) > 1 and _enabled and not torch.cuda.is_current_stream_capturing():
+        usable = _ranked(usable, failures)
+        if usable:
+            _choices[key] = usable[0].name
+    for candidate in usable:
+        try:
+            return candidate.run()
+        except failures as error:
+            _rule_out(candidate, error)
+    raise RuntimeError("no kernel of this layer runs on this device; see the warnings above")
+
+
+def _ranked(candidates: Sequence[Candidate], failures: tuple[type[Exception], ...]) -> list[Candidate]:
+    timed: list[tuple[float, int, Candidate]] = []
+    for candidate in candidates:
+        try:
+            timed.append((_seconds(candidate.run), len(timed), candidate))
+        except failures as error:
+            _rule_out(candidate, error)
+    return [candidate for _, _, candidate in sorted(timed, key=lambda entry: entry[:2])]
+
+
+def _rule_out(candidate: Candidate, error: Exception) -> None:
+    if candidate.name not in _failed:
+        _failed.add(candidate.name)
+        logger.warning("kernel %s does not run on this device (%s); using another", candidate.name, error)
+
+
+def _seconds(run: Run) -> float:
+    run()  # compiles and loads
+    cache = torch.cuda.get_device_properties().L2_cache_size
+    filler = torch.empty(2 * cache, dtype=torch.uint8, device="cuda")
+    times: list[float] = []
+    for _ in range(REPEATS):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        for _ in range(FILLS):
+            filler.zero_()
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return median(times)

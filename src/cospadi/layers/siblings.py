@@ -1,0 +1,202 @@
+"""What layers with one input and one dictionary share: the product x D, or on a GPU the whole group's outputs.
+
+The first of the layers owns the dictionary. In eager mode the shared result is remembered until every sibling has
+used it. Three ways, from the best to the last:
+
+* few tokens on a GPU, without gradients: one launch computes the outputs of all siblings, whose codes lie behind each
+  other in one storage (:meth:`Siblings.join`);
+* otherwise in eager mode: the coordinates x D are computed once, each sibling multiplies its own codes;
+* under `torch.compile` and `torch.export` nothing is remembered: every sibling asks for x D, and the compiler merges
+  the equal calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cospadi.format import Packed
+
+if TYPE_CHECKING:
+    from cospadi.layers.factored_linear import FactoredLinear
+
+FEW_TOKENS = 16
+"""Up to this many rows of x the outputs are computed together; with more, launches no longer matter."""
+
+JOINED_ON = ("cuda",)
+"""Devices where a launch costs so much that joining the codes pays."""
+
+State = tuple[Any, ...]
+
+
+@dataclass
+class _Memo:
+    """The shared result of one input, and all that must still be as it was for it to hold."""
+
+    x: Tensor  # held, hence its identity cannot pass to another tensor
+    ambient: State
+    dictionary: State | None
+    coordinates: Tensor | None  # either these …
+    outputs: tuple[Tensor, ...]  # … or these, one per member, which also depend on
+    codes: tuple[State | None, ...]
+    waiting: set[int]
+
+
+def _ambient(x: Tensor) -> State:
+    """Version of the input and the modes that change a product's value, dtype or graph."""
+    kind = x.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    cast = torch.get_autocast_dtype(kind) if casts else None
+    return x._version, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), cast
+
+
+def _may_remember(x: Tensor) -> bool:
+    """Whether a change of `x` would be noticed: not while tracing, and not for tensors without a version counter."""
+    tracing = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return not (tracing or x.is_inference())
+
+
+class Siblings:
+    """The members of a group, the first being the owner of the dictionary.
+
+    A plain object, not a module: a sibling reaches the owner without holding its parameters a second time.
+    """
+
+    def __init__(self, members: Sequence[FactoredLinear]) -> None:
+        self.members = tuple(members)
+        self._memo: _Memo | None = None
+        self._joined: Packed | None = None
+        self._join_pending = True
+
+    @property
+    def owner(self) -> FactoredLinear:
+        """The member that holds the dictionary."""
+        return self.members[0]
+
+    def shared(self, x: Tensor, index: int) -> tuple[Tensor, bool]:
+        """What one member gets from the group.
+
+        A remembered result is served once to each member, and only if `x` is the same tensor, unchanged, under the
+        same autograd and autocast modes, and neither dictionary nor codes have changed.
+
+        Args:
+            x: (…, d_in).
+            index: which member asks.
+
+        Returns:
+            the member's output without bias (…, d_out) and True, or the coordinates (…, atoms) and False; on the
+            device of `x`.
+        """
+        if not _may_remember(x):
+            return self._coordinates(x), False
+        memo, ambient = self._memo, _ambient(x)
+        fresh = memo is not None and memo.x is x and memo.ambient == ambient and index in memo.waiting
+        if memo is None or not fresh or not self._holds(memo, index):
+            self._memo = None  # frees the old result before the new one is made
+            memo = self._compute(x, ambient)
+        memo.waiting.discard(index)
+        self._memo = memo if memo.waiting else None
+        if memo.coordinates is not None:
+            return memo.coordinates, False
+        return memo.outputs[index].contiguous(), True
+
+    def _holds(self, memo: _Memo, index: int) -> bool:
+        if memo.outputs and self.members[index].codes_state() != memo.codes[index]:
+            return False
+        if memo.dictionary is None:
+            return True
+        now = self.owner.dictionary_state()
+        return now is None or now == memo.dictionary  # None: offloaded since, hence not changed
+
+    def _compute(self, x: Tensor, ambient: State) -> _Memo:
+        waiting = set(range(len(self.members)))
+        joined = self._joined_codes(x)
+        if joined is not None:
+            outputs = torch.split(self.owner.group_output(x, joined), list(self.owner.group.d_out), -1)
+            codes = tuple(member.codes_state() for member in self.members)
+            return _Memo(x, ambient, self.owner.dictionary_state(), None, outputs, codes, waiting)
+        coordinates = self._coordinates(x)
+        if coordinates is x:  # identity dictionary: nothing to remember
+            return _Memo(x, ambient, None, x, (), (), set())
+        # the state after the product: the owner's hooks may only now have brought its dictionary
+        return _Memo(x, ambient, self.owner.dictionary_state(), coordinates, (), (), waiting)
+
+    def _coordinates(self, x: Tensor) -> Tensor:
+        owner = self.owner
+        if owner.dictionary_spec is None:
+            return x
+        where = owner.dictionary_device()
+        if where.type == "meta" and x.device.type != "meta":
+            # offloaded: a call runs the hooks that bring its parameters, whichever device they execute on
+            coordinates: Tensor = owner(x, coordinates_only=True)
+        elif where != x.device:
+            coordinates = owner.project(x.to(where))
+        else:
+            return owner.project(x)
+        return coordinates.to(x.device)
+
+    def _joined_codes(self, x: Tensor) -> Packed | None:
+        """The codes of all members as one matrix, where they lie so and one product with them is of use."""
+        kind = x.device.type
+        if kind not in JOINED_ON or prod(x.shape[:-1]) > FEW_TOKENS or self._needs_gradient(x):
+            return None
+        if self._join_pending and not (kind == "cuda" and torch.cuda.is_current_stream_capturing()):
+            self._join_pending = False
+            self.join()
+        return self._joined if self._lies_joined(x.device) else None
+
+    def _needs_gradient(self, x: Tensor) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        return x.requires_grad or any(p.requires_grad for m in self.members for p in m.factor_parameters())
+
+    def join(self) -> bool:
+        """Lay the members' codes behind each other in one storage; each parameter becomes a view of its rows.
+
+        Names, shapes and values of the parameters stay, so that saving is as before. Moving or replacing a parameter
+        later undoes it.
+
+        Returns:
+            False if the members lie on different devices or have no data; nothing is changed then.
+        """
+        packed = [member.packed_codes() for member in self.members]
+        if len({tensor.device for part in packed for tensor in part.values()} | {self.owner.dictionary_device()}) > 1:
+            return False
+        if packed[0]["values"].device.type == "meta":
+            return False
+        with torch.inference_mode(False), torch.no_grad():
+            joined = {role: torch.cat([part[role].detach() for part in packed]) for role in packed[0]}
+            for role, tensor in joined.items():
+                rows = torch.split(tensor, list(self.owner.group.d_out))
+                for part, view in zip(packed, rows, strict=True):
+                    part[role].data = view
+        self._joined = joined
+        return True
+
+    def _lies_joined(self, device: torch.device) -> bool:
+        """Whether the members' codes still are the rows of the joined matrix, and all lies on one device."""
+        if self._joined is None or self.owner.dictionary_device() != device:
+            return False
+        for role, tensor in self._joined.items():
+            address, step = tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
+            for member in self.members:
+                part = member.code_tensor(role)
+                if part.data_ptr() != address or part.dtype != tensor.dtype or part.device != device:
+                    self._joined = None  # moved or replaced; frees the storage too
+                    return False
+                address += member.out_features * step
+        return True
+
+    def placed_anew(self) -> None:
+        """Note that parameters have moved, as by ``module.to``."""
+        self._memo = self._joined = None
+        self._join_pending = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: without what is remembered or joined."""
+        return {"members": self.members, "_memo": None, "_joined": None, "_join_pending": True}

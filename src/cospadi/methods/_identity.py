@@ -1,0 +1,129 @@
+"""What the methods with an identity dictionary have in common: plans and the way from weights to stored codes."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+import torch
+from pydantic import AfterValidator, Field
+from torch import Tensor
+
+from cospadi.format import Factors, GroupSpec, MatrixSpec, Stored
+from cospadi.methods.base import GroupShape, Problem
+from cospadi.methods.sizing import largest
+from cospadi.solvers.projection import parse_pattern
+from cospadi.solvers.quantise import Quantised, quantise_rows
+
+
+def _known_pattern(pattern: str) -> str:
+    if pattern and parse_pattern(pattern) is None:
+        raise ValueError("pruning takes a pattern n:m, or none")
+    return pattern
+
+
+GroupSize = Annotated[int, Field(ge=0)]
+Pattern = Annotated[str, AfterValidator(_known_pattern)]
+
+
+def identity_spec(shape: GroupShape, **codes: object) -> GroupSpec:
+    """A group whose codes are the weights themselves, stored as the keywords of `MatrixSpec` say."""
+    spec = MatrixSpec(sum(shape.d_out), shape.d_in, **codes)  # type: ignore[arg-type]
+    return GroupSpec(shape.modules, shape.d_in, shape.d_out, spec)
+
+
+def group_sizes(group: int, columns: int) -> list[int]:
+    """The group size asked for, then coarser ones by doubling, then the whole row (0)."""
+    sizes = []
+    while 0 < group < columns:
+        sizes.append(group)
+        group *= 2
+    return [*sizes, 0]
+
+
+def integer_plan(
+    shape: GroupShape,
+    budget: int,
+    *,
+    bits: Literal[0, 2, 3, 4, 8] = 0,
+    group: GroupSize = 64,
+    symmetric: bool | None = None,
+) -> GroupSpec:
+    """The most bits a weight within the budget, and for these the smallest groups.
+
+    Args:
+        shape: the layers.
+        budget: bytes.
+        bits: 8, 4, 3 or 2; 0: the most of these that fits.
+        group: weights per scale; where it does not fit, coarser groups are taken before fewer bits. 0: the whole row.
+        symmetric: no zero points; None: at 8 bits only, since fewer levels are too few to waste.
+    """
+    spec = None
+    for width in [bits] if bits else [8, 4, 3, 2]:
+        even = width == 8 if symmetric is None else symmetric
+        for size in group_sizes(group, shape.d_in):
+            spec = identity_spec(shape, bits=width, group=size, symmetric=even)
+            if spec.bytes <= budget:
+                return spec
+    assert spec is not None  # the loops run at least once
+    return spec
+
+
+def pruning_plan(
+    shape: GroupShape, budget: int, *, pattern: Pattern = "", bits: Literal[2, 3, 4, 8, 16] = 16, group: GroupSize = 64
+) -> GroupSpec:
+    """The densest pattern n:32 within the budget, or the pattern asked for.
+
+    Args:
+        shape: the layers.
+        budget: bytes.
+        pattern: ``"n:m"`` as ``"2:4"``; empty: n of every 32, n from the budget.
+        bits: of the surviving weights: 16, 8, 4, 3 or 2.
+        group: surviving weights per scale, for integers; 0: the whole row.
+    """
+
+    def make(n: int) -> GroupSpec:
+        run = pattern or f"{n}:32"
+        return identity_spec(shape, pattern=run, bits=bits, group=group if bits <= 8 else 0)
+
+    return largest(make, 1, 1 if pattern else 32, budget)
+
+
+def module_rows(problem: Problem) -> Iterator[tuple[Tensor, Tensor]]:
+    """Weights with outputs in rows (d_out, d_in) and the Gram of their inputs; modules that share a Gram at once."""
+    if len(problem.grams) == 1:
+        yield torch.cat([weight.T for weight in problem.weights]), problem.grams[0]
+    else:
+        for weight, gram in zip(problem.weights, problem.grams, strict=True):
+            yield weight.T, gram
+
+
+def pruned_rows(rows: Tensor, support: Tensor, codes: MatrixSpec, hessian: Tensor | None = None) -> Quantised:
+    """Pruned rows as they are stored: 16-bit floats, or integers rounded with error feedback on each row's support."""
+    if not codes.integer:
+        return Quantised(rows, support=support)
+    return quantise_rows(
+        rows,
+        bits=codes.bits,
+        group=codes.group,
+        symmetric=codes.symmetric,
+        hessian=hessian,
+        support=support,
+        search=30,
+        sweeps=2,
+    )
+
+
+def stacked_rows(parts: list[Quantised], problem: Problem) -> Factors:
+    """Identity-dictionary factors of the modules' rows, one below the other, in the dtype of the weights."""
+
+    def stack(tensors: list[Tensor | None]) -> Tensor | None:
+        present = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(present) if present else None
+
+    return Factors(
+        Stored(
+            torch.cat([part.matrix for part in parts]).to(problem.weights[0].dtype),
+            stack([part.scales for part in parts]),
+            stack([part.zeros for part in parts]),
+            stack([part.support for part in parts]),
+        )
+    )

@@ -1,0 +1,30 @@
+"""ASVD: activation-aware SVD (Yuan et al., arXiv 2312.05821)."""
+
+import torch
+
+from cospadi.errors import CalibrationError
+from cospadi.format import Factors, GroupSpec
+from cospadi.methods._low_rank import dense_factors, stacked
+from cospadi.methods.base import Problem, method
+from cospadi.methods.sizing import low_rank_plan
+from cospadi.solvers.low_rank import weighted
+
+
+@method("asvd", paper="arXiv 2312.05821", plan=low_rank_plan, needs=("mean_abs",))
+def asvd(problem: Problem, spec: GroupSpec, *, alpha: float = 0.5) -> Factors:
+    """SVD with every input row scaled by a power of its mean absolute activation.
+
+    Minimises ‖diag(a^α) (W − D S)‖_F with a_i = mean |x_i|.
+
+    Args:
+        problem: with `mean_abs`.
+        spec: the rank.
+        alpha: 0 gives the plain SVD; the paper takes 0.5.
+
+    Raises:
+        CalibrationError: if the problem brings no mean absolute activations.
+    """
+    if not problem.mean_abs:
+        raise CalibrationError(f"{problem.name}: asvd needs the mean absolute activations; collect them first")
+    mean_abs = torch.stack([mean.double() for mean in problem.mean_abs]).mean(0)
+    return dense_factors(problem, spec, *weighted(stacked(problem), mean_abs**alpha, spec.atoms))

@@ -1,0 +1,171 @@
+"""The project's own sparse dictionary method: siblings share a dictionary, solved by hard-thresholding pursuit.
+
+Layers with the same input (q, k, v; gate, up) have exactly the same Gram, so one dictionary serves them at no cost in
+accuracy of the metric, its bytes are spread over more columns, and x D is computed once. Codes are balanced (n of every
+32 atoms), which costs nothing in accuracy and lets a kernel find every value without pointers.
+
+Low-bit factors are fitted to each other in the metric of the layer's outputs: the dictionary is rounded with error
+feedback under the Gram, so its rounding errors fall where inputs have little energy (rounding to the nearest spreads
+them evenly, which ruins dictionaries with more atoms than inputs); the codes are solved again for the rounded
+dictionary and rounded with error feedback under its own Gram; the dictionary is then refitted to the rounded codes, and
+so on.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cospadi.format import Factors, GroupSpec, MatrixSpec, Stored
+from cospadi.methods.base import GroupShape, Problem, method
+from cospadi.methods.sizing import sparse_dictionary_plan
+from cospadi.solvers.pursuit import (
+    gradient_steps,
+    keep_largest,
+    least_squares_dictionary,
+    pursuit,
+    refine_on_support,
+    spectral_norm,
+)
+from cospadi.solvers.quantise import fit_grid, quantise_rows
+from cospadi.solvers.rounding import CodeGrid, round_codes
+from cospadi.solvers.whitening import Whitening, ridge_whitening
+
+
+def pursuit_plan(
+    shape: GroupShape,
+    budget: int,
+    *,
+    rho: float = 2.0,
+    pattern: str = "auto",
+    dictionary_bits: int = 16,
+    value_bits: int = 16,
+    group: int = 64,
+) -> GroupSpec:
+    """The most atoms within the budget.
+
+    Args:
+        shape: the layers.
+        budget: bytes.
+        rho: atoms per non-zero, for ``pattern="free"``.
+        pattern: ``"free"``, ``"n:m"``, or ``"auto"``: 12:32 where there are many more inputs than outputs (an atom is
+            dear there and a code cheap, so each column may choose among more atoms), else 16:32.
+        dictionary_bits: 16, 8, 4, 3 or 2.
+        value_bits: 16, 14, 8, 4, 3 or 2.
+        group: values per scale of integer factors; 0: one scale per row.
+    """
+    if pattern == "auto":
+        pattern = "12:32" if shape.d_in > 1.5 * sum(shape.d_out) else "16:32"
+    return sparse_dictionary_plan(
+        shape,
+        budget,
+        rho=rho,
+        pattern=pattern,
+        dictionary_bits=dictionary_bits,
+        value_bits=value_bits,
+        group=group,
+    )
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The whitened problem: Y = L W (d_in, n) and the metric it came from."""
+
+    whitened: Tensor
+    whitening: Whitening
+    gram: Tensor
+
+    def loss(self, dictionary: Tensor, codes: Tensor) -> float:
+        """Relative squared whitened error of L D (d_in, k) and C (n, k)."""
+        energy = float(self.whitened.double().square().sum()) or 1.0
+        return float((self.whitened - dictionary @ codes.T).double().square().sum()) / energy
+
+
+@method("pursuit", paper="this project", plan=pursuit_plan, grouping="siblings")
+def solve(
+    problem: Problem,
+    spec: GroupSpec,
+    *,
+    rounds: int = 40,
+    steps: int = 5,
+    ridge: float = 1e-4,
+    refits: int = 3,
+    clip_search: int = 8,
+) -> Factors:
+    """Sparse dictionary shared by siblings, fast accelerated pursuit, balanced codes, 16 to 2 bits.
+
+    Args:
+        problem: one Gram for all modules; several are averaged.
+        spec: from :func:`pursuit_plan`.
+        rounds: alternations of codes and dictionary.
+        steps: gradient steps on the codes per round.
+        ridge: of the whitening, as a share of the mean eigenvalue.
+        refits: for integer factors: how often dictionary and codes are fitted to each other's rounding.
+        clip_search: for factors of at most 4 bits: clipping ranges that compete for every scale.
+    """
+    gram = torch.stack(problem.grams).mean(0) if len(problem.grams) > 1 else problem.grams[0]
+    whitening = ridge_whitening(gram, ridge)
+    weight = torch.cat([w.double() for w in problem.weights], 1)
+    target = _Target(whitening.apply(weight).float(), whitening, whitening.root.T @ whitening.root)
+    result = pursuit(
+        target.whitened,
+        spec.atoms,
+        spec.codes.nonzeros,
+        pattern=spec.codes.pattern,
+        rounds=rounds,
+        steps=steps,
+        seed=problem.seed,
+    )
+    if spec.dictionary is None:
+        raise ValueError("a sparse dictionary method needs a dictionary")
+    best: tuple[float, Stored, Stored] | None = None
+    dictionary, codes = result.dictionary, result.codes.T
+    low_bit = spec.dictionary.integer or spec.codes.integer
+    for turn in range(1 + (refits if low_bit else 0)):
+        if turn:
+            dictionary = least_squares_dictionary(target.whitened, codes)
+        stored_dictionary = _round_dictionary(dictionary, target, spec.dictionary, clip_search)
+        dictionary = whitening.apply(stored_dictionary.matrix.T.double()).float()
+        stored_codes = _fit_codes(dictionary, codes, target, spec.codes, steps, clip_search)
+        codes = stored_codes.matrix
+        loss = target.loss(dictionary, codes)
+        if best is None or loss < best[0]:
+            best = loss, stored_dictionary, stored_codes
+    assert best is not None
+    return Factors(codes=best[2], dictionary=best[1], info={"rounds": rounds, "whitened_error": best[0]})
+
+
+def _round_dictionary(dictionary: Tensor, target: _Target, spec: MatrixSpec, clip_search: int) -> Stored:
+    """Dᵀ on the stored grid from L D with atoms of any norm; integer grids with error feedback under the Gram."""
+    rows = target.whitening.undo(dictionary.double()).float().T.contiguous()
+    if not spec.integer:
+        return Stored(rows.bfloat16().float())
+    found = quantise_rows(
+        rows,
+        bits=spec.bits,
+        group=spec.group,
+        symmetric=spec.symmetric,
+        hessian=target.gram,
+        damping=1e-6,
+        search=clip_search if spec.bits <= 4 else 0,
+    )
+    return Stored(found.matrix, found.scales, found.zeros)
+
+
+def _fit_codes(
+    dictionary: Tensor, codes: Tensor, target: _Target, spec: MatrixSpec, steps: int, clip_search: int
+) -> Stored:
+    """C on the stored grid for a rounded L D: a few steps that may move the support, then least squares."""
+    gram, right = dictionary.T @ dictionary, target.whitened.T @ dictionary
+    start = torch.ones(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    lipschitz, _ = spectral_norm(gram, start, steps=24)
+    codes = gradient_steps(codes, gram, right, lipschitz, 2 * steps, spec.nonzeros, spec.pattern)
+    mask = keep_largest(codes, spec.nonzeros, spec.pattern)
+    codes = refine_on_support(codes * mask, mask, gram, right, 2 * steps)
+    if not spec.integer:
+        return Stored(codes, support=mask)
+    search = clip_search if spec.bits <= 4 else 0
+    stored = codes[mask].view(codes.shape[0], -1)
+    grid = fit_grid(stored, bits=spec.bits, group=spec.group, symmetric=spec.symmetric, search=search)
+    rounded = round_codes(codes, mask, gram, right, CodeGrid(grid, mask, spec.group))
+    return Stored(rounded, grid.scales, None if spec.symmetric else grid.zeros.int(), mask)

@@ -1,0 +1,23 @@
+"""Round to nearest: the plain quantisation that every other method has to beat at equal bytes."""
+
+from cospadi.format import Factors, GroupSpec
+from cospadi.methods._identity import integer_plan, module_rows, stacked_rows
+from cospadi.methods.base import Problem, method
+from cospadi.solvers.quantise import quantise_rows
+
+
+@method("rtn", plan=integer_plan)
+def rtn(problem: Problem, spec: GroupSpec, *, search: int = 0) -> Factors:
+    """Integers with group scales, every weight rounded to the nearest.
+
+    Args:
+        problem: weights; the Grams are not used.
+        spec: bits, group and symmetry.
+        search: clipping ranges to try per group for the least squared error; 0: span all weights.
+    """
+    codes = spec.codes
+    parts = [
+        quantise_rows(rows, bits=codes.bits, group=codes.group, symmetric=codes.symmetric, search=search)
+        for rows, _ in module_rows(problem)
+    ]
+    return stacked_rows(parts, problem)

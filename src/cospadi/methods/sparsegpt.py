@@ -1,0 +1,27 @@
+"""SparseGPT: pruning with second-order error feedback (Frantar and Alistarh, arXiv 2301.00774)."""
+
+from cospadi.format import Factors, GroupSpec
+from cospadi.methods._identity import module_rows, pruned_rows, pruning_plan, stacked_rows
+from cospadi.methods.base import Problem, method
+from cospadi.solvers.prune import sparsegpt as prune
+
+
+@method("sparsegpt", paper="arXiv 2301.00774", plan=pruning_plan)
+def sparsegpt(
+    problem: Problem, spec: GroupSpec, *, damping: float = 0.01, reorder: bool = True, sweeps: int = 2
+) -> Factors:
+    """Keeps n of every m weights; each pruned weight is made good for by weights not yet decided.
+
+    Args:
+        problem: weights and Grams.
+        spec: the pattern; integer bits round the survivors with error feedback on each row's support.
+        damping: of the Gram, as a share of its mean diagonal.
+        reorder: runs of the most energetic inputs first; otherwise left to right as in the paper.
+        sweeps: passes of coordinate descent over the kept weights afterwards, which never raise the error; 0: none,
+            as in the paper.
+    """
+    parts = []
+    for rows, gram in module_rows(problem):
+        pruned, support = prune(rows, gram, spec.codes.pattern, damping=damping, reorder=reorder, sweeps=sweeps)
+        parts.append(pruned_rows(pruned, support, spec.codes, gram))
+    return stacked_rows(parts, problem)

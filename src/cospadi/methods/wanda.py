@@ -1,0 +1,21 @@
+"""Wanda: pruning by weights and activations (Sun et al., arXiv 2306.11695)."""
+
+from cospadi.format import Factors, GroupSpec
+from cospadi.methods._identity import module_rows, pruned_rows, pruning_plan, stacked_rows
+from cospadi.methods.base import Problem, method
+from cospadi.solvers.prune import wanda_support
+
+
+@method("wanda", paper="arXiv 2306.11695", plan=pruning_plan)
+def wanda(problem: Problem, spec: GroupSpec) -> Factors:
+    """Keeps n of every m weights by |weight| times the root mean square of its input; changes none.
+
+    Args:
+        problem: weights and Grams.
+        spec: the pattern; integer bits round the survivors to the nearest.
+    """
+    parts = []
+    for rows, gram in module_rows(problem):
+        support = wanda_support(rows, gram, spec.codes.pattern)
+        parts.append(pruned_rows(rows * support, support, spec.codes))
+    return stacked_rows(parts, problem)

@@ -1,0 +1,195 @@
+"""Finding decoder layers and linear groups by watching a forward pass; nothing goes by a model's name.
+
+The probe runs the model's own forward on a few tokens with every parameter replaced by zeros that take no memory and
+every linear layer by one that only returns zeros. It therefore takes a moment for any size, never reads a weight,
+and works on a skeleton on ``meta`` as on a real model.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from cospadi.errors import ModelError
+from cospadi.model_view.view import LinearGroup, ModelView
+
+PROBE_SHAPE = (1, 4)
+LEGIBLE = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
+
+
+@dataclass
+class _Record:
+    """What the probe saw. Tensors are kept, so that their identities stay unique."""
+
+    calls: list[tuple[str, Any, Any]] = field(default_factory=list)
+    linears: list[tuple[str, Tensor]] = field(default_factory=list)
+
+
+def discover(model: PreTrainedModel) -> ModelView:
+    """Find the decoder layers and the linear layers in them, grouped by shared input.
+
+    Args:
+        model: a causal language model, real or on ``meta``.
+
+    Returns:
+        the view. Linear layers outside the decoder layers (the head) are left alone.
+
+    Raises:
+        ModelError: if the model has no chain of decoder layers, no linear layers in them, linear layers that the
+            forward does not call exactly once (mixtures of experts), or weights that are already quantised.
+    """
+    lists = {
+        name: list(module.children())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
+    }
+    _refuse_experts(model)
+    record = _probe(model, {f"{name}.{i}" for name, items in lists.items() for i in range(len(items))})
+    layers_name, extra = _decoder_layers(model, lists, record)
+    groups = _linear_groups(model, layers_name, record)
+    return ModelView(model, layers_name, groups, extra)
+
+
+def _refuse_experts(model: PreTrainedModel) -> None:
+    # Fused experts are three-dimensional parameters outside convolutions; several lists of experts come as ModuleLists
+    # that the router indexes, and are noticed later as linear layers that were not called.
+    for name, module in model.named_modules():
+        if "Conv" in type(module).__name__:
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3 and parameter.shape[0] > 1:
+                raise ModelError(
+                    f"{type(model).__name__}: {name} ({type(module).__name__}) holds {parameter.shape[0]} fused "
+                    f"experts in {key!r}; mixture-of-experts models are not supported yet"
+                )
+
+
+@contextmanager
+def _without_arithmetic(model: nn.Module, record: _Record) -> Iterator[None]:
+    """Replace the forward of every linear layer by one that notes its input and returns zeros."""
+    patched: list[nn.Module] = []
+    try:
+        for name, module in model.named_modules():
+            if not isinstance(module, nn.Linear) or "forward" in module.__dict__:
+                continue
+
+            def forward(x: Tensor, *_: Any, _name: str = name, _out: int = module.out_features) -> Tensor:
+                record.linears.append((_name, x))
+                return x.new_zeros(*x.shape[:-1], _out)
+
+            module.forward = forward  # type: ignore[method-assign,assignment]
+            patched.append(module)
+        yield
+    finally:
+        for module in patched:
+            del module.forward
+
+
+def _probe(model: PreTrainedModel, watched: set[str]) -> _Record:
+    record = _Record()
+    tensors = {
+        name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+    training = model.training
+    model.train(False)
+    with ExitStack() as stack:
+        stack.callback(model.train, training)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_without_arithmetic(model, record))
+        for name, module in model.named_modules():
+            if name in watched:
+
+                def note(_module: nn.Module, args: Any, kwargs: Any, out: Any, _name: str = name) -> None:
+                    hidden = args[0] if args else kwargs.get("hidden_states")
+                    record.calls.append((_name, hidden, out))
+
+                stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
+        inputs = {"input_ids": torch.zeros(PROBE_SHAPE, dtype=torch.long), "use_cache": False}
+        try:
+            functional_call(model, tensors, args=(), kwargs=inputs)
+        except Exception as error:
+            cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ModelError(
+                f"{type(model).__name__}: a forward pass over {PROBE_SHAPE[1]} dummy tokens failed ({cause}); "
+                "this architecture is not supported"
+            ) from error
+    return record
+
+
+def _decoder_layers(
+    model: PreTrainedModel, lists: dict[str, list[nn.Module]], record: _Record
+) -> tuple[str, int | None]:
+    """Name of the longest outermost list whose members were called once each, in order."""
+    called = [name for name, _, _ in record.calls]
+    chains = [
+        name
+        for name, items in lists.items()
+        if [c for c in called if c.rpartition(".")[0] == name] == [f"{name}.{i}" for i in range(len(items))]
+    ]
+    outermost = [name for name in chains if not any(name.startswith(other + ".") for other in chains)]
+    if not outermost:
+        raise ModelError(f"{type(model).__name__}: found no list of decoder layers that the forward calls in turn")
+    best = max(outermost, key=lambda name: len(lists[name]))
+    chain = [(hidden, out) for name, hidden, out in record.calls if name.rpartition(".")[0] == best]
+    returns = {len(out) if isinstance(out, tuple) else None for _, out in chain}
+    heads = [out[0] if isinstance(out, tuple) and out else out for _, out in chain]
+    linked = all(isinstance(hidden, Tensor) for hidden, _ in chain) and all(
+        hidden is previous for (hidden, _), previous in zip(chain[1:], heads, strict=False)
+    )
+    if not linked or len(returns) != 1:
+        kind = type(lists[best][0]).__name__
+        raise ModelError(
+            f"{type(model).__name__}: its decoder layers ({kind}, {best!r}) do not simply feed one into the next; "
+            "this architecture is not supported"
+        )
+    length = returns.pop()
+    return best, None if length is None else length - 1
+
+
+def _linear_groups(model: PreTrainedModel, layers_name: str, record: _Record) -> tuple[LinearGroup, ...]:
+    inside = {
+        name: module
+        for name, module in model.get_submodule(layers_name).named_modules(prefix=layers_name)
+        if isinstance(module, nn.Linear)
+    }
+    architecture = type(model).__name__
+    if not inside:
+        kinds = Counter(type(m).__name__ for m in model.get_submodule(layers_name).modules() if not [*m.children()])
+        found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(6))
+        raise ModelError(
+            f"{architecture}: no nn.Linear in the decoder layers {layers_name!r} (found: {found}); "
+            "this architecture is not supported"
+        )
+    counts = Counter(name for name, _ in record.linears if name in inside)
+    odd = [name for name in inside if counts[name] != 1]
+    if odd:
+        raise ModelError(
+            f"{architecture}: {len(odd)} of {len(inside)} linear layers are not called exactly once in a forward pass "
+            f"(first: {odd[0]}, {counts[odd[0]]} times); mixtures of experts and shared layers are not supported yet"
+        )
+    members: dict[tuple[int, int], list[str]] = {}
+    owners: dict[int, str] = {}
+    for name, x in record.linears:
+        if name not in inside:
+            continue
+        weight = inside[name].weight
+        if weight.dtype not in LEGIBLE or weight.ndim != 2:
+            raise ModelError(
+                f"{name} holds {weight.dtype} of shape {tuple(weight.shape)}; give the model in 16 or 32 bits, "
+                "not one that is quantised already"
+            )
+        if owners.setdefault(id(weight), name) != name:
+            raise ModelError(f"{name} shares its weight with {owners[id(weight)]}; tied layers are not supported")
+        index = int(name[len(layers_name) + 1 :].split(".", 1)[0])
+        members.setdefault((index, id(x)), []).append(name)
+    return tuple(
+        LinearGroup(tuple(names), index, inside[names[0]].in_features, tuple(inside[n].out_features for n in names))
+        for (index, _), names in members.items()
+    )

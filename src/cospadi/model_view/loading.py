@@ -1,0 +1,251 @@
+"""Opening models: from a local directory without any network, or from a hub id; one clear line if it fails."""
+
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from cospadi.errors import CospadiError, ModelError
+from cospadi.model_view.devices import guard_memory
+
+QUANT_METHOD = "cospadi"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_LONGEST_CAUSE = 240
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def is_compressed(config: PreTrainedConfig) -> bool:
+    """Whether a configuration belongs to a checkpoint that cospadi wrote."""
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation is None:
+        return False
+    if isinstance(quantisation, dict):
+        return quantisation.get("quant_method") == QUANT_METHOD
+    return getattr(quantisation, "quant_method", None) == QUANT_METHOD
+
+
+def open_config(source: str | Path, *, revision: str | None = None) -> PreTrainedConfig:
+    """Read the configuration of a causal language model.
+
+    Args:
+        source: a local directory, or a hub id.
+        revision: of a hub id.
+
+    Returns:
+        the configuration; no weights are read.
+
+    Raises:
+        ModelError: if there is none, if it cannot be read, or if it is not of a decoder-only language model.
+    """
+    options = _where(source, revision)
+    with _explained(source, "cannot read its config.json"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(**options)
+    found = ", ".join(getattr(config, "architectures", None) or []) or type(config).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{source}: {found} is an encoder-decoder model; only decoder-only models are supported")
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelError(
+            f"{source}: {found} (model type {config.model_type!r}) is not a causal language model "
+            "that transformers knows"
+        )
+    return config
+
+
+def open_tokenizer(source: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Read the tokenizer that lies beside a model.
+
+    Raises:
+        ModelError: if there is none or it cannot be read.
+    """
+    options = _where(source, revision)
+    if "local_files_only" in options and not any(_inside(options, name).is_file() for name in _TOKENIZER_FILES):
+        raise ModelError(f"{source}: has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); copy the model's there")
+    with _explained(source, "its tokenizer cannot be read"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**options)
+    return tokenizer
+
+
+def open_model(source: str | Path, *, revision: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer onto the CPU, in the dtype of the checkpoint, in eval mode.
+
+    Local directories are read without any network. Code that lies in the checkpoint is never run, pickled weights
+    are never opened.
+
+    Args:
+        source: a local directory, or a hub id.
+        revision: branch, tag or commit of a hub id.
+
+    Returns:
+        model and tokenizer.
+
+    Raises:
+        ModelError: if anything is missing, unreadable or unsupported, or if the weights do not fill the model.
+        ResourceError: if the memory does not suffice.
+    """
+    config = open_config(source, revision=revision)
+    tokenizer = open_tokenizer(source, revision=revision)
+    if is_compressed(config):
+        _require_plugin(source)
+    options = _where(source, revision)
+    if "local_files_only" in options:
+        _check_files(_inside(options))
+    remedy = "use a machine with more memory"
+    with _explained(source, "cannot read its weights"), guard_memory(f"loading {source}", remedy):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            **options,
+            config=config,
+            dtype="auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # looked at below, with a clearer message
+        )
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
+    _check_loaded(source, info)
+    model.train(False)
+    return model, tokenizer
+
+
+def _check_loaded(source: str | Path, info: dict[str, Any]) -> None:
+    # transformers fills what is absent or misshapen with random numbers: wrong for every use we have
+    wrong = sorted(info.get("mismatched_keys", ()))
+    if wrong:
+        name, there, expected = wrong[0]
+        raise ModelError(
+            f"{source}: {len(wrong)} weights do not have the shape that config.json says "
+            f"(first: {name} is {tuple(there)}, not {tuple(expected)}); config.json belongs to another model"
+        )
+    missing = sorted(info.get("missing_keys", ()))
+    if missing:
+        raise ModelError(
+            f"{source}: {len(missing)} weights are missing (first: {missing[0]}); the checkpoint is incomplete, or "
+            "config.json belongs to another model"
+        )
+    spare = sorted(info.get("unexpected_keys", ()))
+    if spare:  # heads for other uses are common and harmless, cut layers are not: the reader must judge
+        warnings.warn(
+            f"{source}: {len(spare)} stored weights are not part of the model (first: {spare[0]})", stacklevel=3
+        )
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model on ``meta``: every shape, no memory; seconds for any size.
+
+    Args:
+        config: of a causal language model.
+
+    Raises:
+        ModelError: if transformers cannot build it.
+    """
+    with _explained(type(config).__name__, "cannot build the model"), torch.device("meta"):
+        build: Any = AutoModelForCausalLM.from_config
+        model: PreTrainedModel = build(config, trust_remote_code=False)
+    model.train(False)
+    return model
+
+
+def _where(source: str | Path, revision: str | None) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` for a source."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{source}: the directory has no config.json, so it is not a model")
+        return {
+            "pretrained_model_name_or_path": str(path),
+            "local_files_only": True,
+            "trust_remote_code": False,
+        }
+    if path.exists():
+        raise ModelError(f"{source}: is a file; give the directory that holds config.json and the weights")
+    if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
+        raise ModelError(f"{source}: there is no such directory")
+    return {"pretrained_model_name_or_path": source, "revision": revision or "main", "trust_remote_code": False}
+
+
+def _inside(options: dict[str, Any], name: str = "") -> Path:
+    """The local directory of `_where`, or a file in it."""
+    return Path(options["pretrained_model_name_or_path"], name)
+
+
+def _check_files(directory: Path) -> None:
+    """Say clearly which weight files are absent or cut short, before transformers says it at length."""
+    index = directory / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelError(f"{directory}: {index.name} cannot be read ({error})") from None
+    elif not (directory / names[0]).is_file():
+        pickled = any(directory.glob("*.bin"))
+        hint = "; it has pickled weights, which are not opened: convert them to safetensors first" if pickled else ""
+        raise ModelError(f"{directory}: there are no weights (model.safetensors){hint}")
+    for name in names:
+        path = directory / name
+        if Path(name).name != name or not path.is_file():
+            raise ModelError(f"{directory}: the weight file {name} of its index is missing")
+        _check_length(path)
+
+
+def _check_length(path: Path) -> None:
+    """Compare a safetensors file's size with what its header promises."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= size - 8:
+                raise ValueError("its header is cut short")
+            header = json.loads(file.read(length))
+        end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from None
+    if size != 8 + length + end:
+        raise ModelError(
+            f"{path}: has {size:,} bytes where its header promises {8 + length + end:,}; copy or download it again"
+        )
+
+
+def _require_plugin(source: str | Path) -> None:
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        raise ModelError(f"{source}: is a cospadi checkpoint; `import cospadi` first, so that transformers can read it")
+
+
+@contextmanager
+def _explained(source: str | Path, what: str) -> Iterator[None]:
+    """Whatever transformers, safetensors or the hub raise becomes one line."""
+    try:
+        yield
+    except (CospadiError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        text = str(error)
+        if "trust_remote_code" in text or "custom code" in text:
+            cause = "it needs code that lies in the checkpoint, and such code is never run"
+        elif isinstance(error, SafetensorError):
+            cause = f"a safetensors file is damaged: {_one_line(text)}"
+        elif not Path(source).expanduser().exists() and isinstance(error, OSError):
+            cause = "it is neither a local directory nor a hub model that can be reached"
+        else:
+            cause = _one_line(text) or type(error).__name__
+        raise ModelError(f"{source}: {what}: {cause}") from error
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST_CAUSE else line[: _LONGEST_CAUSE - 1] + "…"

@@ -1,0 +1,112 @@
+"""What the rest of the package sees of a model: decoder layers and groups of linear layers."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cospadi.errors import NumericalError
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linear layers that read the very same input, in the order in which the model calls them.
+
+    Attributes:
+        modules: full dotted names in the model.
+        layer: index of the decoder layer they belong to.
+        d_in: inputs, the same for all.
+        d_out: outputs of each.
+    """
+
+    modules: tuple[str, ...]
+    layer: int
+    d_in: int
+    d_out: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Readable name: the first module, and the last parts of the others."""
+        return "+".join([self.modules[0], *(m.rsplit(".", 1)[-1] for m in self.modules[1:])])
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the weights at 16 bits each."""
+        return 2 * self.d_in * sum(self.d_out)
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """A causal language model as decoder layers and linear groups; of a real model or one on ``meta``.
+
+    Attributes:
+        model: the model itself.
+        layers_name: dotted name of the list of decoder layers, for example ``"model.layers"``.
+        groups: every group, ordered by layer, then by first call.
+        extra_outputs: how many values beside the hidden states each layer returns (None: it returns a bare tensor).
+    """
+
+    model: PreTrainedModel
+    layers_name: str
+    groups: tuple[LinearGroup, ...]
+    extra_outputs: int | None = None
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers, as they are in the model now."""
+        return list(self.model.get_submodule(self.layers_name).children())
+
+    @cached_property
+    def module_names(self) -> tuple[str, ...]:
+        """Names of all linear layers of all groups, in order."""
+        return tuple(name for group in self.groups for name in group.modules)
+
+    def of_layer(self, index: int) -> tuple[LinearGroup, ...]:
+        """The groups of one decoder layer."""
+        return tuple(group for group in self.groups if group.layer == index)
+
+    def module(self, name: str) -> nn.Module:
+        """The module of that dotted name, as it is in the model now."""
+        return self.model.get_submodule(name)
+
+    def weight(self, name: str) -> Tensor:
+        """W (d_in, d_out) of a linear layer: a detached view in the model's dtype, no copy.
+
+        Raises:
+            TypeError: if the module has been replaced by something without a dense weight.
+        """
+        weight = self.module(name).weight
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{name} has no dense weight")
+        return weight.detach().T
+
+    def bias(self, name: str) -> Tensor | None:
+        """The bias (d_out,) of a linear layer, detached, or None."""
+        bias = getattr(self.module(name), "bias", None)
+        return bias.detach() if isinstance(bias, Tensor) else None
+
+
+def embedding_weight(model: PreTrainedModel) -> Tensor:
+    """The input embedding (vocabulary, width): tokens must lie where it lies and below its length."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def check_weights(view: ModelView) -> None:
+    """Look for NaN and Inf in the weights and biases of all linear groups.
+
+    Raises:
+        NumericalError: naming the first such layer.
+    """
+    for name in view.module_names:
+        for what, tensor in (("weight", view.weight(name)), ("bias", view.bias(name))):
+            if tensor is None:
+                continue
+            bad = int(torch.count_nonzero(~tensor.isfinite()))
+            if bad:
+                raise NumericalError(
+                    f"{name}: {bad} of {tensor.numel()} entries of the {what} are NaN or Inf; the model is damaged"
+                )

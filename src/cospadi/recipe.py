@@ -1,0 +1,196 @@
+"""The recipe: everything a user may say about a run, validated strictly. Importing it does not import torch."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from cospadi.errors import BudgetError, RecipeError
+
+DEFAULT_METHOD = "pursuit"
+_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([kKMGT]?i?)B?\s*")
+_POWERS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``"5GB"``, ``"500 MB"``, ``"1.5GiB"`` or a plain number (SI prefixes are powers of 1000).
+
+    Raises:
+        RecipeError: if the text is none of these.
+    """
+    found = _SIZE.fullmatch(text)
+    if not found or float(found[1]) <= 0:
+        raise RecipeError(f"{text!r} is not a size; write for example 5GB, 500MB or 1.5GiB")
+    prefix = found[2]
+    base = 1024 if prefix.endswith("i") else 1000
+    return int(float(found[1]) * base ** _POWERS[prefix.removesuffix("i")])
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibration(_Strict):
+    """The text from which layer statistics are taken."""
+
+    source: str | None = Field(None, description="A .txt, .json, .jsonl or .parquet file, or a hub data set name.")
+    samples: int = Field(256, ge=1, description="Number of sequences.")
+    seq_len: int = Field(1024, ge=8, description="Tokens per sequence.")
+    field: str = Field("text", description="Name of the text field in structured files.")
+
+
+class Refine(_Strict):
+    """Block-local tuning of the factors after each decoder layer."""
+
+    steps: int = Field(240, ge=1, description="Adam steps on each decoder layer, once the learning rate is found.")
+    batch: int = Field(8, ge=1, description="Sequences in a step.")
+    held_out: float = Field(
+        0.125, gt=0, lt=1, description="Share of the calibration sequences that decides which parameters are kept."
+    )
+    probe: float = Field(0.15, gt=0, le=1, description="Share of the steps spent on every learning rate that is tried.")
+    patience: int = Field(4, ge=1, description="Tenths of a run without improvement after which it ends.")
+
+
+class Recipe(_Strict):
+    """A whole compression run.
+
+    Raises:
+        RecipeError: through :meth:`load` and :meth:`merged`, on unknown keys (naming the nearest) or wrong values.
+    """
+
+    method: str = Field(DEFAULT_METHOD, description="Name of a method, see `cospadi methods`.")
+    keep: float | None = Field(None, description="Share of the compressed linear layers' 16-bit bytes to keep, 0 to 1.")
+    target_size: str | None = Field(None, description="Size of all files instead of `keep`, such as 5GB.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the method.")
+    grouping: Literal["matrix", "siblings"] | None = Field(
+        None, description="Which layers share a dictionary; left out: what the method publishes."
+    )
+    allocation: Literal["uniform", "pooled", "truncation", "rocket", "knapsack"] | None = Field(
+        None, description="Who gets how many bytes; left out: what the method publishes."
+    )
+    calibration: Calibration = Field(default_factory=Calibration)
+    anchor: bool = Field(
+        False, description="Fit every layer to the input that the compressed layers before it really give."
+    )
+    refine: Refine | None = Field(
+        None, description="Tune every decoder layer after its factorisation: true, or a section of settings."
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    seed: int = Field(0, ge=0, description="Seed of every random choice.")
+
+    @field_validator("keep")
+    @classmethod
+    def _keep_is_a_share(cls, keep: float | None) -> float | None:
+        if keep is not None and not 0 < keep < 1:
+            raise BudgetError(
+                f"keep must lie between 0 and 1, not {keep:g}: it is the share of the linear layers' bytes to keep "
+                "(0.8 keeps 80 %)"
+            )
+        return keep
+
+    @field_validator("target_size", mode="before")
+    @classmethod
+    def _target_is_a_size(cls, size: Any) -> Any:
+        # A plain number of bytes is a number in YAML.
+        text = str(size) if isinstance(size, int) and not isinstance(size, bool) else size
+        if isinstance(text, str):
+            parse_size(text)
+        return text
+
+    @field_validator("refine", mode="before")
+    @classmethod
+    def _refine_by_a_word(cls, value: Any) -> Any:
+        return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Recipe:
+        if self.keep is not None and self.target_size is not None:
+            raise BudgetError(f"keep ({self.keep:g}) and target_size ({self.target_size}) are both given: give one")
+        return self
+
+    def require_budget(self) -> None:
+        """Check that the recipe says how small the model shall be.
+
+        Raises:
+            BudgetError: if it does not.
+        """
+        if self.keep is None and self.target_size is None:
+            raise BudgetError(
+                "say how small the model shall be: either --keep (such as 0.8) or --target-size (such as 5GB)"
+            )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a YAML recipe.
+
+        Raises:
+            RecipeError: if the file is missing, is not YAML, or has unknown keys or wrong values.
+        """
+        path = Path(path)
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RecipeError(f"recipe {path} does not exist") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"recipe {path} cannot be read: {error}") from None
+        except yaml.YAMLError as error:
+            where = getattr(error, "problem_mark", None)
+            line = f", line {where.line + 1}" if where else ""
+            raise RecipeError(f"recipe {path}{line} is not valid YAML: {getattr(error, 'problem', error)}") from None
+        if data is not None and not isinstance(data, dict):
+            raise RecipeError(f"recipe {path} holds a {type(data).__name__}, not keys and values")
+        return cls().merged(data or {}, source=f"recipe {path}")
+
+    def merged(self, changes: dict[str, Any], source: str = "options") -> Recipe:
+        """This recipe with `changes` laid over it; nested sections are merged key by key.
+
+        A change of `keep` takes the place of `target_size` and the other way round, and the options of a method do
+        not outlive it.
+
+        Raises:
+            RecipeError: on unknown keys (naming the nearest) or wrong values.
+        """
+        data = self.model_dump()
+        for key, other in (("keep", "target_size"), ("target_size", "keep")):
+            if changes.get(key) is not None:
+                data[other] = None
+        if changes.get("method", self.method) != self.method:
+            data["options"] = {}
+        for key, value in changes.items():
+            section = data.get(key)
+            data[key] = {**section, **value} if isinstance(section, dict) and isinstance(value, dict) else value
+        try:
+            return Recipe.model_validate(data)
+        except ValidationError as error:
+            raise RecipeError(f"{source}: {_first_problem(error)}") from None
+
+    def to_yaml(self) -> str:
+        """YAML text of the recipe, without keys left at None."""
+        return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] != "extra_forbidden":
+        return f"{path}: {first['msg']}"
+    model: type[BaseModel] = Recipe
+    for part in first["loc"][:-1]:
+        annotation = model.model_fields[str(part)].annotation
+        for inner in (annotation, *get_args(annotation)):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                model = inner
+    near = difflib.get_close_matches(str(first["loc"][-1]), list(model.model_fields), n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(model.model_fields)}"
+    return f"unknown key {path!r}{hint}"
+
+
+def json_schema() -> str:
+    """JSON schema of a recipe, for editors."""
+    return json.dumps(Recipe.model_json_schema(), indent=2)

@@ -1,0 +1,166 @@
+"""Low rank: truncated singular value decompositions, the roots they are taken in, and least squares of one factor.
+
+All of them are minimisers of ‖R (W − D S)‖_F for some root R of the inputs' second moments: R = I gives the plain SVD,
+a diagonal R the weighted SVDs (FWSVD, ASVD), RᵀR = G the truncation-aware ones (SVD-LLM).
+"""
+
+import torch
+from torch import Tensor
+
+from cospadi.solvers.whitening import Whitening
+
+
+def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors and singular values, by the eigenvectors of the smaller Gram in float64.
+
+    One symmetric eigenproblem of size min(m, n) is several times faster than a full SVD. The vectors are orthonormal
+    to rounding; singular values below 1e-8 of the largest are accurate only in absolute terms, which moves the
+    truncation error by no more than float64 rounding of ‖matrix‖².
+
+    Args:
+        matrix: (m, n), any float dtype.
+
+    Returns:
+        vectors (m, min(m, n)) and singular values (min(m, n),), both float64, largest first.
+    """
+    matrix = matrix.double()
+    if matrix.shape[0] <= matrix.shape[1]:
+        basis, square = None, matrix
+    else:
+        basis, square = torch.linalg.qr(matrix)
+    values, vectors = torch.linalg.eigh(square @ square.T)
+    vectors = vectors.flip(1)
+    return vectors if basis is None else basis @ vectors, values.flip(0).clamp_min(0).sqrt()
+
+
+def spectrum(matrix: Tensor) -> Tensor:
+    """Singular values (min(m, n),) of a matrix (m, n), float64, largest first."""
+    return left_singular(matrix)[1]
+
+
+def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Best approximation of the given rank (Eckart and Young).
+
+    Args:
+        matrix: (m, n).
+        rank: 1 to min(m, n).
+
+    Returns:
+        U (m, rank) with orthonormal columns and C = Uᵀ matrix (rank, n), both float64.
+
+    Raises:
+        ValueError: if the rank is out of range.
+    """
+    if not 1 <= rank <= min(matrix.shape):
+        raise ValueError(f"rank {rank} of a matrix {tuple(matrix.shape)} is not possible")
+    vectors = left_singular(matrix)[0][:, :rank].contiguous()
+    return vectors, vectors.T @ matrix.double()
+
+
+def whitened(weight: Tensor, whitening: Whitening, rank: int) -> tuple[Tensor, Tensor]:
+    """Minimiser of ‖L (W − D S)‖_F over rank-r products (SVD-LLM, arXiv 2403.07378, section 3.1).
+
+    The i-th singular value of L W is exactly the output error that dropping it costs.
+
+    Args:
+        weight: W (d_in, d_out).
+        whitening: L and its inverse.
+        rank: r.
+
+    Returns:
+        D (d_in, r) = L⁻¹ U and S (r, d_out) = Uᵀ L W, both float64.
+    """
+    vectors, codes = truncated(whitening.apply(weight.double()), rank)
+    return whitening.undo(vectors), codes
+
+
+def weighted(weight: Tensor, scale: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Minimiser of ‖diag(scale) (W − D S)‖_F over rank-r products.
+
+    Args:
+        weight: W (d_in, d_out).
+        scale: (d_in,), not negative. Inputs below a millionth of the largest are treated as if they had that much,
+            which bounds the inverse; all zero counts as all equal.
+        rank: r.
+
+    Returns:
+        D (d_in, r) and S (r, d_out), both float64.
+    """
+    scale = scale.double()
+    peak = scale.max()
+    scale = torch.where(peak > 0, scale.clamp_min(1e-6 * peak), torch.ones_like(scale))[:, None]
+    vectors, codes = truncated(scale * weight.double(), rank)
+    return vectors / scale, codes
+
+
+def eigen_whitening(gram: Tensor, ridge: float = 1e-6) -> Whitening:
+    """Whitening by the root √Λ Qᵀ of G = Q Λ Qᵀ (SVD-LLM V2, arXiv 2503.12340, section 3.2).
+
+    Args:
+        gram: (d_in, d_in) symmetric, positive semi-definite up to rounding.
+        ridge: least eigenvalue, as a share of the mean. Unlike an added ridge it leaves the others as they are.
+
+    Returns:
+        root and inverse, float64; the identity where the Gram is all zero.
+    """
+    values, vectors = torch.linalg.eigh(gram.double())
+    mean = values.clamp_min(0).mean()
+    if mean <= 0:
+        eye = torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
+        return Whitening(eye, eye)
+    root = values.clamp_min(ridge * mean).sqrt()
+    return Whitening(root[:, None] * vectors.T, vectors / root)
+
+
+def fit_codes(dictionary: Tensor, weight: Tensor, gram: Tensor, ridge: float = 1e-9) -> Tensor:
+    """Codes that minimise ‖X W − X D S‖_F for a given dictionary: (DᵀGD)⁻¹ DᵀG W.
+
+    The second step of SVD-LLM (section 3.2) and the update of Basis Sharing (arXiv 2410.03765, section 3.3).
+
+    Args:
+        dictionary: D (d_in, k).
+        weight: W (d_in, d_out).
+        gram: G (d_in, d_in).
+        ridge: added to the normal equations, as a share of their mean diagonal; grown tenfold until they factorise.
+
+    Returns:
+        S (k, d_out) float64; zero where the dictionary or the Gram is zero.
+
+    Raises:
+        ValueError: if the Gram is far from positive semi-definite, or holds NaN.
+    """
+    dictionary, gram = dictionary.double(), gram.double()
+    half = gram @ dictionary
+    normal = dictionary.T @ half
+    mean = float(normal.diagonal().mean())
+    if mean == 0:
+        return torch.zeros(dictionary.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
+    eye = torch.eye(normal.shape[0], dtype=torch.float64, device=normal.device)
+    while mean > 0 and ridge < 1e-2:
+        factor, failed = torch.linalg.cholesky_ex(normal + ridge * mean * eye)
+        if not failed:
+            return torch.cholesky_solve(half.T @ weight.double(), factor)
+        ridge *= 10
+    raise ValueError(
+        "the codes' normal equations cannot be solved: the Gram is not positive semi-definite, or holds NaN"
+    )
+
+
+def unit_variance(dictionary: Tensor, codes: Tensor, gram: Tensor, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """Scale atoms so that every coordinate of x D has unit variance on calibration text; the product is unchanged.
+
+    Args:
+        dictionary: D (d_in, k).
+        codes: S (k, d_out).
+        gram: G (d_in, d_in).
+        ridge: least energy of an atom, as a share of what it would have under a flat spectrum: without it an atom
+            that calibration never excited would grow without bound.
+
+    Returns:
+        D and S, scaled. Zero atoms stay as they are.
+    """
+    flat = gram.diagonal().double().mean() * dictionary.square().sum(0)
+    energy = torch.einsum("ik,ik->k", dictionary, gram.to(dictionary.dtype) @ dictionary)
+    scale = torch.maximum(energy, ridge * flat).sqrt()
+    scale = torch.where(scale > 0, scale, 1.0)
+    return dictionary / scale, codes * scale[:, None]

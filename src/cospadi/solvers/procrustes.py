@@ -1,0 +1,92 @@
+"""Sparse coding over an orthonormal dictionary: both steps in closed form (COMPOT, arXiv 2602.15200)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cospadi.solvers.projection import largest_per_column
+
+
+def leading_directions(target: Tensor, count: int) -> Tensor:
+    """The `count` leading left singular vectors of Y (d, n), as columns (d, count); count <= d."""
+    moments = target.double() @ target.double().T
+    vectors: Tensor = torch.linalg.eigh(moments).eigenvectors
+    return vectors[:, -count:].flip(1).to(target.dtype)
+
+
+def polar_factor(matrix: Tensor) -> Tensor:
+    """U Vᵀ for the thin SVD U Σ Vᵀ of a matrix (d, k), k <= d: the nearest matrix with orthonormal columns.
+
+    It maximises tr(DᵀM) over DᵀD = I, which is the Procrustes problem min ‖Y − D S‖² for M = Y Sᵀ. Found as
+    M (MᵀM)^(−1/2), several times faster than the SVD, which is left for matrices (nearly) without full rank: there the
+    missing directions are any orthonormal ones, all equally good.
+    """
+    wide = matrix.double()
+    polar: Tensor
+    values, vectors = torch.linalg.eigh(wide.T @ wide)
+    if float(values[0]) > 1e-10 * float(values[-1]):
+        polar = (wide @ (vectors * values.rsqrt())) @ vectors.T
+        eye = torch.eye(polar.shape[1], dtype=polar.dtype, device=polar.device)
+        for _ in range(2):  # Newton-Schulz: squares what the square of the condition number cost
+            polar = polar @ (1.5 * eye - 0.5 * (polar.T @ polar))
+    else:
+        u, _, vt = torch.linalg.svd(wide, full_matrices=False)
+        polar = u @ vt
+    return polar.to(matrix.dtype)
+
+
+def orthonormal_codes(dictionary: Tensor, target: Tensor, nonzeros: int) -> Tensor:
+    """The best codes for an orthonormal dictionary: the `nonzeros` largest entries of every column of DᵀY.
+
+    Args:
+        dictionary: D (d, k), DᵀD = I.
+        target: Y (d, n).
+        nonzeros: per column.
+
+    Returns:
+        S (k, n).
+    """
+    dense = dictionary.T @ target
+    return dense * largest_per_column(dense.abs(), nonzeros)
+
+
+def procrustes(
+    target: Tensor,
+    atoms: int,
+    nonzeros: int,
+    *,
+    rounds: int = 20,
+    progress: Callable[[int, float], None] | None = None,
+) -> tuple[Tensor, Tensor, list[float]]:
+    """Factor Y ≈ D S with DᵀD = I and `nonzeros` coefficients in every column of S.
+
+    Each round takes the best codes and then the best dictionary, so the error never rises; after the last round the
+    codes are taken once more, which belong to the dictionary returned.
+
+    Args:
+        target: Y (d, n), float32 or float64.
+        atoms: k <= d.
+        nonzeros: s, 0 < s <= k.
+        rounds: of codes and dictionary; 0 leaves the singular vectors as they are.
+        progress: called after each round with its number, from 1, and its loss.
+
+    Returns:
+        D (d, k), S (k, n) and ‖Y − D S‖² at the start and after each round.
+
+    Raises:
+        ValueError: if there are more atoms than rows.
+    """
+    if atoms > target.shape[0]:
+        raise ValueError(f"{atoms} atoms of {target.shape[0]} entries cannot be orthonormal")
+    energy = float(target.double().square().sum())
+    dictionary = leading_directions(target, atoms)
+    codes = orthonormal_codes(dictionary, target, nonzeros)
+    losses = [energy - float(codes.double().square().sum())]  # DᵀD = I: the error is what the codes do not hold
+    for number in range(1, rounds + 1):
+        dictionary = polar_factor(target @ codes.T)
+        codes = orthonormal_codes(dictionary, target, nonzeros)
+        losses.append(energy - float(codes.double().square().sum()))
+        if progress is not None:
+            progress(number, losses[-1])
+    return dictionary, codes, losses

@@ -1,0 +1,210 @@
+"""Quantisers: integer grids with group scales, rounding to the nearest, and rounding with error feedback (GPTQ).
+
+A row's values are cut into groups of `group` consecutive stored values; each group has a scale and, for asymmetric
+grids, an integer zero point: value = (level − zero) · scale. Scales are rounded to bfloat16 before anything is rounded
+to them, so a matrix from here lies exactly on the grid that a checkpoint stores.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cospadi.solvers.feedback import feedback, refine, sweep, sweep_supports
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The grid of every group.
+
+    Attributes:
+        scales: (rows, groups) float32, exact in bfloat16, not negative; 0 where all values of the group are zero.
+        zeros: (rows, groups) float32 integers; all zero for a symmetric grid.
+        low: least level.
+        high: largest level.
+    """
+
+    scales: Tensor
+    zeros: Tensor
+    low: int
+    high: int
+
+    def snap(self, values: Tensor) -> Tensor:
+        """Nearest grid values, for values with one dimension more than the scales or as many."""
+        scales, zeros = self.scales, self.zeros
+        if values.dim() > scales.dim():
+            scales, zeros = scales[..., None], zeros[..., None]
+        safe = torch.where(scales > 0, scales, 1.0)
+        return ((values / safe).round().add_(zeros).clamp_(self.low, self.high) - zeros) * scales
+
+    def at(self, rows: Tensor | slice, groups: Tensor | int) -> "Grid":
+        """The grids of some groups."""
+        return Grid(self.scales[rows, groups], self.zeros[rows, groups], self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A matrix as it is to be stored.
+
+    Attributes:
+        matrix: (rows, columns) float32, exactly on the grid.
+        scales: (rows, groups) float32, exact in bfloat16; None for values that stay floats.
+        zeros: (rows, groups) int32, or None for symmetric grids.
+        support: bool (rows, columns) of a sparse matrix.
+    """
+
+    matrix: Tensor
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    support: Tensor | None = None
+
+
+def levels(bits: int, symmetric: bool) -> tuple[int, int]:
+    """Least and largest level: ±(2^(b−1) − 1), or 0 … 2^b − 1 beside a zero point."""
+    top = 2 ** (bits - 1) - 1
+    return (-top, top) if symmetric else (0, 2**bits - 1)
+
+
+def grouped(values: Tensor, group: int) -> Tensor:
+    """Values (rows, n) as (rows, groups, group), the last group padded with zeros; group 0 is the whole row."""
+    size = group or values.shape[1]
+    return torch.nn.functional.pad(values, (0, -values.shape[1] % size)).view(values.shape[0], -1, size)
+
+
+def bfloat16_exact(values: Tensor) -> Tensor:
+    """Rounded to bfloat16, in float32."""
+    return values.to(torch.bfloat16).to(torch.float32)
+
+
+def fit_grid(
+    values: Tensor,
+    *,
+    bits: int,
+    group: int = 0,
+    symmetric: bool = True,
+    importance: Tensor | None = None,
+    search: int = 0,
+) -> Grid:
+    """Scales and zero points for a matrix.
+
+    Without search the grid spans the values (and zero). With search, ranges shrunk in equal steps down to 30 % compete
+    for the least weighted squared error; outliers are then clipped where that pays.
+
+    Args:
+        values: (rows, n), the stored values in their order.
+        bits: 2, 3, 4 or 8.
+        group: values per scale; 0: the whole row.
+        symmetric: levels around zero, no zero point.
+        importance: weight of each squared error, (n,) or (rows, n); None: all alike.
+        search: number of shrunken ranges to try.
+
+    Returns:
+        the grid; the unshrunken one wherever no other is better.
+
+    Raises:
+        ValueError: if the bits are none of 2, 3, 4, 8.
+    """
+    if bits not in (2, 3, 4, 8):
+        raise ValueError(f"integers of {bits} bits are not supported, only 2, 3, 4 and 8")
+    low, high = levels(bits, symmetric)
+    split = grouped(values.float(), group)
+    bottom, top = split.amin(-1).clamp_max(0), split.amax(-1).clamp_min(0)
+    if symmetric:
+        span, zeros = torch.maximum(-bottom, top) / high, torch.zeros_like(top)
+    else:
+        span = (top - bottom) / high
+        zeros = (-bottom / torch.where(span > 0, span, 1.0)).round().clamp(low, high)
+    best = Grid(bfloat16_exact(span), zeros, low, high)
+    if not search:
+        return best
+    weight = torch.ones_like(values[:1]) if importance is None else importance.expand(values.shape).float()
+    weight = grouped(weight, group)
+    error = ((best.snap(split) - split).square() * weight).sum(-1)
+    for step in range(1, search + 1):
+        trial = Grid(bfloat16_exact(span * (1 - 0.7 * step / search)), zeros, low, high)
+        missed = ((trial.snap(split) - split).square() * weight).sum(-1)
+        better = missed < error
+        error = torch.where(better, missed, error)
+        best = Grid(torch.where(better, trial.scales, best.scales), zeros, low, high)
+    return best
+
+
+def quantise_rows(
+    matrix: Tensor,
+    *,
+    bits: int,
+    group: int = 0,
+    symmetric: bool = True,
+    hessian: Tensor | None = None,
+    support: Tensor | None = None,
+    damping: float = 0.01,
+    search: int = 0,
+    sweeps: int = 0,
+) -> Quantised:
+    """Quantise a matrix with outputs in rows, with error feedback where a Hessian is given.
+
+    The loss is Σ over rows of eᵀ H e, e the row's error: the Gram of the inputs for weights (d_out, d_in); DᵀGD for
+    codes Sᵀ (d_out, atoms); the Gram for a dictionary Dᵀ (atoms, d_in).
+
+    Grids are fixed beforehand from the matrix as given, so inputs can be processed in the order of their importance
+    while groups stay consecutive ("static groups"): no index is stored. Sparse rows are rounded under the exact
+    Hessian of their own support.
+
+    Args:
+        matrix: (rows, columns) float, zero outside the support.
+        bits: 2, 3, 4 or 8.
+        group: stored values per scale; 0: the whole row.
+        symmetric: no zero points.
+        hessian: (columns, columns); None: to the nearest.
+        support: bool (rows, columns) with the same number of stored values in every row; None: dense.
+        damping: of the Hessian, as a share of its mean diagonal.
+        search: clipping ranges to try, see :func:`fit_grid`; with a Hessian, errors count by the root of its diagonal,
+            between what matters before feedback (the diagonal) and after it (far less).
+        sweeps: passes of coordinate descent after the error feedback.
+
+    Raises:
+        ValueError: if the bits are none of 2, 3, 4, 8, or the Hessian is not positive semi-definite.
+    """
+    matrix = matrix.float()
+    rows, columns = matrix.shape
+    stored = matrix if support is None else matrix[support].view(rows, -1)
+    importance = None
+    if hessian is not None:
+        importance = hessian.diagonal().clamp_min(0).sqrt().float().expand(rows, columns)
+        importance = importance if support is None else importance[support].view(rows, -1)
+    grid = fit_grid(stored, bits=bits, group=group, symmetric=symmetric, importance=importance, search=search)
+    if hessian is None:
+        result = grid.snap(grouped(stored, group)).view(rows, -1)[:, : stored.shape[1]]
+        if support is not None:
+            result = torch.zeros_like(matrix).masked_scatter(support, result)
+    else:
+        result = _with_feedback(matrix, grid, group or stored.shape[1], hessian, support, damping, sweeps)
+    return Quantised(result.contiguous(), grid.scales, None if symmetric else grid.zeros.int(), support)
+
+
+def _with_feedback(
+    matrix: Tensor, grid: Grid, size: int, hessian: Tensor, support: Tensor | None, damping: float, sweeps: int
+) -> Tensor:
+    """Error feedback, then coordinate descent, on fixed grids of `size` stored values each."""
+    every = torch.arange(matrix.shape[0], device=matrix.device)
+    if support is None:
+        plan = feedback(hessian, damping)
+        inputs = plan.order.tolist()
+        result = sweep(matrix, plan, lambda target, step: grid.at(slice(None), inputs[step] // size).snap(target))
+        place = torch.arange(matrix.shape[1], device=matrix.device).expand(1, -1) // size
+    else:
+        place = (support.cumsum(1) - 1).clamp_min(0) // size
+        result = sweep_supports(
+            matrix, support, hessian, lambda target, row, column: grid.at(row, place[row, column]).snap(target), damping
+        )
+    if not sweeps:
+        return result
+    return refine(
+        matrix,
+        result,
+        hessian,
+        lambda target, column: grid.at(every, place[:, column].expand(len(every))).snap(target),
+        sweeps=sweeps,
+        support=support,
+        damping=damping,
+    )

@@ -1,0 +1,172 @@
+"""The operation on CUDA against float64: every kernel, prefill, graphs, compiled programs. Needs a CUDA device."""
+
+import pytest
+import torch
+
+from cospadi.format import MatrixSpec
+from cospadi.kernels import cuda, factored_linear, reference, tuning
+from cospadi.kernels.synthetic import random_packed
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+CODES = [
+    ("16:32", 0, 16, 0, True),
+    ("16:32", 0, 8, 0, True),
+    ("8:16", 0, 4, 16, True),
+    ("5:8", 0, 8, 0, True),
+    ("free", 301, 16, 0, True),
+    ("free", 301, 4, 8, True),
+    ("free", 301, 8, 8, False),
+    ("16:32", 0, 14, 0, True),
+    ("dense", 0, 16, 0, True),
+    ("dense", 0, 4, 64, False),
+]
+DICTIONARIES = [None, (16, 0, True), (8, 0, True), (4, 64, True), (3, 32, False)]
+TOKENS = (1, 3, 4, 16, 33, 300)
+
+
+def make(d_in, atoms, rows, codes, dictionary, dtype=torch.bfloat16):
+    pattern, nonzeros, bits, group, symmetric = codes
+    atoms = d_in if dictionary is None else atoms
+    codes_spec = MatrixSpec(rows, atoms, pattern, nonzeros, bits, group, symmetric)
+    packed = random_packed(codes_spec, dtype, "cuda")
+    if dictionary is None:
+        return None, None, packed, codes_spec
+    bits, group, symmetric = dictionary
+    spec = MatrixSpec(atoms, d_in, bits=bits, group=group, symmetric=symmetric)
+    return random_packed(spec, dtype, "cuda", 1), spec, packed, codes_spec
+
+
+def check(case, tokens, dtype=torch.bfloat16, limit=None):
+    d_in = (case[1] or case[3]).columns
+    x = torch.randn(tokens, d_in, device="cuda").to(dtype)
+    y = factored_linear(x, *case)
+    assert y.dtype == dtype
+    exact = reference(x, *case)
+    error = float((y.double() - exact).norm() / exact.norm())
+    limits = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-6, torch.float64: 1e-12}
+    assert error < (limit or limits[dtype]), (tokens, error)
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    tuning.clear()
+    tuning.set_tuning(True)
+    yield
+    tuning.set_tuning(True)
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize("sizes", [(384, 640, 515), (200, 609, 77)], ids=str)
+def test_codes_of_every_kind(sizes, codes):
+    case = make(*sizes, codes, (16, 0, True))
+    for tokens in TOKENS:
+        # weights of other than 16 bits are rounded to bfloat16 where they are unpacked
+        check(case, tokens, limit=5e-3)
+
+
+@pytest.mark.parametrize("dictionary", DICTIONARIES, ids=str)
+def test_dictionaries_of_every_kind(dictionary):
+    case = make(640, 384, 515, ("16:32", 0, 16, 0, True), dictionary)
+    for tokens in TOKENS:
+        check(case, tokens, limit=6e-3 if dictionary and dictionary[0] == 3 else 5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_other_dtypes(dtype):
+    case = make(384, 640, 515, ("16:32", 0, 16, 0, True), (16, 0, True), dtype)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for tokens in (1, 4, 300):
+        check(case, tokens, dtype)
+
+
+def test_more_tokens_than_rebuilding_costs():
+    case = make(64, 640, 128, ("16:32", 0, 16, 0, True), (16, 0, True))
+    check(case, 4000, limit=5e-3)
+
+
+def test_the_choice_is_timed_once_and_kept():
+    case = make(384, 640, 512, ("16:32", 0, 16, 0, True), (8, 0, True))
+    check(case, 1)
+    chosen = tuning.choices()
+    assert len(chosen) == 2
+    check(case, 1)
+    assert tuning.choices() == chosen
+
+
+@pytest.mark.parametrize("tuned", [True, False])
+def test_captured_in_a_graph(tuned):
+    case = make(384, 640, 512, ("16:32", 0, 16, 0, True), (8, 0, True))
+    x = torch.randn(1, 384, device="cuda", dtype=torch.bfloat16)
+    tuning.set_tuning(tuned)
+    factored_linear(x, *case)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = factored_linear(x, *case)
+    for seed in range(3):
+        x.copy_(torch.randn(1, 384, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        exact = reference(x, *case)
+        assert float((y.double() - exact).norm() / exact.norm()) < 4e-3
+
+
+def test_a_kernel_that_does_not_fit_is_ruled_out(monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    case = make(640, 640, 512, ("16:32", 0, 16, 0, True), None)
+
+    def too_large(*_):
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    monkeypatch.setattr(cuda.launch, "balanced", too_large)
+    options = cuda.launch.options
+    monkeypatch.setattr(
+        cuda.launch, "options", lambda s, t: [*options(s, t), (cuda.launch.sparse, cuda.launch.SPARSE_ONE[0])]
+    )
+    check(case, 1)
+
+
+def test_without_triton(monkeypatch, caplog):
+    monkeypatch.setattr(cuda, "launch", None)
+    monkeypatch.setattr(cuda, "_reason", "not there", raising=False)
+    monkeypatch.setattr(cuda, "_said", False)
+    case = make(384, 640, 512, ("16:32", 0, 8, 0, True), (8, 0, True))
+    check(case, 1, limit=6e-3)
+    check(case, 40, limit=6e-3)
+    assert caplog.text.count("Triton cannot be imported") == 1
+
+
+def test_gradients_match_those_on_cpu():
+    case = make(96, 128, 80, ("16:32", 0, 8, 0, True), (16, 0, True), torch.float32)
+    x = torch.randn(5, 96)
+    grads = []
+    for device in ("cuda", "cpu"):
+        packed = [{r: t.to(device).detach() for r, t in p.items()} for p in (case[0], case[2])]
+        leaves = [packed[0]["values"], packed[1]["scales"], x.to(device)]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        factored_linear(leaves[2], packed[0], case[1], packed[1], case[3]).square().sum().backward()
+        grads.append([leaf.grad.cpu() for leaf in leaves])
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled():
+    case = make(384, 640, 512, ("16:32", 0, 16, 0, True), (8, 0, True))
+    compiled = torch.compile(lambda x: factored_linear(x, *case) * 2, fullgraph=True)
+    x = torch.randn(1, 384, device="cuda", dtype=torch.bfloat16)
+    assert torch.equal(compiled(x), factored_linear(x, *case) * 2)
+
+
+def test_the_next_row_is_not_read():
+    """Rows end at the right place: a NaN in every other row stays there."""
+    spec = MatrixSpec(64, 96, "free", 37)
+    packed = random_packed(spec, torch.bfloat16, "cuda")
+    packed["values"][::2] = float("nan")
+    for tokens in (1, 16):
+        y = factored_linear(torch.randn(tokens, 96, device="cuda", dtype=torch.bfloat16), None, None, packed, spec)
+        assert bool(y[:, ::2].isnan().all())
+        assert bool(y[:, 1::2].isfinite().all())

@@ -1,0 +1,83 @@
+import math
+from fractions import Fraction
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from cospadi.allocation import theoretical_loss, truncation_loss, uniform
+from cospadi.errors import BudgetError
+
+
+@pytest.mark.parametrize("keep", [0.01, 0.29, 1 / 3, 0.6, 0.999, 1.0])
+def test_uniform_is_exact(keep):
+    sizes = [int(size) for size in np.random.default_rng(0).integers(1, 10**9, 50)] + [1, 1, 2]
+    budgets = uniform(sizes, keep)
+    assert sum(budgets) == math.floor(Fraction(repr(keep)) * sum(sizes))
+    assert all(abs(budget - keep * size) < 1 + 1e-6 for budget, size in zip(budgets, sizes, strict=True))
+    assert all(0 <= budget <= size for budget, size in zip(budgets, sizes, strict=True))
+
+
+def test_keep_is_read_as_written():
+    assert math.floor(0.29 * 100) == 28  # what binary fractions would give
+    assert uniform([100], 0.29) == [29]
+
+
+def test_nothing_to_share_out():
+    assert uniform([], 0.5) == []
+    assert uniform([0, 4], 0.5) == [0, 2]
+
+
+@pytest.mark.parametrize("keep", [0.0, -0.1, 1.1, float("nan")])
+def test_keep_out_of_range_is_refused(keep):
+    with pytest.raises(BudgetError, match=r"\(0, 1\]"):
+        uniform([10], keep)
+
+
+def test_truncation_loss_is_the_norm_of_the_tail():
+    assert truncation_loss([5.0, 4.0, 3.0, 0.0], 1) == 5.0
+    assert truncation_loss([5.0, 4.0], 2) == 0.0
+
+
+def test_theoretical_loss_follows_the_formula_within_a_kind():
+    losses, sizes, kinds = [2.0, 8.0, 32.0, 5.0], [1000, 1000, 1000, 600], ["q", "q", "q", "o"]
+    budgets = theoretical_loss(losses, sizes, kinds, 0.6)
+    assert sum(budgets) == 2160
+    assert budgets[3] == 360
+    inverse = [1 / (1 + math.log(loss / 2)) for loss in losses[:3]]
+    removed = [1200 * part / sum(inverse) for part in inverse]
+    assert budgets[:3] == pytest.approx([1000 - gone for gone in removed], abs=1)
+
+
+def test_theoretical_loss_does_not_depend_on_the_unit():
+    losses, sizes, kinds = [0.2, 0.5, 0.9], [1000, 2000, 500], [0, 0, 0]
+    assert theoretical_loss(losses, sizes, kinds, 0.7) == theoretical_loss([1e4 * x for x in losses], sizes, kinds, 0.7)
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.3, 0.8, 1.0])
+def test_theoretical_loss_keeps_to_sum_and_guards(keep):
+    rng = np.random.default_rng(1)
+    losses = [*np.exp(rng.normal(size=40) * 3), 0.0]
+    sizes = [int(size) for size in rng.integers(1000, 10**6, 41)]
+    kinds = [int(kind) for kind in rng.integers(0, 4, 41)]
+    budgets = theoretical_loss(losses, sizes, kinds, keep, least_keep=0.07)
+    assert sum(budgets) == math.floor(Fraction(repr(keep)) * sum(sizes))
+    for budget, size in zip(budgets, sizes, strict=True):
+        assert 0.07 * size - 1 <= budget <= size
+    for kind in set(kinds):
+        mine = [i for i in range(41) if kinds[i] == kind]
+        kept = sum(budgets[i] for i in mine)
+        assert kept == pytest.approx(keep * sum(sizes[i] for i in mine), abs=len(mine) + 1)
+        ranked = sorted(mine, key=lambda i: losses[i])
+        shares = [budgets[i] / sizes[i] for i in ranked]
+        assert all(b >= a - 2e-3 for a, b in pairwise(shares))
+
+
+def test_theoretical_loss_refuses_nonsense():
+    with pytest.raises(ValueError, match="sizes"):
+        theoretical_loss([1.0], [1, 2], ["a"], 0.5)
+    for loss in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="finite"):
+            theoretical_loss([loss], [10], ["a"], 0.5)
+    with pytest.raises(BudgetError):
+        theoretical_loss([1.0], [10], ["a"], 1.5)

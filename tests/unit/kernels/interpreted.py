@@ -1,0 +1,143 @@
+"""The Triton kernels on CPU, in Triton's interpreter, against float64.
+
+Run by test_triton.py in a process of its own, with TRITON_INTERPRET=1 from the start.
+"""
+
+import os
+
+import pytest
+import torch
+
+from cospadi.format import MatrixSpec, unpack
+from cospadi.kernels import launch
+from cospadi.kernels.synthetic import random_packed
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before anything imports triton"
+
+
+def inputs(tokens, columns, dtype=torch.float16):
+    return torch.randn(tokens, columns, generator=torch.Generator().manual_seed(5)).to(dtype)
+
+
+def check(y, x, packed, spec, limit=3e-3):
+    exact = x.double() @ unpack(packed, spec, torch.float64).T
+    assert y.shape == exact.shape
+    assert float((y.double() - exact).norm() / exact.norm()) < limit
+
+
+SPARSE = [
+    ("free", 31, 16, 0),
+    ("free", 9, 8, 0),
+    ("free", 70, 4, 8),
+    ("16:32", 0, 16, 0),
+    ("5:8", 0, 8, 8),
+    ("3:4", 0, 2, 0),
+    ("11:16", 0, 4, 0),
+]
+
+
+@pytest.mark.parametrize("kind", SPARSE, ids=str)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_sparse_rows_of_any_pattern(kind, tokens):
+    pattern, nonzeros, bits, group = kind
+    spec = MatrixSpec(21, 109, pattern, nonzeros, bits, group)
+    packed = random_packed(spec, torch.float16)
+    x = inputs(tokens, 109)
+    y = launch.sparse(x, packed, spec, launch.Config(8, 2, 4, 8), torch.float16)
+    check(y, x, packed, spec)
+
+
+@pytest.mark.parametrize("lanes", [4, 16, 32])
+@pytest.mark.parametrize("pattern", ["free", "6:16"])
+def test_lanes_and_words_of_a_tile_do_not_matter(lanes, pattern):
+    spec = MatrixSpec(5, 200, pattern, 75, 16)
+    packed = random_packed(spec, torch.float32)
+    x = inputs(1, 200, torch.float32)
+    for words in (1, 4):
+        y = launch.sparse(x, packed, spec, launch.Config(4, words, 4, lanes), torch.float32)
+        check(y, x, packed, spec, 1e-6)
+
+
+BALANCED = [("16:32", 16, 0), ("2:4", 16, 0), ("4:32", 16, 0), ("3:8", 16, 0), ("8:16", 8, 0), ("8:32", 8, 8)]
+BALANCED += [("16:32", 4, 0), ("2:4", 4, 16), ("16:16", 2, 0)]
+
+
+@pytest.mark.parametrize("kind", BALANCED, ids=str)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_balanced_rows(kind, tokens):
+    pattern, bits, group = kind
+    spec = MatrixSpec(9, 96, pattern, 0, bits, group)
+    assert launch.balanced_fits(spec)
+    packed = random_packed(spec, torch.float16)
+    x = inputs(tokens, 96)
+    y = launch.balanced(x, packed, spec, launch.Config(8, 2, 4), torch.float16)
+    check(y, x, packed, spec)
+    if tokens == 1 and pattern == "16:32":
+        z = launch.pitched(x)
+        check(launch.balanced(z, packed, spec, launch.Config(4, 4, 4), torch.float16), x, packed, spec)
+
+
+def test_balanced_rows_of_many_tokens():
+    spec = MatrixSpec(9, 64, "4:8", 0, 8)
+    packed = random_packed(spec, torch.float16)
+    for tokens in (8, 11):
+        x = inputs(tokens, 64)
+        check(launch.balanced(x, packed, spec, launch.Config(8, 2, 4), torch.float16), x, packed, spec)
+
+
+def test_what_the_balanced_kernel_refuses():
+    for spec in (
+        MatrixSpec(4, 160, "free", 80),
+        MatrixSpec(4, 150, "16:32"),
+        MatrixSpec(4, 160, "3:32"),
+        MatrixSpec(4, 160, "16:32", 0, 8, 12),
+        MatrixSpec(4, 160, "16:32", 0, 4, symmetric=False),
+        MatrixSpec(4, 160, "16:32", 0, 14),
+        MatrixSpec(4, 160),
+    ):
+        assert not launch.balanced_fits(spec)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4, 2])
+@pytest.mark.parametrize("scales", [(0, True), (16, True), (7, False), (0, False)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_dense_rows(bits, scales, tokens):
+    group, symmetric = scales
+    if bits == 16 and (group or not symmetric):
+        pytest.skip("16-bit values have no scales")
+    spec = MatrixSpec(21, 109, bits=bits, group=group, symmetric=symmetric)
+    packed = random_packed(spec, torch.float16)
+    x = inputs(tokens, 109)
+    check(launch.dense(x, packed, spec, launch.Config(16, 32, 4), torch.float32), x, packed, spec)
+
+
+def test_spaced_outputs():
+    spec = MatrixSpec(64, 50, bits=8)
+    packed = random_packed(spec, torch.float16)
+    x = inputs(1, 50)
+    config = launch.Config(4, 32, 4)
+    plain = launch.dense(x, packed, spec, config, torch.float32)
+    spaced = launch.dense(x, packed, spec, config, torch.float32, spaced=True)
+    assert torch.equal(spaced[:, :, :32], launch.pitched(plain)[:, :, :32])
+
+
+@pytest.mark.parametrize("kind", SPARSE, ids=str)
+def test_expanding(kind):
+    pattern, nonzeros, bits, group = kind
+    spec = MatrixSpec(21, 109, pattern, nonzeros, bits, group)
+    packed = random_packed(spec, torch.float32)
+    dense = launch.expand(packed, spec, torch.float32, launch.Config(8, 2, 4))
+    assert torch.allclose(dense, unpack(packed, spec, torch.float32), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", [*SPARSE, ("dense", 0, 4, 16), ("dense", 0, 16, 0)], ids=str)
+def test_every_spec_has_options_that_agree(kind):
+    pattern, nonzeros, bits, group = kind
+    spec = MatrixSpec(21, 128, pattern, nonzeros, bits, group)
+    packed = random_packed(spec, torch.float16)
+    for tokens in (1, 4):
+        x = inputs(tokens, 128)
+        options = launch.options(spec, tokens)
+        assert options
+        for kernel, config in (options[0], options[-1]):
+            check(kernel(x, packed, spec, config, torch.float16), x, packed, spec)

@@ -1,0 +1,409 @@
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from checkpoints.factory import KINDS, make_spec, random_factors
+from cospadi.errors import ModelError
+from cospadi.format import GroupSpec, Packed, pack, unpack
+from cospadi.kernels import factored_linear
+from cospadi.layers import FactoredLinear, module_tensors
+from cospadi.layers.tensors import codes_name, dictionary_name
+
+D_IN, D_OUT = 24, (13, 7, 9)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def fill(layer: FactoredLinear, name: str, tensor: torch.Tensor) -> None:
+    old = layer._parameters[name]
+    assert old is not None and old.shape == tensor.shape
+    layer._parameters[name] = nn.Parameter(tensor.to(old.dtype) if old.is_floating_point() else tensor, False)
+
+
+def make_layers(
+    kind: str, d_out: tuple[int, ...] = D_OUT, bias: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[nn.ModuleList, list[torch.Tensor]]:
+    """Linked layers of one group, and their dense weights in float64 by an independent path."""
+    spec = make_spec(kind, [f"m{i}" for i in range(len(d_out))], D_IN, d_out)
+    factors = random_factors(spec, seed)
+    layers = [FactoredLinear(spec, i, bias, dtype=dtype) for i in range(len(d_out))]
+    FactoredLinear.link(layers)
+    codes = pack(factors.codes, spec.codes)
+    weight = unpack(codes, spec.codes, torch.float64)
+    if spec.dictionary is not None:
+        dictionary = pack(factors.dictionary, spec.dictionary)
+        weight = weight @ unpack(dictionary, spec.dictionary, torch.float64)
+        for role, tensor in dictionary.items():
+            fill(layers[0], dictionary_name(role), tensor)
+    begin = 0
+    for layer, rows in zip(layers, d_out, strict=True):
+        for role, tensor in codes.items():
+            fill(layer, codes_name(role), tensor[begin : begin + rows])
+        begin += rows
+        if layer.bias is not None:
+            nn.init.normal_(layer.bias)
+    return nn.ModuleList(layers), list(weight.split(list(d_out)))
+
+
+def expected(x: torch.Tensor, weight: torch.Tensor, layer: FactoredLinear) -> torch.Tensor:
+    y = x.double() @ weight.T
+    return y if layer.bias is None else y + layer.bias.double()
+
+
+def watch_products(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Every input that is multiplied with a whole dictionary from now on."""
+    seen: list[torch.Tensor] = []
+
+    def spy(x: torch.Tensor, dictionary: Packed | None, dspec, codes: Packed, cspec) -> torch.Tensor:
+        if cspec.columns == D_IN:
+            seen.append(x)
+        return factored_linear(x, dictionary, dspec, codes, cspec)
+
+    monkeypatch.setattr("cospadi.layers.factored_linear.factored_linear", spy)
+    return seen
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("d_out", [D_OUT, (11,)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_computes_the_dense_product(kind, d_out, bias):
+    layers, weights = make_layers(kind, d_out, bias)
+    for shape in ((5, D_IN), (2, 3, D_IN), (D_IN,), (0, D_IN)):
+        x = torch.randn(shape)
+        for layer, weight in zip(layers, weights, strict=True):
+            torch.testing.assert_close(layer(x).double(), expected(x, weight, layer), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(layer.dense_weight(torch.float64), weight, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_are_the_stored_tensors(kind):
+    spec = make_spec(kind, ["a.q", "a.k"], D_IN, (13, 7))
+    for device in ("cpu", "meta"):
+        layers = [FactoredLinear(spec, i, device=device) for i in range(2)]
+        total = 0
+        for index, layer in enumerate(layers):
+            found = {n: (tuple(p.shape), p.dtype) for n, p in layer.named_parameters()}
+            assert found == module_tensors(spec, index)
+            assert {p.device.type for p in layer.parameters()} == {device}
+            assert not any(p.requires_grad for p in layer.parameters())
+            assert not any(name.endswith("weight") for name in found)
+            assert not list(layer.buffers())
+            total += sum(p.numel() * p.element_size() for p in layer.parameters())
+        assert total == spec.bytes
+
+
+def test_dense_weight_dtype_and_device():
+    layers, weights = make_layers("free16", dtype=torch.bfloat16)
+    assert layers[1].dense_weight().dtype == torch.bfloat16
+    torch.testing.assert_close(layers[1].dense_weight().double(), weights[1], rtol=2**-8, atol=1e-6)
+
+
+def test_siblings_share_one_product(monkeypatch):
+    layers, weights = make_layers("free16")
+    seen = watch_products(monkeypatch)
+    for _ in range(3):
+        x = torch.randn(4, D_IN)
+        for layer, weight in zip(layers, weights, strict=True):
+            torch.testing.assert_close(layer(x).double(), expected(x, weight, layer), rtol=1e-5, atol=1e-5)
+    assert len(seen) == 3
+    assert layers[0].siblings._memo is None  # nothing is held once all have used it
+
+
+@pytest.mark.parametrize("order", [(2, 1, 0), (1,), (0, 0, 1, 2), (1, 0, 1, 2, 2, 0), (2, 0, 2, 0)])
+def test_any_order_of_calls_is_right(order):
+    layers, weights = make_layers("word4")
+    inputs = [torch.randn(4, D_IN), torch.randn(2, D_IN)]
+    for x in (inputs[0], inputs[1], inputs[0]):
+        for index in order:
+            torch.testing.assert_close(
+                layers[index](x).double(), expected(x, weights[index], layers[index]), rtol=1e-5, atol=1e-5
+            )
+
+
+def change_by_view(x):
+    x[0].mul_(3.0)
+
+
+@pytest.mark.parametrize("change", [lambda x: x.add_(1.0), change_by_view, lambda x: x.copy_(torch.randn_like(x))])
+def test_changed_input_is_noticed(change):
+    layers, weights = make_layers("free16")
+    x = torch.randn(4, D_IN)
+    layers[0](x)
+    change(x)
+    torch.testing.assert_close(layers[1](x).double(), expected(x, weights[1], layers[1]), rtol=1e-5, atol=1e-5)
+
+
+def test_changed_input_is_noticed_in_inference_mode():
+    layers, weights = make_layers("free16")
+    with torch.inference_mode():
+        x = torch.randn(4, D_IN)
+        layers[0](x)
+        x.add_(1.0)
+        y = layers[1](x)
+    torch.testing.assert_close(y.double(), expected(x, weights[1], layers[1]), rtol=1e-5, atol=1e-5)
+
+
+def test_changed_dictionary_is_noticed():
+    layers, weights = make_layers("free16")
+    x = torch.randn(4, D_IN)
+    layers[0](x)
+    with torch.no_grad():
+        layers[0].dictionary.mul_(2.0)
+    torch.testing.assert_close(layers[1](x).double(), 2 * expected(x, weights[1], layers[1]), rtol=1e-5, atol=1e-5)
+    layers[1](x), layers[0](x)
+    layers[0].dictionary = nn.Parameter(layers[0].dictionary / 2, False)
+    torch.testing.assert_close(layers[2](x).double(), expected(x, weights[2], layers[2]), rtol=1e-5, atol=1e-5)
+
+
+def test_memo_never_crosses_autograd_modes():
+    layers, _ = make_layers("free16")
+    layers[0].dictionary.requires_grad_(True)
+    x = torch.randn(4, D_IN)
+    with torch.no_grad():
+        layers[0](x)
+    layers[1](x).sum().backward()
+    assert layers[0].dictionary.grad is not None and bool(layers[0].dictionary.grad.any())
+
+
+def test_gradients_equal_those_of_the_dense_product():
+    layers, _ = make_layers("balanced8")
+    x = torch.randn(5, D_IN, requires_grad=True)
+    reference = x.detach().clone().requires_grad_(True)
+    sum((layer(x) ** 2).sum() for layer in layers).backward()
+    sum(((reference @ layer.dense_weight().T) ** 2).sum() for layer in layers).backward()
+    torch.testing.assert_close(x.grad, reference.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    layers, _ = make_layers("free16")
+    for layer in layers:
+        layer.values.requires_grad_(True)
+    layers[0].dictionary.requires_grad_(True)
+    parameters = [p for p in layers.parameters() if p.requires_grad]
+    x = torch.randn(5, D_IN, requires_grad=True)
+
+    def block(h):
+        return layers[0](h) @ torch.cat([layers[1](h), layers[2](h)], 1)[:, :13].T
+
+    plain = torch.autograd.grad(block(x).square().sum(), [x, *parameters])
+    torch.utils.checkpoint.checkpoint(block, x, use_reentrant=reentrant).square().sum().backward()
+    for got, want in zip([x, *parameters], plain, strict=True):
+        torch.testing.assert_close(got.grad, want)
+
+
+def test_deepcopy_links_the_copies():
+    layers, _ = make_layers("free16")
+    x = torch.randn(4, D_IN)
+    before = [layer(x) for layer in layers]
+    layers[0](x)  # leaves something to remember
+    copies = copy.deepcopy(layers)
+    with torch.no_grad():
+        layers[0].dictionary.zero_()
+    assert copies[1].siblings.owner is copies[0]
+    assert copies[1].siblings._memo is None
+    for layer, y in zip(copies, before, strict=True):
+        assert torch.equal(layer(x), y)
+
+
+def test_shapes_on_meta():
+    layers, _ = make_layers("free16")
+    layers.to("meta")
+    for layer, rows in zip(layers, D_OUT, strict=True):
+        y = layer(torch.empty(4, D_IN, device="meta"))
+        assert y.shape == (4, rows) and y.device.type == "meta"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def joining(request, monkeypatch):
+    """A device on which siblings with few tokens are computed together."""
+    monkeypatch.setattr("cospadi.layers.siblings.JOINED_ON", (request.param,))
+    return request.param
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_joined_siblings(kind, joining):
+    layers, weights = make_layers(kind, bias=True)
+    layers.to(joining)
+    before = {name: p.clone() for name, p in layers.state_dict().items()}
+    with torch.no_grad():
+        for shape in ((1, 1, D_IN), (2, 3, D_IN)):
+            x = torch.randn(shape, device=joining)
+            for layer, weight in zip(layers, weights, strict=True):
+                y = layer(x)
+                assert y.is_contiguous()
+                wanted = x.double().cpu() @ weight.T + layer.bias.double().cpu()
+                torch.testing.assert_close(y.double().cpu(), wanted, rtol=1e-4, atol=1e-4)
+    assert layers[0].siblings._joined is not None and layers[0].siblings._memo is None
+    after = layers.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], p) for name, p in before.items())
+
+
+def test_joining_can_be_undone(joining, tmp_path):
+    layers, weights = make_layers("word4")
+    layers.to(joining)
+    group = layers[0].siblings
+    x = torch.randn(2, D_IN, device=joining)
+
+    def check():
+        with torch.no_grad():
+            for layer in reversed(layers):
+                wanted = x.double().cpu() @ layer.dense_weight(torch.float64).T.cpu()
+                torch.testing.assert_close(layer(x).double().cpu(), wanted, rtol=1e-4, atol=1e-4)
+
+    check()
+    assert group._joined is not None
+    # a file of views of one storage holds each tensor once and whole
+    save_file(layers.state_dict(), tmp_path / "x.safetensors")
+    stored = load_file(tmp_path / "x.safetensors")
+    assert {name: tensor.shape for name, tensor in stored.items()} == {n: p.shape for n, p in layers.named_parameters()}
+    assert all(torch.equal(tensor, layers.get_parameter(name).cpu()) for name, tensor in stored.items())
+    assert (tmp_path / "x.safetensors").stat().st_size < 2 * layers[0].group.bytes + 4096
+    # changed in place: seen through the view; also between two siblings
+    with torch.no_grad():
+        layers[0](x)
+        layers[1].values_scales.mul_(2.0)
+        wanted = 2 * x.double().cpu() @ weights[1].T
+        torch.testing.assert_close(layers[1](x).double().cpu(), wanted, rtol=1e-4, atol=1e-4)
+    check()
+    # replaced: no longer joined
+    layers[1].values_scales = nn.Parameter(layers[1].values_scales * 3, False)
+    check()
+    assert group._joined is None
+    # moved: joined anew
+    layers.to("cpu").to(joining)
+    check()
+    assert group._joined is not None
+    # gradients asked for: computed apart
+    layers[2].values_scales.requires_grad_(True)
+    layers[2](x).sum().backward()
+    assert bool(layers[2].values_scales.grad.any())
+    # a copy is on its own
+    twin = copy.deepcopy(layers)
+    with torch.no_grad():
+        before = [layer(x) for layer in layers]
+        twin[1].values_scales.zero_()
+        assert all(torch.equal(layer(x), y) for layer, y in zip(layers, before, strict=True))
+
+
+def test_many_tokens_are_not_joined(joining):
+    layers, _ = make_layers("word4")
+    layers.to(joining)
+    with torch.no_grad():
+        layers[0](torch.randn(17, D_IN, device=joining))
+    assert layers[0].siblings._joined is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1,)])
+@pytest.mark.parametrize("home", ["cpu", "cuda"])
+def test_owner_on_another_device(home, order):
+    layers, weights = make_layers("word4")
+    away = "cuda" if home == "cpu" else "cpu"
+    layers[0].to(home)
+    layers[1].to(away), layers[2].to(away)
+    x = torch.randn(4, D_IN)
+    for index in order:
+        y = layers[index](x.to(layers[index].values.device))
+        assert y.device == layers[index].values.device
+        wanted = expected(x, weights[index], layers[index])
+        torch.testing.assert_close(y.double().cpu(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1,), (1, 1, 0, 2)])
+@pytest.mark.parametrize("kind", ["free16", "word4", "pruned"])
+def test_offloaded_by_hooks(kind, order, monkeypatch):
+    from accelerate import cpu_offload
+
+    layers, weights = make_layers(kind)
+    cpu_offload(layers, torch.device("cpu"))
+    assert layers[0].values.is_meta
+    seen = watch_products(monkeypatch)
+    x = torch.randn(4, D_IN)
+    for index in order:
+        torch.testing.assert_close(
+            layers[index](x).double(), expected(x, weights[index], layers[index]), rtol=1e-5, atol=1e-5
+        )
+    assert layers[0].values.is_meta
+    if kind != "pruned" and len(set(order)) == len(order):
+        assert len(seen) == 1  # remembered although the dictionary has left again
+
+
+def test_autocast_is_part_of_what_is_remembered():
+    layers, _ = make_layers("free16", dtype=torch.bfloat16)
+    x = torch.randn(4, D_IN)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layers[0](x)
+    assert y.dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="bfloat16"):
+        layers[1](x)
+
+
+def test_unjoined_and_empty_layers_say_so():
+    spec = make_spec("free16", ["m0", "m1"], D_IN, (5, 6))
+    lonely = FactoredLinear(spec, 1)
+    with pytest.raises(ModelError, match=r"m1.*not joined"):
+        lonely(torch.randn(2, D_IN, dtype=torch.bfloat16))
+    empty = FactoredLinear(make_spec("free16", ["m0"], D_IN, (5,)), 0, device="meta")
+    with pytest.raises(ModelError, match=r"m0.*no data"):
+        empty(torch.randn(2, D_IN))
+    with pytest.raises(ValueError, match="in order"):
+        FactoredLinear.link([lonely, FactoredLinear(spec, 0)])
+
+
+def test_repr_is_readable():
+    text = str(make_layers("word4")[0][1])
+    for part in ("in_features=24", "out_features=7", "20 atoms of 4 bits in m0", "(11:32), 4 bits per 3"):
+        assert part in text, text
+
+
+@pytest.mark.parametrize("kind", ["free16", "pruned8"])
+def test_compiles_whole_and_equals_eager(kind):
+    layers, _ = make_layers(kind, bias=True)
+
+    def block(h):
+        return torch.cat([layer(h) for layer in layers], -1)
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for x in (torch.randn(4, D_IN), torch.randn(6, D_IN)):
+        torch.testing.assert_close(compiled(x), block(x))
+
+
+def test_exports_with_a_free_batch():
+    layers, _ = make_layers("free16", bias=True)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, h):
+            return torch.cat([layer(h) for layer in self.layers], -1)
+
+    block = Block().eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(block, (torch.randn(3, D_IN),), dynamic_shapes=({0: batch},))
+    x = torch.randn(9, D_IN)
+    torch.testing.assert_close(program.module()(x), block(x))
+    assert sum("dictionary" in name for name in program.state_dict) == 1
+
+
+def test_state_dict_round_trip():
+    layers, _ = make_layers("zeros3", bias=True, seed=1)
+    others, _ = make_layers("zeros3", bias=True, seed=2)
+    x = torch.randn(3, D_IN)
+    assert not torch.equal(layers[1](x), others[1](x))
+    others.load_state_dict(layers.state_dict())
+    assert torch.equal(layers[1](x), others[1](x))
+
+
+def test_group_spec_is_kept():
+    spec = make_spec("free16", ["m0"], D_IN, (5,))
+    layer = FactoredLinear(spec, 0)
+    assert isinstance(layer.group, GroupSpec) and layer.group == spec and layer.name == "m0"

@@ -1,0 +1,96 @@
+"""The project's own method: exact storage of every kind of factor, stable low-bit dictionaries, siblings."""
+
+import pytest
+import torch
+
+from cospadi.engine.factorise import output_error, pack_factors, rebuild
+from cospadi.methods import GroupShape, Problem, get_method
+from cospadi.solvers.whitening import symmetric_whitening
+
+METHOD = get_method("pursuit")
+
+
+def layer(d_in: int, d_out: tuple[int, ...], seed: int, tokens: int = 400) -> tuple[Problem, GroupShape]:
+    """Weights with a decaying spectrum and strongly anisotropic inputs, as in trained models."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.logspace(1, -2, d_in, dtype=torch.float64)
+    mixing = torch.linalg.qr(torch.randn(d_in, d_in, generator=generator, dtype=torch.float64)).Q
+    inputs = torch.randn(tokens, d_in, generator=generator, dtype=torch.float64) * scale @ mixing.T
+    weights = tuple(torch.randn(d_in, n, generator=generator) / d_in**0.5 for n in d_out)
+    gram = inputs.T @ inputs / tokens
+    names = tuple(f"m{i}" for i in range(len(d_out)))
+    return Problem("layer", weights, (gram,), seed=seed), GroupShape(names, d_in, d_out)
+
+
+def stored_error(problem: Problem, shape: GroupShape, keep: float, **options) -> float:
+    spec = METHOD.spec(shape, int(keep * shape.dense_bytes), options)
+    assert spec.bytes <= keep * shape.dense_bytes
+    plan = {"rho", "pattern", "dictionary_bits", "value_bits", "group"}
+    solve = {"rounds": 8} | {k: v for k, v in options.items() if k not in plan}
+    tensors = pack_factors(METHOD.factorise(problem, spec, solve), spec, torch.bfloat16)
+    assert sum(t.numel() * t.element_size() for t in tensors.values()) == spec.bytes
+    missed, energy = output_error(torch.cat(problem.weights, 1), rebuild(tensors, spec), problem.grams[0])
+    return missed / energy
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"pattern": "free", "rho": 3.0},
+        {"value_bits": 14},
+        {"value_bits": 8},
+        {"value_bits": 8, "dictionary_bits": 8, "group": 0},
+        {"value_bits": 4, "dictionary_bits": 4, "group": 16},
+        {"value_bits": 3, "dictionary_bits": 8, "pattern": "24:32"},
+    ],
+)
+def test_what_is_stored_is_what_was_solved(options):
+    problem, shape = layer(48, (40, 12, 12), seed=1)
+    spec = METHOD.spec(shape, int(0.6 * shape.dense_bytes), options)
+    factors = METHOD.factorise(problem, spec, options | {"rounds": 8, "ridge": 1e-9})
+    tensors = pack_factors(factors, spec, torch.bfloat16)
+    missed, energy = output_error(torch.cat(problem.weights, 1), rebuild(tensors, spec), problem.grams[0])
+    assert missed / energy == pytest.approx(factors.info["whitened_error"], rel=0.03)
+
+
+def test_whitened_error_equals_output_error():
+    problem, _ = layer(20, (30,), seed=2)
+    whitening = symmetric_whitening(problem.grams[0], ridge=0.0)
+    approximation = problem.weights[0] + 0.1 * torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
+    miss = (problem.weights[0] - approximation).double()
+    direct = output_error(problem.weights[0], approximation, problem.grams[0])[0]
+    assert float(whitening.apply(miss).square().sum()) == pytest.approx(direct, rel=1e-6)
+
+
+def test_eight_bit_dictionary_with_more_atoms_than_inputs_is_stable():
+    problem, shape = layer(40, (160,), seed=3)
+    spec = METHOD.spec(shape, int(0.8 * shape.dense_bytes), {"dictionary_bits": 8, "value_bits": 8})
+    assert spec.atoms > 40
+    sixteen = stored_error(problem, shape, 0.8)
+    eight = stored_error(problem, shape, 0.8, dictionary_bits=8, value_bits=8)
+    assert eight < sixteen
+
+
+def test_siblings_beat_separate_dictionaries_at_the_same_bytes():
+    problem, shape = layer(40, (48, 16, 16), seed=4)
+    energy = output_error(torch.cat(problem.weights, 1), torch.zeros(40, 80), problem.grams[0])[1]
+    together = energy * stored_error(problem, shape, 0.6)
+    apart = 0.0
+    for name, weight in zip(shape.modules, problem.weights, strict=True):
+        alone = Problem(name, (weight,), problem.grams, seed=4)
+        energy = output_error(weight, torch.zeros_like(weight), problem.grams[0])[1]
+        apart += energy * stored_error(alone, GroupShape((name,), 40, (weight.shape[1],)), 0.6)
+    assert together < apart
+
+
+def test_rank_deficient_gram():
+    problem, shape = layer(48, (64,), seed=5, tokens=10)
+    assert stored_error(problem, shape, 0.6) < 1e-3  # ten directions matter, and the budget covers them
+
+
+def test_balanced_codes_cost_little_against_free_ones():
+    problem, shape = layer(192, (320,), seed=6)
+    assert stored_error(problem, shape, 0.6, rounds=20) < 1.05 * stored_error(
+        problem, shape, 0.6, pattern="free", rounds=20
+    )

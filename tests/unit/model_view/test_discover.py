@@ -1,0 +1,135 @@
+import pytest
+import torch
+from torch import nn
+
+from cospadi.errors import ModelError, NumericalError
+from cospadi.model_view import LinearGroup, check_weights, discover, skeleton
+from tiny import ARCHITECTURES, MORE_ARCHITECTURES, tiny_config, tiny_model, token_ids
+
+GATED = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
+EXPECTED = dict.fromkeys((*ARCHITECTURES, "gemma3_text"), GATED) | {
+    "phi3": [("qkv_proj",), ("o_proj",), ("gate_up_proj",), ("down_proj",)],
+    "gpt_neox": [("query_key_value",), ("dense",), ("dense_h_to_4h",), ("dense_4h_to_h",)],
+    "opt": [("q_proj", "k_proj", "v_proj"), ("out_proj",), ("fc1",), ("fc2",)],
+    "bloom": [("query_key_value",), ("dense",), ("dense_h_to_4h",), ("dense_4h_to_h",)],
+}
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *MORE_ARCHITECTURES, "bloom"])
+def test_groups_are_linears_with_the_same_input(architecture):
+    model = tiny_model(architecture)
+    view = discover(model)
+    assert len(view.layers) == 3
+    for layer in range(3):
+        groups = view.of_layer(layer)
+        assert [tuple(n.rsplit(".", 1)[1] for n in g.modules) for g in groups] == EXPECTED[architecture]
+    for group in view.groups:
+        for name, d_out in zip(group.modules, group.d_out, strict=True):
+            assert name.startswith(f"{view.layers_name}.{group.layer}.")
+            assert view.weight(name).shape == (group.d_in, d_out)
+            assert torch.equal(view.weight(name), model.get_submodule(name).weight.T)
+    inside = {n for n, m in model.get_submodule(view.layers_name).named_modules() if isinstance(m, nn.Linear)}
+    assert set(view.module_names) == {f"{view.layers_name}.{name}" for name in inside}
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gemma3_text"])
+def test_a_skeleton_gives_the_same_groups(architecture):
+    config = tiny_config(architecture)
+    view = discover(skeleton(config))
+    assert all(p.device.type == "meta" for p in view.model.parameters())
+    assert view.groups == discover(tiny_model(architecture)).groups
+
+
+def test_the_probe_leaves_the_model_as_it_was():
+    model = tiny_model("qwen3").train()
+    ids = token_ids(2, 9)
+    before = model(input_ids=ids).logits
+    weights = {n: p.clone() for n, p in model.named_parameters()}
+    discover(model)
+    assert model.training
+    assert all("forward" not in m.__dict__ and not m._forward_hooks for m in model.modules())
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_tied_head_is_left_alone():
+    view = discover(tiny_model("llama", tie_word_embeddings=True))
+    assert "lm_head" not in view.module_names and len(view.groups) == 12
+
+
+def test_parallel_blocks_share_one_input():
+    view = discover(tiny_model("cohere", **{"num_key_value_heads": 2, "intermediate_size": 44}))
+    assert [len(g.modules) for g in view.of_layer(0)] == [5, 1, 1]
+
+
+def test_group_name_and_bytes():
+    group = LinearGroup(("m.0.q", "m.0.k"), 0, 10, (7, 3))
+    assert group.name == "m.0.q+k" and group.dense_bytes == 200
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides", "what"),
+    [
+        ("gpt2", {}, "Conv1D"),
+        ("mixtral", {"intermediate_size": 20, "num_key_value_heads": 2}, "MixtralExperts"),
+        (
+            "qwen3_moe",
+            {"moe_intermediate_size": 12, "num_experts": 4, "num_key_value_heads": 2, "head_dim": 6},
+            "Qwen3MoeExperts",
+        ),
+    ],
+)
+def test_unsupported_architectures_are_named(architecture, overrides, what):
+    model = skeleton(tiny_config(architecture, **overrides))
+    with pytest.raises(ModelError, match=what) as caught:
+        discover(model)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_linear_that_is_never_called_is_refused():
+    model = tiny_model()
+    model.model.layers[1].mlp.spare = nn.Linear(24, 5)
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.spare, 0 times"):
+        discover(model)
+
+
+def test_a_linear_that_is_called_twice_is_refused():
+    model = tiny_model()
+    layer = model.model.layers[2]
+    layer.mlp.up_proj = layer.mlp.gate_proj
+    with pytest.raises(ModelError, match=r"gate_proj, 2 times"):
+        discover(model)
+
+
+def test_a_weight_shared_by_two_linears_is_refused():
+    model = tiny_model()
+    model.model.layers[2].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(ModelError, match=r"layers\.2\.mlp\.up_proj shares its weight with model\.layers\.0"):
+        discover(model)
+
+
+def test_quantised_weights_are_refused():
+    model = tiny_model()
+    linear = model.model.layers[0].self_attn.o_proj
+    linear.weight = nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ModelError, match=r"o_proj holds torch.int8"):
+        discover(model)
+
+
+def test_layers_that_do_not_feed_one_into_the_next_are_refused():
+    model = tiny_model()
+    model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + 1, *args[1:]))
+    with pytest.raises(ModelError, match="do not simply feed"):
+        discover(model)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("what", ["weight", "bias"])
+def test_bad_weights_are_named(bad, what):
+    model = tiny_model("qwen2")
+    view = discover(model)
+    check_weights(view)
+    with torch.no_grad():
+        getattr(model.model.layers[2].self_attn.k_proj, what).view(-1)[3] = bad
+    with pytest.raises(NumericalError, match=rf"layers\.2\.self_attn\.k_proj: 1 of \d+ entries of the {what}"):
+        check_weights(view)

@@ -1,0 +1,181 @@
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import T5Config
+
+from cospadi.errors import ModelError
+from cospadi.model_view import is_compressed, open_config, open_model, skeleton
+from tiny import ARCHITECTURES, byte_tokenizer, save_tiny, tiny_config, tiny_model
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return save_tiny(tmp_path / "model")
+
+
+def edit_config(path, **changes):
+    file = path / "config.json"
+    config = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def refusal(path, opener=open_model):
+    with pytest.raises(ModelError) as caught:
+        opener(path)
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message
+    return message
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_saved_model_comes_back(tmp_path, architecture):
+    path = save_tiny(tmp_path, architecture, dtype=torch.bfloat16)
+    assert len(list(path.glob("*.safetensors"))) > 1
+    model, tokenizer = open_model(str(path))
+    assert model.dtype == torch.bfloat16 and not model.training
+    expected = tiny_model(architecture, dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert tokenizer("é\n", add_special_tokens=False)["input_ids"] == list("é\n".encode())
+
+
+def test_tied_head_is_not_missing(tmp_path):
+    model, _ = open_model(save_tiny(tmp_path, tie_word_embeddings=True))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "a/b/c", "~/no such model", "../x"])
+def test_a_missing_path_is_not_looked_up_on_the_hub(name):
+    assert "no such directory" in refusal(name)
+
+
+def test_a_file_is_not_a_model(saved):
+    assert "is a file" in refusal(saved / "config.json")
+
+
+def test_no_config(saved):
+    (saved / "config.json").unlink()
+    assert "no config.json" in refusal(saved)
+
+
+def test_malformed_config(saved):
+    (saved / "config.json").write_text("{")
+    assert "config.json" in refusal(saved)
+
+
+def test_unknown_model_type(saved):
+    edit_config(saved, model_type="frobnicate", architectures=["FrobnicateForCausalLM"])
+    assert "frobnicate" in refusal(saved)
+
+
+def test_code_in_the_checkpoint_is_never_run(saved):
+    edit_config(saved, model_type="frobnicate", auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"})
+    (saved / "code.py").write_text("raise SystemExit('ran')")
+    assert "never run" in refusal(saved)
+
+
+def test_encoder_decoder(tmp_path):
+    T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path)
+    message = refusal(tmp_path, open_config)
+    assert "T5ForConditionalGeneration" in message and "encoder-decoder" in message
+
+
+def test_not_a_language_model(saved):
+    edit_config(saved, model_type="vit", architectures=["ViTModel"])
+    assert "ViTModel" in refusal(saved)
+
+
+def test_no_tokenizer(saved):
+    for file in saved.glob("tokenizer*"):
+        file.unlink()
+    assert "has no tokenizer" in refusal(saved)
+
+
+def test_malformed_tokenizer(saved):
+    (saved / "tokenizer.json").write_text("{")
+    assert "its tokenizer cannot be read" in refusal(saved)
+
+
+def test_truncated_weights(saved):
+    shard = sorted(saved.glob("*.safetensors"))[1]
+    data = shard.read_bytes()
+    shard.write_bytes(data[: len(data) - 100])
+    message = refusal(saved)
+    assert shard.name in message and f"{len(data):,}" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 64, (8).to_bytes(8, "little") + b'{"a":1}}' + b"0" * 50])
+def test_unreadable_weights(saved, content):
+    shard = sorted(saved.glob("*.safetensors"))[0]
+    shard.write_bytes(content)
+    assert shard.name in refusal(saved)
+
+
+def test_missing_shard(saved):
+    shard = sorted(saved.glob("*.safetensors"))[-1]
+    shard.unlink()
+    assert shard.name in refusal(saved)
+
+
+def test_a_shard_outside_the_directory_is_refused(saved):
+    index = saved / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    first = next(iter(content["weight_map"]))
+    outside = saved.parent / "outside.safetensors"
+    shutil.copy(saved / content["weight_map"][first], outside)
+    content["weight_map"][first] = "../outside.safetensors"
+    index.write_text(json.dumps(content))
+    assert "../outside.safetensors" in refusal(saved)
+
+
+def test_no_weights_and_pickled_weights(saved):
+    for file in saved.glob("model*"):
+        file.unlink()
+    assert "no weights" in refusal(saved)
+    (saved / "pytorch_model.bin").write_bytes(b"")
+    assert "pickled" in refusal(saved)
+
+
+def test_weights_that_do_not_fill_the_model(saved):
+    edit_config(saved, num_hidden_layers=4)
+    message = refusal(saved)
+    assert "layers.3" in message and "missing" in message
+
+
+def test_weights_that_no_layer_takes_are_told(saved):
+    edit_config(saved, num_hidden_layers=2)
+    with pytest.warns(UserWarning, match=r"9 stored weights are not part of the model \(first: model\.layers\.2"):
+        model, _ = open_model(saved)
+    assert len(model.model.layers) == 2
+
+
+def test_weights_of_another_shape(saved):
+    edit_config(saved, intermediate_size=40)
+    message = refusal(saved)
+    assert "down_proj.weight is (24, 44), not (24, 40)" in message
+
+
+def test_is_compressed(saved):
+    assert not is_compressed(open_config(saved))
+    edit_config(saved, quantization_config={"quant_method": "cospadi", "format_version": 1})
+    assert is_compressed(open_config(saved))
+    edit_config(saved, quantization_config={"quant_method": "gptq", "bits": 4})
+    assert not is_compressed(open_config(saved))
+
+
+def test_skeleton_takes_no_memory_at_any_size():
+    config = tiny_config(
+        "llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=4, num_attention_heads=64, head_dim=128
+    )
+    model = skeleton(config)
+    assert sum(p.numel() for p in model.parameters()) > 3e9
+    assert all(tensor.device.type == "meta" for tensor in model.parameters())
+
+
+def test_tokenizer_is_exact_and_has_an_end():
+    tokenizer = byte_tokenizer()
+    text = "naïve\t日本\x00 <b>\n"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert bytes(ids) == text.encode() and tokenizer.decode(ids) == text
+    assert tokenizer.eos_token_id == 256 and len(tokenizer) == 257

@@ -1,0 +1,81 @@
+import ast
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+import cospadi.report
+from cospadi.errors import OutputError
+from cospadi.report import report_json, write_all
+from cospadi.report.files import write_atomic
+
+
+def test_everything_is_written(report, tmp_path):
+    files = write_all(report, tmp_path / "out")
+    assert set(files) == {
+        "report.json", "report.html", "README.md", "assets/error_per_layer.png", "assets/bytes_per_layer.png",
+    }  # fmt: skip
+    found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert found == set(files)
+    text = files["report.json"].read_text(encoding="utf-8")
+    assert json.loads(text) == report
+    keys = [line.split('"')[1] for line in text.splitlines() if line.startswith('  "')]
+    assert keys == sorted(report)
+
+
+def test_without_matplotlib_no_picture_is_linked(report, tmp_path, without_matplotlib):
+    files = write_all(report, tmp_path)
+    assert set(files) == {"report.json", "report.html", "README.md"}
+    assert "assets/" not in files["README.md"].read_text(encoding="utf-8")
+
+
+def test_an_empty_report_is_written(tmp_path):
+    assert set(write_all({}, tmp_path)) == {"report.json", "report.html", "README.md"}
+
+
+def test_report_json_is_strict_and_names_no_folder_of_this_machine(report, tmp_path):
+    report["groups"][0]["error"] = math.nan
+    report["recipe"]["texts"] = [str(tmp_path / "notes.jsonl")]
+    report["command"] = f"cospadi compress {tmp_path}/model {tmp_path}/out"
+    files = write_all(report, tmp_path / "out")
+    data = json.loads(report_json(report), parse_constant=pytest.fail)
+    assert data["groups"][0]["error"] is None
+    assert data["command"] == "cospadi compress model out"
+    for name in ("report.json", "report.html", "README.md"):
+        assert str(tmp_path) not in files[name].read_text(encoding="utf-8")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    target = write_atomic(tmp_path / "a.txt", "first")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OutputError, match="No space left"):
+        write_atomic(target, "second")
+    assert target.read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_new_files_have_the_usual_permissions(tmp_path):
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    assert write_atomic(tmp_path / "a.txt", b"x").stat().st_mode == plain.stat().st_mode
+
+
+def test_report_imports_plain_data_code_only():
+    """No torch anywhere below, and no matplotlib before a plot is asked for."""
+    for source in Path(cospadi.report.__file__).parent.glob("*.py"):
+        tree = ast.parse(source.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                top, _, rest = name.partition(".")
+                assert top in {*sys.stdlib_module_names, "cospadi", "matplotlib", "rich", "yaml"}, source
+                assert top != "cospadi" or rest.split(".")[0] in {"errors", "report"}, source
+        at_import = [node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)]
+        assert not any(name.startswith("matplotlib") for name in at_import)

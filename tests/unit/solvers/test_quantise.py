@@ -1,0 +1,189 @@
+import pytest
+import torch
+
+from cospadi.solvers.feedback import damped, feedback, refine, sweep, sweep_supports
+from cospadi.solvers.projection import support as project
+from cospadi.solvers.quantise import fit_grid, grouped, levels, quantise_rows
+
+FORMATS = [(bits, symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)]
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(size, seed=0, tokens=200):
+    inputs = rand(tokens, size, seed=seed) @ (rand(size, size, seed=seed + 1) * torch.linspace(0.1, 2, size))
+    return (inputs.T @ inputs / tokens).double()
+
+
+def loss(hessian, rows, values):
+    miss = (rows - values).double()
+    return float(((miss @ hessian) * miss).sum())
+
+
+def classical(row, hessian, order, snap):
+    """Optimal brain quantisation of one row, straight from the inverse Hessian (GPTQ's published form)."""
+    hessian = hessian[order][:, order]
+    factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    left, out = row[order].clone(), torch.empty_like(row)
+    for j in range(len(row)):
+        out[order[j]] = value = snap(left[j], int(order[j]))
+        left[j:] -= (left[j] - value) / factor[j, j] * factor[j, j:]
+    return out
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), FORMATS)
+@pytest.mark.parametrize("group", [0, 5, 64])
+def test_values_lie_on_a_grid_of_few_levels(bits, symmetric, group):
+    matrix = rand(7, 23, seed=1)
+    made = quantise_rows(matrix, bits=bits, group=group, symmetric=symmetric)
+    assert made.scales.shape == (7, -(-23 // (group or 23)))
+    assert torch.equal(made.scales, made.scales.bfloat16().float())
+    assert (made.zeros is None) == symmetric
+    scales = made.scales.repeat_interleave(group or 23, 1)[:, :23]
+    steps = made.matrix / scales
+    assert torch.equal(steps, steps.round())
+    low, high = levels(bits, symmetric)
+    if made.zeros is not None:
+        steps = steps + made.zeros.repeat_interleave(group or 23, 1)[:, :23]
+    assert low <= steps.min() and steps.max() <= high
+    # bfloat16 scales and whole zero points cost at most half a step more than the half step of rounding
+    assert float(((matrix - made.matrix).abs() / scales).max()) <= 1.01
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), FORMATS)
+def test_nearest_is_nearest(bits, symmetric):
+    matrix = rand(3, 10, seed=2)
+    made = quantise_rows(matrix, bits=bits, group=4, symmetric=symmetric)
+    low, high = levels(bits, symmetric)
+    for r in range(3):
+        for c in range(10):
+            zero = 0 if made.zeros is None else made.zeros[r, c // 4]
+            choices = (torch.arange(low, high + 1) - zero) * made.scales[r, c // 4]
+            assert (matrix[r, c] - made.matrix[r, c]).abs() == (matrix[r, c] - choices).abs().min()
+
+
+def test_search_never_raises_the_weighted_error_and_clips_outliers():
+    matrix = rand(20, 32, seed=3)
+    matrix[:, 5] *= 8
+    weight = torch.ones(32)
+    weight[5] = 0.01
+    errors = [
+        (
+            (
+                fit_grid(matrix, bits=3, importance=weight, search=search).snap(grouped(matrix, 0))[:, 0] - matrix
+            ).square()
+            * weight
+        ).sum(1)
+        for search in (0, 20)
+    ]
+    assert bool((errors[1] <= errors[0]).all())
+    assert float(errors[1].sum()) < 0.5 * float(errors[0].sum())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_zero_rows_stay_zero(symmetric):
+    matrix = torch.zeros(3, 9)
+    matrix[1] = rand(9, seed=4)
+    made = quantise_rows(matrix, bits=4, group=4, symmetric=symmetric, hessian=correlated(9), search=5, sweeps=1)
+    assert not made.matrix[0].any() and not made.matrix[2].any() and made.matrix[1].any()
+
+
+def test_unknown_bits_are_refused():
+    with pytest.raises(ValueError, match="5 bits"):
+        quantise_rows(rand(2, 4), bits=5)
+
+
+@pytest.mark.parametrize("block", [1, 4, 128])
+def test_feedback_is_the_published_recursion(block):
+    rows, hessian = rand(6, 19, seed=5).double(), correlated(19, seed=6)
+    grid = fit_grid(rows, bits=3, group=8)
+    scales = grid.scales.double().repeat_interleave(8, 1)
+
+    def nearest(values, scale):
+        return (values / scale).round().clamp(grid.low, grid.high) * scale
+
+    plan = feedback(hessian, 0.01, dtype=torch.float64)
+    made = sweep(rows, plan, lambda target, step: nearest(target, scales[:, plan.order[step]]), block)
+    for r in range(6):
+        expected = classical(rows[r], damped(hessian, 0.01), plan.order, lambda w, c, r=r: nearest(w, scales[r, c]))
+        torch.testing.assert_close(made[r], expected)
+
+
+def test_feedback_costs_add_up_to_the_loss():
+    rows, hessian = rand(4, 12, seed=7).double(), correlated(12, seed=8)
+    plan, misses = feedback(hessian, 0.01, dtype=torch.float64), []
+
+    def decide(target, step):
+        misses.append(plan.cost[step] * (target - target.round()).square())
+        return target.round()
+
+    made = sweep(rows, plan, decide)
+    assert float(torch.stack(misses).sum()) == pytest.approx(loss(damped(hessian, 0.01), rows, made), rel=1e-9)
+
+
+def test_sparse_feedback_is_the_published_recursion_on_each_support():
+    rows, hessian = rand(5, 16, seed=9).double(), correlated(16, seed=10)
+    support = project(rows.T, 7).T
+    rows = rows * support
+    made = sweep_supports(rows, support, hessian, lambda target, row, column: target.round(), memory=2 * 8 * 49)
+    assert not made[~support].any()
+    order = hessian.diagonal().argsort(descending=True)
+    for r in range(5):
+        inside = order[support[r, order]]
+        sub = damped(hessian, 0.01)[inside][:, inside]
+        expected = classical(rows[r, inside], sub, torch.arange(7), lambda w, c: w.round())
+        torch.testing.assert_close(made[r, inside], expected)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, False), (3, False), (4, True)])
+def test_feedback_beats_nearest_and_descent_beats_feedback(sparse, bits, symmetric):
+    rows, hessian = rand(24, 40, seed=11), correlated(40, seed=12)
+    support = project(rows.T, 16).T.contiguous() if sparse else None
+    rows = rows * support if sparse else rows
+    made = {
+        key: quantise_rows(rows, bits=bits, group=16, symmetric=symmetric, support=support, search=10, **more)
+        for key, more in {
+            "nearest": {},
+            "feedback": {"hessian": hessian},
+            "descent": {"hessian": hessian, "sweeps": 2},
+        }.items()
+    }
+    errors = {key: loss(hessian, rows, one.matrix) for key, one in made.items()}
+    assert errors["feedback"] < 0.9 * errors["nearest"]
+    assert errors["descent"] < errors["feedback"]
+    if support is not None:
+        assert all(not one.matrix[~support].any() for one in made.values())
+    assert torch.equal(made["feedback"].scales, made["descent"].scales)
+
+
+def test_descent_ends_at_least_squares_on_the_support():
+    rows, hessian = rand(3, 10, seed=13).double(), correlated(10, seed=14)
+    support = project(rows.T, 4).T
+    made = refine(
+        rows, rows * support, hessian, lambda target, _: target, sweeps=400, support=support, damping=0.05, block=3
+    )
+    exact = damped(hessian, 0.05)
+    for r in range(3):
+        inside = support[r].nonzero()[:, 0]
+        best = torch.linalg.solve(exact[inside][:, inside], exact[inside] @ rows[r])
+        torch.testing.assert_close(made[r, inside], best, atol=1e-6, rtol=1e-6)
+    assert not made[~support].any()
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_rank_deficient_hessians(tokens):
+    rows = rand(4, 21, seed=15)
+    inputs = rand(tokens, 21, seed=16).double()
+    made = quantise_rows(rows, bits=4, group=6, hessian=inputs.T @ inputs, search=4, sweeps=1)
+    assert bool(made.matrix.isfinite().all())
+    nearest = quantise_rows(rows, bits=4, group=6, search=4)
+    assert float((made.matrix - rows).norm()) < 3 * float((nearest.matrix - rows).norm())
+
+
+def test_indefinite_and_broken_hessians_are_refused():
+    for hessian in (torch.diag(torch.tensor([1e12, -1e12, 1.0])), torch.full((3, 3), float("nan"))):
+        with pytest.raises(ValueError, match="positive semi-definite"):
+            feedback(hessian)
