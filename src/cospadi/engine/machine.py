@@ -8,13 +8,14 @@ import platform
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor, nn
 
 from cospadi.errors import RecipeError, ResourceError
+from cospadi.model_view import placed
 
 
 def resolve_device(name: str) -> torch.device:
@@ -94,6 +95,19 @@ def compute_dtype(weight_bytes: int, device: torch.device) -> torch.dtype | None
         return None
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return torch.float32 if 3 * weight_bytes < available else None
+
+
+@contextmanager
+def widened(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Lend a model the float type it is fastest in while its activations are read, see :func:`compute_dtype`.
+
+    Args:
+        model: on the host; afterwards its weights are as they were, bit by bit.
+        device: where its layers will run.
+    """
+    dtype = compute_dtype(sum(p.numel() * p.element_size() for p in model.parameters()), device)
+    with placed(model, "cpu", dtype) if dtype else nullcontext():
+        yield
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:

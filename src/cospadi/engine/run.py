@@ -7,7 +7,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -24,18 +23,18 @@ from cospadi.engine.factorise import factorise_group, split_packed
 from cospadi.engine.feedback import LayerByLayer, require_layers
 from cospadi.engine.journal import Journal, check_complete, check_output, disk_errors, write_durably
 from cospadi.engine.machine import (
-    compute_dtype,
     device_name,
     memory_errors,
     peak_memory,
     resolve_device,
     versions,
     weights_sha256,
+    widened,
 )
 from cospadi.engine.plan import Plan, group_row, make_plan
 from cospadi.errors import CalibrationError, ModelError
 from cospadi.methods import get_method
-from cospadi.model_view import ModelView, check_weights, discover, is_compressed, open_model, placed
+from cospadi.model_view import ModelView, check_weights, discover, is_compressed, open_model
 from cospadi.recipe import Recipe
 
 Progress = Callable[..., None]
@@ -215,8 +214,7 @@ class _Run:
     def _collect(self, view: ModelView, blocks: TokenBlocks, device: torch.device, journal: Journal) -> None:
         begun = time.perf_counter()
         self.store = StatisticsStore(journal.statistics, {"tokens": blocks.sha256, "model": self.name})
-        wider = compute_dtype(sum(p.numel() * p.element_size() for p in view.model.parameters()), device)
-        with placed(view.model, "cpu", wider) if wider else nullcontext():
+        with widened(view.model, device):
             collect(
                 view,
                 blocks.ids,

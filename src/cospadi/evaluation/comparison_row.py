@@ -20,7 +20,7 @@ from cospadi.calibration import StatisticsStore, Texts, TokenBlocks, collect
 from cospadi.checkpoint import load, replace_by_dense
 from cospadi.engine.factorise import rebuild
 from cospadi.engine.journal import Journal
-from cospadi.engine.machine import device_name, versions
+from cospadi.engine.machine import device_name, versions, widened
 from cospadi.engine.plan import Plan
 from cospadi.engine.run import _Run
 from cospadi.evaluation.yardstick import Yardstick, peak, reset_peak
@@ -60,7 +60,10 @@ class Shared:
         """The statistics; collected when they are first asked for."""
         begun = time.perf_counter()
         store = StatisticsStore(self.statistics, self.fingerprint)
-        collect(self.view, self.blocks.ids, device=self.device, store=store, progress=partial(progress, "calibrate"))
+        with widened(self.model, self.device):  # as a run by itself does: its rows are the same to the bit
+            collect(
+                self.view, self.blocks.ids, device=self.device, store=store, progress=partial(progress, "calibrate")
+            )
         self.seconds["calibrate"] = self.seconds.get("calibrate", 0.0) + time.perf_counter() - begun
         return store
 

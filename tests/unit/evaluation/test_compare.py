@@ -57,7 +57,9 @@ def counting(monkeypatch):
     return Count
 
 
-def test_rows_are_what_the_checkpoints_give(source, go, tmp_path):
+@pytest.mark.parametrize("bfloat16_units", [True, False])
+def test_rows_are_what_the_checkpoints_give(source, go, tmp_path, monkeypatch, bfloat16_units):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bfloat16_units)
     found = go(methods=["svd", "wanda"], keeps=[0.8, 0.6], references=["rtn"])
     assert [(r["method"], r["keep"]) for r in found["rows"]] == [
         ("svd", 0.8),
