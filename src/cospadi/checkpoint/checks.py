@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cospadi.checkpoint.checksums import check_checksums
 from cospadi.checkpoint.headers import Entry, read_directory, read_json
 from cospadi.errors import CheckpointError
 from cospadi.format import FORMAT_VERSION, GroupSpec, MatrixSpec, Packed
@@ -258,7 +259,7 @@ def validate(path: str | Path, *, deep: bool = True) -> tuple[GroupSpec, ...]:
 
     Args:
         path: the directory.
-        deep: also read masks and scales; otherwise the headers only.
+        deep: also read masks and scales and compare ``SHA256SUMS``; otherwise the headers only.
 
     Returns:
         its groups.
@@ -275,4 +276,5 @@ def validate(path: str | Path, *, deep: bool = True) -> tuple[GroupSpec, ...]:
         for group in groups:
             for index, module in enumerate(group.modules):
                 check_group(group, index, FileTensors(entries, module), files)
+        check_checksums(directory)  # last: the checks above name the tensor
     return groups

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from cospadi.checkpoint.checks import QUANT_METHOD, validate
+from cospadi.checkpoint.checksums import check_checksums
 from cospadi.checkpoint.headers import read_directory, read_json
 from cospadi.checkpoint.hf_quantizer import register
 from cospadi.errors import CheckpointError, CospadiError, ResourceError
@@ -23,6 +24,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     device_map: Any = None,
     revision: str | None = None,
+    checksums: bool = True,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a compressed checkpoint, or a stock one (dense or pruned) as it is.
@@ -35,6 +37,7 @@ def load(
         dtype: ``"auto"`` for that of the checkpoint, or the floating-point dtype to compute in.
         device_map: as transformers takes it.
         revision: of a repository on the hub.
+        checksums: compare the weight files with ``SHA256SUMS``, where that file is; about a second for 1.5 GB.
         **kwargs: passed on to ``from_pretrained``.
 
     Returns:
@@ -73,6 +76,8 @@ def load(
         if names and (compressed or kind != "unexpected"):
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(f"{directory}: {kind} tensor {names[0]}{more}; copy the checkpoint again")
+    if compressed and checksums:
+        check_checksums(directory)  # last: the checks above name the tensor
     loaded: PreTrainedModel = model.eval()
     return loaded
 

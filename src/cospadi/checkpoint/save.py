@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from cospadi.checkpoint.checks import validate
+from cospadi.checkpoint.checksums import write_checksums
 from cospadi.checkpoint.convert import factored_layers, storage_dtype
 from cospadi.checkpoint.hf_quantizer import attach
 from cospadi.checkpoint.publish import staged
@@ -47,6 +48,7 @@ def save(
         model.save_pretrained(staging, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
+        write_checksums(staging)
         validate(staging, deep=False)
 
 

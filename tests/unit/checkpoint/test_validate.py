@@ -1,5 +1,6 @@
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from cospadi.checkpoint import (
     validate,
 )
 from cospadi.checkpoint.checks import check_codes, popcounts
+from cospadi.checkpoint.checksums import CHECKSUMS
 from cospadi.errors import CheckpointError
 from cospadi.format import MatrixSpec, pack
 from cospadi.format.pack import pack_mask
@@ -46,8 +48,39 @@ def checkpoint(pristine, tmp_path):
     directory = tmp_path / "c"
     directory.mkdir()
     for file in pristine.iterdir():
+        if file.name == CHECKSUMS:
+            continue  # it would find every change at once
         (directory / file.name).write_bytes(file.read_bytes())
     return directory
+
+
+@pytest.mark.parametrize("where", [0.5, 0.9])
+def test_a_changed_bit_in_a_value_is_found(pristine, tmp_path, where):
+    directory = tmp_path / "bit"
+    shutil.copytree(pristine, directory)
+    validate(directory)
+    load(directory)
+    data = bytearray((directory / FILE).read_bytes())
+    with safe_open(directory / FILE, "pt") as file:
+        names = [name for name in file.keys() if name.endswith("values")]  # noqa: SIM118
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    begin, end = header[names[0]]["data_offsets"]
+    data[8 + int.from_bytes(data[:8], "little") + begin + int((end - begin) * where)] ^= 1
+    (directory / FILE).write_bytes(data)
+    validate(directory, deep=False)
+    for check in (validate, load):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: its content is not what was written"):
+            check(directory)
+    load(directory, checksums=False)
+    (directory / CHECKSUMS).write_text("nonsense\n")
+    with pytest.raises(CheckpointError, match="line 1: not a hash"):
+        validate(directory)
+    (directory / CHECKSUMS).write_text(f"{'0' * 64}  ../{FILE}\n")
+    with pytest.raises(CheckpointError, match="line 1: not a hash"):
+        validate(directory)
+    (directory / CHECKSUMS).write_text(f"{'0' * 64}  model-9.safetensors\n")
+    with pytest.raises(CheckpointError, match=r"model-9\.safetensors: missing"):
+        validate(directory)
 
 
 def rewrite(directory, change):
@@ -287,7 +320,7 @@ def test_rows_are_checked_in_every_chunk(monkeypatch):
 
 def test_no_pickle_and_no_absolute_path_in_a_checkpoint(pristine):
     for file in pristine.iterdir():
-        assert file.suffix in (".json", ".safetensors")
+        assert file.suffix in (".json", ".safetensors") or file.name == CHECKSUMS
         if file.suffix == ".json":
             assert str(pristine.parent) not in file.read_text()
     with safe_open(pristine / FILE, framework="pt") as reader:
