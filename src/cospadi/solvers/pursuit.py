@@ -120,6 +120,32 @@ LEAST_MOMENTUM = 0.5
 (measured on a trained model; 0.8 diverges, because the projection is not convex)."""
 
 
+EXCESS, TIGHT_SHARE, FREE_SHARE = 0.25, 0.65, 0.25
+"""The first rounds keep a quarter more non-zeros than the pattern allows; the excess melts away over 65 % of the
+rounds. During the first quarter they may lie anywhere. Measured on a trained model: 2 % (square matrices) to 6 % (wide
+ones) less error than the final number from the start and free places for half the rounds."""
+
+
+def tightening(number: int, rounds: int, atoms: int, nonzeros: int, pattern: str) -> tuple[str, int]:
+    """Pattern and non-zeros per column of round `number` of `rounds`; those asked for from 65 % of the rounds on.
+
+    Args:
+        number: from 0.
+        rounds: in all.
+        atoms: k.
+        nonzeros: s, for ``"free"``.
+        pattern: ``"free"`` or ``"n:m"``.
+    """
+    done = min(1.0, number / (TIGHT_SHARE * (rounds - 1))) if rounds > 1 else 1.0
+    share = 1 + EXCESS * (1 - done)
+    balanced = parse_pattern(pattern)
+    if balanced is None:
+        return pattern, min(atoms, round(nonzeros * share))
+    n, m = balanced
+    n = min(m, round(n * share))
+    return f"{n}:{m}", balanced_nonzeros(atoms, n, m)
+
+
 def gradient_steps(
     codes: Tensor,
     gram: Tensor,
@@ -236,11 +262,12 @@ def pursuit(
     codes = torch.zeros(target.shape[1], dictionary.shape[1], dtype=target.dtype, device=target.device)
     before = codes
     losses: list[float] = []
-    # Balanced runs are formed once the use of the atoms is known, half-way.
-    settled = 0 if balanced is None else rounds // 2
+    # Balanced runs are formed once the use of the atoms is known.
+    settled = 0 if balanced is None else int(FREE_SHARE * rounds)
     for number in range(rounds):
-        current = "free" if number < settled else pattern
-        count = nonzeros if balanced is None else balanced_nonzeros(atoms, *balanced)
+        current, count = tightening(number, rounds, atoms, nonzeros, pattern)
+        if number < settled:
+            current = "free"
         if balanced is not None and number == settled and number > 0:
             order = order_by_use(codes, balanced[1])
             dictionary, codes, before = dictionary[:, order].contiguous(), codes[:, order], before[:, order]

@@ -1,5 +1,7 @@
 """The project's own method: exact storage of every kind of factor, stable low-bit dictionaries, siblings."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -91,6 +93,13 @@ def test_rank_deficient_gram():
 
 def test_balanced_codes_cost_little_against_free_ones():
     problem, shape = layer(192, (320,), seed=6)
-    assert stored_error(problem, shape, 0.6, rounds=20) < 1.05 * stored_error(
-        problem, shape, 0.6, pattern="free", rounds=20
-    )
+    free = stored_error(problem, shape, 0.6, pattern="free", rounds=20)
+    assert stored_error(problem, shape, 0.6, pattern="16:32", rounds=20) < 1.15 * free
+
+
+def test_the_pattern_follows_the_number_of_atoms():
+    plan = partial(METHOD.plan, GroupShape(("m0",), 64, (256,)))
+    few, many = plan(int(0.5 * 2 * 64 * 256)), plan(int(0.8 * 2 * 64 * 256))
+    assert few.codes.pattern == "12:32" and few.atoms <= 64
+    assert many.codes.pattern == "16:32"
+    assert plan(int(0.8 * 2 * 64 * 256), pattern="12:32").atoms > 64

@@ -14,6 +14,7 @@ from cospadi.solvers.pursuit import (
     pursuit,
     refine_on_support,
     spectral_norm,
+    tightening,
 )
 
 
@@ -57,8 +58,23 @@ def test_losses_fall_and_beat_ksvd_at_the_same_size():
     target = decaying(32, 96, seed=3)
     found = pursuit(target, 24, 12, rounds=20)
     _, _, faithful = ksvd(target, 24, 12, rounds=20, seed=0)
-    assert found.losses[-1] < found.losses[0]
-    assert found.losses[-1] < faithful[-1]
+    tight = next(number for number in range(20) if tightening(number, 20, 24, 12, "free")[1] == 12)
+    assert 10 <= tight <= 14  # from here on the number of non-zeros is the final one
+    assert found.losses[-1] < found.losses[tight] and len(found.losses) == 21
+    assert found.losses[-1] < faithful[-1] / float(target.square().sum())
+
+
+@pytest.mark.parametrize(
+    ("atoms", "nonzeros", "pattern"), [(40, 7, "free"), (70, 0, "16:32"), (33, 0, "2:4"), (9, 9, "free")]
+)
+@pytest.mark.parametrize("rounds", [1, 2, 7, 50])
+def test_tightening_never_loosens_and_ends_at_the_pattern(atoms, nonzeros, pattern, rounds):
+    steps = [tightening(number, rounds, atoms, nonzeros, pattern) for number in range(rounds)]
+    final = nonzeros if pattern == "free" else balanced_nonzeros(atoms, *parse_pattern(pattern))
+    counts = [count for _, count in steps]
+    assert counts == sorted(counts, reverse=True) and max(counts) <= min(atoms, round(1.26 * final) + 3)
+    assert steps[-1] == (pattern, final)
+    assert rounds < 7 or counts[0] > final or pattern == "2:4" or final == atoms
 
 
 def test_full_support_equals_truncated_svd():
