@@ -25,6 +25,9 @@ from typing import Any
 # The first holds the tables to fill. It may itself have caused `import torch`, and then be half-executed already when
 # this hook is set; the second is imported later in that case, and before any model is built in every case.
 _AWAITED = ("transformers.quantizers", "transformers.modeling_utils")
+# The table of model types lies in the first; while the second is half-executed no configuration can be defined. Either
+# may itself have caused `import torch`, and nothing else may be imported afterwards.
+_MODEL_TYPES = ("transformers.models.auto.configuration_auto", "transformers.models.auto.modeling_auto")
 
 
 def autoload() -> None:
@@ -33,6 +36,11 @@ def autoload() -> None:
         if os.environ.get("COSPADI_AUTOLOAD", "1") == "0" or any(isinstance(f, _Finder) for f in sys.meta_path):
             return
         quantizers, models = (sys.modules.get(name) for name in _AWAITED)
+        for module in (sys.modules.get(name) for name in _MODEL_TYPES):
+            if _ready(module):
+                _register_configurations()
+            elif module is not None and module.__spec__ is not None:
+                module.__spec__.__class__ = _WatchedSpec
         if not (_ready(quantizers) and _register(last_chance=_ready(models))):
             sys.meta_path.insert(0, _Finder())
     except Exception as error:
@@ -47,8 +55,10 @@ def _ready(module: ModuleType | None) -> bool:
 def _register(last_chance: bool = False) -> bool:
     try:
         from cospadi.checkpoint.hf_quantizer import register
+        from cospadi.sharing.shared_checkpoint_hf import register as register_shared
 
         register()
+        register_shared()
     except Exception as error:
         if last_chance:
             _complain(error)
@@ -56,8 +66,31 @@ def _register(last_chance: bool = False) -> bool:
     return True
 
 
+def _register_configurations() -> None:
+    try:
+        from cospadi.sharing.registration import register_configurations
+
+        register_configurations()
+    except Exception as error:
+        # as long as the other module of the two is half-executed; the end of that one is another chance
+        logging.getLogger("cospadi").debug("transformers will not know models with shared attention: %s", error)
+
+
 def _complain(error: Exception) -> None:
     logging.getLogger("cospadi").warning("transformers will not read cospadi checkpoints: %s", error)
+
+
+class _WatchedSpec(ModuleSpec):
+    """Spec of a module that is being executed already, whose loader can be wrapped no more.
+
+    The import system marks the end of the execution in the spec; that is when to register.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_initializing" and not value:
+            self.__class__ = ModuleSpec  # type: ignore[assignment]
+            _register_configurations()
 
 
 class _Finder(MetaPathFinder):
@@ -69,7 +102,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _AWAITED or self._busy:
+        if fullname not in (*_AWAITED, *_MODEL_TYPES) or self._busy:
             return None
         self._busy = True
         try:
@@ -107,6 +140,9 @@ class _Loader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
+        if module.__name__ in _MODEL_TYPES:
+            _register_configurations()
+            return
         if not _ready(sys.modules.get(_AWAITED[0])) and module.__name__ != _AWAITED[0]:
             return
         if _register(last_chance=module.__name__ == _AWAITED[-1]) and self._finder in sys.meta_path:

@@ -14,20 +14,22 @@ from typing import TYPE_CHECKING, Any
 import _cospadi_autoload
 
 if TYPE_CHECKING:
-    from cospadi.engine import Estimate, Result, compress, estimate
+    from cospadi.engine import Estimate, PruneResult, Result, compress, estimate, prune
     from cospadi.evaluation import evaluate, load
     from cospadi.recipe import Recipe
 
-__all__ = ["Estimate", "Recipe", "Result", "compress", "estimate", "evaluate", "load"]
+__all__ = ["Estimate", "PruneResult", "Recipe", "Result", "compress", "estimate", "evaluate", "load", "prune"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "Estimate": "cospadi.engine",
+    "PruneResult": "cospadi.engine",
     "Result": "cospadi.engine",
     "compress": "cospadi.engine",
     "estimate": "cospadi.engine",
     "evaluate": "cospadi.evaluation",
     "load": "cospadi.evaluation",
+    "prune": "cospadi.engine",
     "Recipe": "cospadi.recipe",
 }
 

@@ -57,6 +57,32 @@ class Refine(_Strict):
     patience: int = Field(4, ge=1, description="Tenths of a run without improvement after which it ends.")
 
 
+class Prune(_Strict):
+    """Blocks (decoder layers), or a share of their width, that are removed before anything else."""
+
+    method: str = Field("replaceme", description="Name of a pruning method, see `cospadi prune --help`.")
+    blocks: int | None = Field(None, ge=1, description="How many blocks go.")
+    keep_blocks: float | None = Field(
+        None, gt=0, lt=1, description="Instead: share of the blocks' 16-bit bytes that stays, 0 to 1."
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the method.")
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Prune:
+        if self.blocks is not None and self.keep_blocks is not None:
+            raise BudgetError(f"blocks ({self.blocks}) and keep_blocks ({self.keep_blocks:g}) are both given: give one")
+        return self
+
+    def require_size(self) -> None:
+        """Check that the section says how much goes.
+
+        Raises:
+            BudgetError: if it does not.
+        """
+        if self.blocks is None and self.keep_blocks is None:
+            raise BudgetError("say how much to prune: either --blocks (such as 2) or --keep-blocks (such as 0.75)")
+
+
 class Recipe(_Strict):
     """A whole compression run.
 
@@ -68,13 +94,19 @@ class Recipe(_Strict):
     keep: float | None = Field(None, description="Share of the compressed linear layers' 16-bit bytes to keep, 0 to 1.")
     target_size: str | None = Field(None, description="Size of all files instead of `keep`, such as 5GB.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the method.")
-    grouping: Literal["matrix", "siblings"] | None = Field(
+    grouping: Literal["matrix", "siblings", "cross_layer", "pairs"] | None = Field(
         None, description="Which layers share a dictionary; left out: what the method publishes."
     )
     allocation: Literal["uniform", "pooled", "truncation", "rocket", "knapsack"] | None = Field(
         None, description="Who gets how many bytes; left out: what the method publishes."
     )
+    only: list[str] | None = Field(
+        None, description="Compress only these modules: names or patterns such as q_proj, self_attn, layers.3, mlp.*."
+    )
     calibration: Calibration = Field(default_factory=Calibration)
+    prune: Prune | None = Field(
+        None, description="Remove blocks first; `keep` still counts against the layers of the original model."
+    )
     anchor: bool = Field(
         False, description="Fit every layer to the input that the compressed layers before it really give."
     )
@@ -102,6 +134,16 @@ class Recipe(_Strict):
         if isinstance(text, str):
             parse_size(text)
         return text
+
+    @field_validator("only", mode="before")
+    @classmethod
+    def _only_with_commas(cls, only: Any) -> Any:
+        patterns = only.split(",") if isinstance(only, str) else only
+        if isinstance(patterns, list) and all(isinstance(item, str) for item in patterns):
+            patterns = [item.strip() for item in patterns if item.strip()]
+            if not patterns:
+                raise ValueError("names no module; leave it out to compress all")
+        return patterns
 
     @field_validator("refine", mode="before")
     @classmethod
@@ -173,6 +215,27 @@ class Recipe(_Strict):
     def to_yaml(self) -> str:
         """YAML text of the recipe, without keys left at None."""
         return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def with_prune(
+    recipe: Recipe,
+    method: str | None = None,
+    blocks: int | None = None,
+    keep_blocks: float | None = None,
+    options: dict[str, Any] | None = None,
+) -> Recipe:
+    """A recipe with a change of its section ``prune``; options do not outlive their method.
+
+    Raises:
+        RecipeError: on wrong values.
+    """
+    section = (recipe.prune or Prune()).model_dump()
+    if method is not None and method != section["method"]:
+        section |= {"method": method, "options": {}}
+    if blocks is not None or keep_blocks is not None:
+        section |= {"blocks": blocks, "keep_blocks": keep_blocks}
+    section["options"] = section["options"] | (options or {})
+    return recipe.model_copy(update={"prune": None}).merged({"prune": section})
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -49,7 +49,6 @@ def knapsack(
         budget: bytes for all together.
         cap: most loss of any one group, or of each (ROCKET's guard against sacrificing single layers); a group none
             of whose options meets it keeps those of its least loss.
-        time_limit: seconds for the exact solver.
 
     Returns:
         index of the chosen option of each group. Their bytes never exceed the budget.

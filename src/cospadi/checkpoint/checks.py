@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cospadi.checkpoint.checksums import check_checksums
 from cospadi.checkpoint.headers import Entry, read_directory, read_json
+from cospadi.checkpoint.width import WIDTH_METHOD
 from cospadi.errors import CheckpointError
 from cospadi.format import FORMAT_VERSION, GroupSpec, MatrixSpec, Packed
 from cospadi.layers.tensors import GUARD, GUARD_DTYPE, GUARD_SHAPE, codes_name, dictionary_name, module_tensors
@@ -67,6 +68,10 @@ def parse_config(data: Any, where: str = "config.json") -> tuple[GroupSpec, ...]
     Raises:
         CheckpointError: if it is not ours, of an unknown version, or impossible.
     """
+    if isinstance(data, Mapping) and data.get("quant_method") == WIDTH_METHOD:
+        raise CheckpointError(
+            f"{where}: the model is width-pruned and has no factors; evaluate, generate and load take it as it is"
+        )
     if not isinstance(data, Mapping) or data.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(
             f"{where}: not a checkpoint of cospadi (quantization_config says otherwise or is missing)"

@@ -34,6 +34,8 @@ from cospadi.checkpoint.convert import (
     replace_modules,
 )
 from cospadi.checkpoint.headers import Entry, read_header
+from cospadi.checkpoint.linear_blocks import register_linear_blocks
+from cospadi.checkpoint.width_quantizer import register_width
 from cospadi.format import GroupSpec
 from cospadi.layers import FactoredLinear
 
@@ -146,7 +148,9 @@ def _named_as_in(model: PreTrainedModel, groups: Sequence[GroupSpec]) -> Sequenc
 
 
 def register() -> None:
-    """Make transformers know the format. May be called any number of times."""
+    """Make transformers know the formats. May be called any number of times."""
+    register_width()
+    register_linear_blocks()
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(QUANT_METHOD)(CospadiConfig)
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:

@@ -12,6 +12,8 @@ from cospadi.checkpoint.checks import QUANT_METHOD, validate
 from cospadi.checkpoint.checksums import check_checksums
 from cospadi.checkpoint.headers import read_directory, read_json
 from cospadi.checkpoint.hf_quantizer import register
+from cospadi.checkpoint.linear_blocks import LINEAR_BLOCKS_METHOD
+from cospadi.checkpoint.width import WIDTH_METHOD, validate_width
 from cospadi.errors import CheckpointError, CospadiError, ResourceError
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ def load(
     checksums: bool = True,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """Load a compressed checkpoint, or a stock one (dense or pruned) as it is.
+    """Load a compressed or width-pruned checkpoint, or a stock one (dense or pruned) as it is.
 
     Unlike plain ``from_pretrained`` this refuses a checkpoint in which a weight is missing, of another shape, or not
     accounted for.
@@ -49,9 +51,16 @@ def load(
     """
     directory = _locate(path, revision)
     config = read_json(directory / "config.json")
-    compressed = (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD
-    if compressed:
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    compressed = method in (QUANT_METHOD, WIDTH_METHOD, LINEAR_BLOCKS_METHOD)
+    if method == QUANT_METHOD:
         validate(directory, deep=False)  # masks and scales are checked on the loaded tensors
+        register()
+    elif method == WIDTH_METHOD:
+        validate_width(directory)
+        register()
+    elif compressed:
+        read_directory(directory)
         register()
     else:
         read_directory(directory)

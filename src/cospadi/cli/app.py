@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.text import Text
 
+from cospadi.cli.benchmark import register as register_benchmark
 from cospadi.cli.common import (
     AllocationOption,
     AnchorOption,
@@ -20,6 +21,7 @@ from cospadi.cli.common import (
     LengthOption,
     MethodOption,
     ModelArgument,
+    OnlyOption,
     RecipeOption,
     RefineOption,
     SamplesOption,
@@ -36,6 +38,7 @@ from cospadi.cli.common import (
     quiet_transformers,
 )
 from cospadi.cli.compare import LimitOption, TasksOption, printable, register, split
+from cospadi.cli.prune import register as register_prune
 
 app = typer.Typer(
     name="cospadi",
@@ -83,6 +86,7 @@ def compress(
     set_: SetOption = None,
     grouping: GroupingOption = None,
     allocation: AllocationOption = None,
+    only: OnlyOption = None,
     anchor: AnchorOption = None,
     refine: RefineOption = None,
     calibration: CalibrationOption = None,
@@ -106,6 +110,7 @@ def compress(
         method=method,
         grouping=grouping,
         allocation=allocation,
+        only=only,
         anchor=anchor,
         refine=refine,
         device=device,
@@ -162,6 +167,7 @@ def estimate(
     recipe: RecipeOption = None,
     set_: SetOption = None,
     grouping: GroupingOption = None,
+    only: OnlyOption = None,
     samples: SamplesOption = None,
     seq_len: LengthOption = None,
     json_: JsonOption = False,
@@ -176,6 +182,7 @@ def estimate(
         target_size=target_size,
         method=method,
         grouping=grouping,
+        only=only,
     )
     _print_estimate(model, merged, json_)
 
@@ -244,6 +251,8 @@ def evaluate(
 
 
 register(app)
+register_prune(app)
+register_benchmark(app)
 
 
 @app.command()
@@ -283,7 +292,8 @@ def export(
     if not dense:
         raise UsageError("name the form: --dense writes a stock checkpoint")
     check_new_directory(out)
-    from cospadi.checkpoint import export_dense, file_bytes
+    from cospadi.checkpoint import file_bytes
+    from cospadi.evaluation import export_dense
     from cospadi.report.text import human_bytes
 
     quiet_transformers()

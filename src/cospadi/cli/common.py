@@ -31,7 +31,10 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="An option of the method; repeatable.", show_default=False),
 ]
 GroupingOption = Annotated[
-    str | None, typer.Option(help="matrix or siblings: which layers share a dictionary.", show_default="the method's")
+    str | None,
+    typer.Option(
+        help="matrix, siblings, cross_layer or pairs: which layers share a dictionary.", show_default="the method's"
+    ),
 ]
 AllocationOption = Annotated[
     str | None,
@@ -44,6 +47,13 @@ AnchorOption = Annotated[
 RefineOption = Annotated[
     bool | None,
     typer.Option("--refine/--no-refine", help="Tune every decoder layer after its factorisation.", show_default="no"),
+]
+OnlyOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Compress only these modules: names or patterns with commas, such as q_proj,k_proj or self_attn.",
+        show_default="all; masa: attention",
+    ),
 ]
 CalibrationOption = Annotated[
     str | None,

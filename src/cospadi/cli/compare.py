@@ -14,6 +14,7 @@ from cospadi.cli.common import (
     JsonOption,
     LengthOption,
     ModelArgument,
+    OnlyOption,
     SamplesOption,
     SeedOption,
     UsageError,
@@ -117,6 +118,7 @@ def compare(
     references: Annotated[
         str, typer.Option(help="Plain quantisers drawn in at 8, 4 and 3 bits, with commas; none for none.")
     ] = "rtn",
+    only: OnlyOption = None,
     calibration: CalibrationOption = None,
     samples: SamplesOption = None,
     seq_len: LengthOption = None,
@@ -152,7 +154,8 @@ def compare(
         raise UsageError("say how small the model shall be: --keep 0.8,0.6")
     options = _options(set_ or [], names)
     section = {"source": calibration, "samples": samples, "seq_len": seq_len}
-    flags = {"device": device, "seed": seed, "calibration": {k: v for k, v in section.items() if v is not None}}
+    section = {key: value for key, value in section.items() if value is not None}
+    flags = {"device": device, "seed": seed, "only": only, "calibration": section}
     changes = {key: value for key, value in flags.items() if value is not None}
     merged = (common or Recipe()).merged(changes, source="command line")
 
@@ -200,6 +203,7 @@ def _write_pages(data: dict[str, Any], out: Path) -> None:
     import json
 
     from cospadi.report import write_all
+    from cospadi.report.depth import write_depth
 
     for row in data["rows"]:
         if row.get("directory"):
@@ -208,7 +212,7 @@ def _write_pages(data: dict[str, Any], out: Path) -> None:
             keys = ("perplexity", "tasks")
             dense = {f"dense_{key}": data["dense"].get(key) for key in keys}
             report["evaluation"] = {"text": data["text"], **{key: row.get(key) for key in keys}, **dense}
-            write_all(report, folder)
+            (write_depth if "distances" in report else write_all)(report, folder)
 
 
 def printable(data: dict[str, Any]) -> dict[str, Any]:

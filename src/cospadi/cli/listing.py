@@ -6,6 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
+import cospadi.sharing.retrofit  # noqa: F401 - registers its method
+from cospadi.depth import DepthMethod, all_depth_methods
 from cospadi.methods import Method, all_methods, get_method
 
 
@@ -15,8 +17,22 @@ def methods_data(name: str | None) -> dict[str, Any]:
     Raises:
         RecipeError: if there is none of that name.
     """
+    pruning = all_depth_methods()
+    if name in pruning:
+        return {"methods": [_describe_pruning(pruning[name])]}
     chosen = {name: get_method(name)} if name else all_methods()
-    return {"methods": [_describe(method) for method in chosen.values()]}
+    found = [_describe(method) for method in chosen.values()]
+    return {"methods": found + ([] if name else [_describe_pruning(method) for method in pruning.values()])}
+
+
+def _describe_pruning(method: DepthMethod) -> dict[str, Any]:
+    return {
+        "name": method.name,
+        "summary": f"Prunes. {method.summary}",
+        "paper": method.paper,
+        "grouping": "blocks" if method.unit == "blocks" else "width",
+        "options": {key: field.default for key, field in method.options.model_fields.items()},
+    }
 
 
 def _describe(method: Method) -> dict[str, Any]:

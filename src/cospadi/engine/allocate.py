@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from cospadi.calibration import StatisticsStore
 from cospadi.checkpoint import storage_dtype
 from cospadi.engine.candidates import Family
 from cospadi.engine.journal import Journal, write_durably
+from cospadi.engine.pairing import matched, plans_of_pairs
 from cospadi.engine.plan import Plan, PlannedGroup
 from cospadi.engine.profile import Option, profile
 from cospadi.engine.target import side_bytes
@@ -51,6 +52,7 @@ def final_plan(
     journal: Journal,
     progress: Callable[..., None],
     ids: Tensor | None = None,
+    fisher: Mapping[str, Tensor] | None = None,
 ) -> Plan:
     """The plan that is carried out. It is kept in the journal, so a resumed run does not compute it again.
 
@@ -65,12 +67,15 @@ def final_plan(
         ids: calibration tokens (sequences, length), on a few of which harm is measured. Without them a knapsack is
             not possible and the plan stays as it is: errors that are only counted, by energy or relative to it,
             allocate worse than equal shares.
+        fisher: mean squared gradient of every weight by name, for methods that need it.
 
     Raises:
         BudgetError: if the budget is below the least possible size.
     """
     rule = allocation_rule(recipe)
-    if rule == "uniform" or (rule == "knapsack" and ids is None):
+    equal = rule == "uniform" or (rule == "knapsack" and ids is None)
+    pairs = (recipe.grouping or get_method(recipe.method).grouping) == "pairs"
+    if equal and not pairs:
         return plan
     path = journal.folder / "plan.json"
     asked = {"rule": rule, "keep": plan.keep_requested, "recipe": recipe.model_dump(mode="json", exclude={"device"})}
@@ -78,10 +83,14 @@ def final_plan(
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["asked"] == asked:
             return _read(kept["groups"], plan, view)
-    if rule in ("pooled", "truncation"):
-        choose = _by_spectra(view, recipe, plan, store, device, progress, rule)
+    equally = plans_of_pairs(plan, recipe, matched(view, plan, store, device, progress)) if pairs else None
+    start = equally(budget_of(plan)) if equally else plan
+    if equal or not any(own_input(group) for group in start.groups):
+        choose: Choose = equally or (lambda _: plan)
+    elif rule in ("pooled", "truncation"):
+        choose = _by_spectra(view, recipe, start, store, device, progress, rule)
     else:
-        choose = _by_trials(view, recipe, plan, store, device, progress, ids, rule)
+        choose = _by_trials(view, recipe, start, store, device, progress, ids, rule, fisher or {})
     decided = choose(budget_of(plan))
     if recipe.target_size is not None:
         decided = _within_target(decided, choose, plan, view)
@@ -120,7 +129,7 @@ def shape_of(group: PlannedGroup) -> GroupShape:
 
 def own_input(group: PlannedGroup) -> bool:
     """Whether all of a group's modules read one input; groups across layers keep their uniform share."""
-    return set(group.spec.modules) <= set(group.source.modules)
+    return not group.sources
 
 
 def families(method: Method, options: dict[str, Any]) -> list[Family]:
@@ -136,8 +145,9 @@ def _read(rows: list[dict[str, Any]], plan: Plan, view: ModelView) -> Plan:
     groups = []
     for row in rows:
         spec = GroupSpec.from_dict(row["spec"])
-        source = sources[spec.modules[0]]
-        groups.append(PlannedGroup(source.layer, source, spec, row["options"]))
+        read = tuple(sources[name] for name in spec.modules)
+        differ = read if len(set(read)) > 1 else ()
+        groups.append(PlannedGroup(read[0].layer, read[0], spec, row["options"], differ))
     return replace(plan, groups=tuple(groups))
 
 
@@ -150,6 +160,7 @@ def _by_trials(
     progress: Callable[..., None],
     ids: Tensor | None,
     rule: str,
+    fisher: Mapping[str, Tensor],
 ) -> Choose:
     """One option for every group: least total harm, or least total of ROCKET's errors under its cap."""
     known = families(get_method(recipe.method), recipe.options)
@@ -165,8 +176,9 @@ def _by_trials(
         device=device,
         dtype=storage_dtype(view.model),
         progress=progress,
+        fisher=fisher,
     )
-    table = [[Candidate(option.spec.bytes, option.loss) for option in item.options] for item in found]
+    table = [[Candidate(option.bytes, option.loss) for option in item.options] for item in found]
     tried = sum(min(candidate.bytes for candidate in row) for row in table)
 
     def choose(budget: int) -> Plan:
@@ -180,8 +192,9 @@ def _by_trials(
         cap = smallest_cap(table, room) if rule == "rocket" else None
         picks = knapsack(table, room, cap=cap)
         chosen = [(item.predict, item.options[pick]) for item, pick in zip(found, picks, strict=True)]
-        final = iter(spend(chosen, room - sum(option.spec.bytes for _, option in chosen)))
-        return replace(plan, groups=tuple(_settled(g, next(final)) if own_input(g) else g for g in plan.groups))
+        final = iter(spend(chosen, room - sum(option.bytes for _, option in chosen)))
+        settled = [_settled(g, next(final)) if own_input(g) else [g] for g in plan.groups]
+        return replace(plan, groups=tuple(part for parts in settled for part in parts))
 
     return choose
 
@@ -190,9 +203,20 @@ def _fixed_bytes(plan: Plan) -> int:
     return sum(group.spec.bytes for group in plan.groups if not own_input(group))
 
 
-def _settled(group: PlannedGroup, option: Option) -> PlannedGroup:
-    spec = replace(option.spec, method=option.family.method)
-    return PlannedGroup(group.layer, group.source, spec, option.family.options)
+def _settled(group: PlannedGroup, option: Option) -> list[PlannedGroup]:
+    """What is stored of a group: pieces that chose the same stay together, as one launch of a kernel serves them."""
+    chosen: dict[int, list[tuple[Family, GroupSpec]]] = {}
+    for family, spec in option.parts:
+        chosen.setdefault(id(family), []).append((family, spec))
+    settled = []
+    for parts in chosen.values():
+        family, specs = parts[0][0], [spec for _, spec in parts]
+        modules = tuple(name for spec in specs for name in spec.modules)
+        d_out = tuple(size for spec in specs for size in spec.d_out)
+        codes = replace(specs[0].codes, rows=sum(d_out))
+        spec = replace(specs[0], modules=modules, d_out=d_out, codes=codes, method=family.method)
+        settled.append(PlannedGroup(group.layer, group.source, spec, family.options))
+    return settled
 
 
 Predict = Callable[[Family, GroupSpec], float]
@@ -215,13 +239,14 @@ def spend(chosen: Sequence[tuple[Predict, Option]], left: int) -> list[Option]:
             if larger is None:
                 open_.discard(index)
                 continue
-            richer = Option(option.family, larger, predict(option.family, larger))
+            family = option.parts[0][0]
+            richer = Option(((family, larger),), predict(family, larger))
             gain = option.loss - richer.loss
             if best is None or gain > best[0]:
                 best = gain, index, richer
         if best is None or best[0] <= 0:
             return options
-        left -= best[2].spec.bytes - options[best[1]].spec.bytes
+        left -= best[2].bytes - options[best[1]].bytes
         options[best[1]] = best[2]
         open_.discard(best[1])
     return options
@@ -229,14 +254,14 @@ def spend(chosen: Sequence[tuple[Predict, Option]], left: int) -> list[Option]:
 
 def grown(option: Option, extra: int) -> GroupSpec | None:
     """The largest spec of an option's family with at most `extra` more bytes, if it is larger at all."""
-    spec = option.spec
-    if option.family.fixed:
+    family, spec = option.parts[0]
+    if family.fixed or len(option.parts) > 1:
         return None
     shape = GroupShape(spec.modules, spec.d_in, spec.d_out)
-    room = min(spec.bytes + extra, int(option.family.most * shape.dense_bytes))
+    room = min(spec.bytes + extra, int(family.most * shape.dense_bytes))
     if room <= spec.bytes:
         return None
-    larger = get_method(option.family.method).spec(shape, room, option.family.options)
+    larger = get_method(family.method).spec(shape, room, family.options)
     return larger if larger.bytes > spec.bytes else None
 
 

@@ -21,18 +21,20 @@ from torch import Tensor, nn
 from cospadi.model_view import LayerReplay, ModelView, guard_memory, placed
 
 REMEDY = "use --device cpu, or --set allocation=uniform"
-TOKENS = 2048
-"""Tokens on which harm is measured."""
+TOKENS, LENGTH = 2048, 256
+"""Tokens on which harm is measured, and in how long pieces: many short ones hold more texts than a few long ones."""
 
 
-def probe_ids(ids: Tensor, tokens: int = TOKENS) -> Tensor:
-    """The first calibration sequences that hold about `tokens` tokens, at least one.
+def probe_ids(ids: Tensor, tokens: int = TOKENS, length: int = LENGTH) -> Tensor:
+    """The beginnings of the first calibration sequences, about `tokens` tokens together, at least one sequence.
 
     Args:
         ids: int64 (sequences, length).
         tokens: how many.
+        length: most tokens of one sequence; more only where there are too few sequences.
     """
-    return ids[: max(1, tokens // int(ids.shape[1]))]
+    length = min(int(ids.shape[1]), max(length, -(-tokens // len(ids))))
+    return ids[: -(-tokens // length), :length]
 
 
 class DamageMeter:

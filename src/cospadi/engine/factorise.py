@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -65,19 +66,27 @@ def solve(
     return pack_factors(factors, spec, dtype)
 
 
-def measure(weights: tuple[Tensor, ...], tensors: dict[str, Tensor], spec: GroupSpec, gram: Tensor) -> dict[str, float]:
+def measure(
+    weights: Sequence[Tensor], tensors: dict[str, Tensor], spec: GroupSpec, grams: Sequence[Tensor]
+) -> dict[str, float]:
     """What was stored, against the weights it stands for.
 
     Args:
         weights: W (d_in, d_out) of every module.
         tensors: packed, on the device of the weights.
         spec: of the group.
-        gram: of the input in the original model (d_in, d_in).
+        grams: of the input in the original model (d_in, d_in): one for all modules, or one for each.
 
     Returns:
         ``missed`` and ``energy``: squared output error and output energy per token; ``error``: their quotient.
     """
-    missed, energy = output_error(torch.cat(weights, 1), rebuild(tensors, spec), gram)
+    found = rebuild(tensors, spec)
+    if len(grams) == 1:
+        missed, energy = output_error(torch.cat(list(weights), 1), found, grams[0])
+    else:
+        parts = zip(weights, torch.split(found, list(spec.d_out), 1), grams, strict=True)
+        errors = [output_error(weight, part, gram) for weight, part, gram in parts]
+        missed, energy = sum(error for error, _ in errors), sum(energy for _, energy in errors)
     return {"error": missed / energy if energy else 0.0, "missed": missed, "energy": energy}
 
 
@@ -86,11 +95,12 @@ def factorise_group(
     options: dict[str, Any],
     spec: GroupSpec,
     weights: list[Tensor],
-    statistics: Statistics,
+    statistics: Sequence[Statistics],
     *,
     seed: int,
     device: torch.device,
     dtype: torch.dtype,
+    fisher: Sequence[Tensor] = (),
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Factorise, pack, and measure what was stored (after rounding to the stored bits).
 
@@ -99,23 +109,25 @@ def factorise_group(
         options: its options.
         spec: what to reach.
         weights: W (d_in, d_out) of every module.
-        statistics: of their common input.
+        statistics: of their common input, or of the input of each.
         seed: of the run.
         device: where to solve.
         dtype: the model's 16-bit float.
+        fisher: mean squared gradient of every weight, for methods that need it.
 
     Returns:
         packed tensors on the CPU; ``{"error", "seconds", …}`` where `error` is ‖X(W−Ŵ)‖² / ‖XW‖².
     """
     begun = time.perf_counter()
-    gram = statistics.mean_gram.to(device)
+    grams = tuple(item.mean_gram.to(device) for item in statistics)
     problem = Problem(
         name=spec.name,
         weights=tuple(w.to(device).float() for w in weights),
-        grams=(gram,),
-        mean_abs=(statistics.mean_abs.to(device),),
+        grams=grams,
+        mean_abs=tuple(item.mean_abs.to(device) for item in statistics),
+        fisher=tuple(item.to(device) for item in fisher),
         seed=derived_seed(seed, spec.name),
     )
     tensors = solve(method, options, spec, problem, dtype)
-    info = measure(problem.weights, tensors, spec, gram)
+    info = measure(problem.weights, tensors, spec, grams)
     return {key: tensor.cpu() for key, tensor in tensors.items()}, info | {"seconds": time.perf_counter() - begun}

@@ -8,7 +8,7 @@ durable is a finished layer.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +90,7 @@ class LayerByLayer:
             layer is finished and holds its norms and biases.
         dtype: 16-bit float of the stored tensors.
         progress: called as progress(phase, done, total, detail, error).
+        fisher: mean squared gradient of every weight by name, for methods that need it.
     """
 
     def __init__(
@@ -103,7 +104,10 @@ class LayerByLayer:
         journal: Journal,
         dtype: torch.dtype,
         progress: Callable[..., None],
+        fisher: Mapping[str, Tensor] | None = None,
     ) -> None:
+        require_layers(plan)
+        self.fisher = fisher or {}
         self.view, self.plan, self.recipe, self.store, self.ids = view, plan, recipe, store, ids
         self.device, self.journal, self.dtype, self.progress = device, journal, dtype, progress
 
@@ -193,7 +197,8 @@ class LayerByLayer:
                 anchored_target(w, moments, ridge=ANCHOR_RIDGE, blend=ANCHOR_BLEND).float() for w in weights
             )
         name = group.spec.name
-        problem = Problem(name, targets, (gram,), (mean_abs,), seed=derived_seed(self.recipe.seed, name))
+        fisher = tuple(self.fisher[m].to(self.device) for m in group.spec.modules if m in self.fisher)
+        problem = Problem(name, targets, (gram,), (mean_abs,), fisher, derived_seed(self.recipe.seed, name))
         packed = solve(get_method(group.spec.method), group.options, group.spec, problem, self.dtype)
         tensors = {key: tensor.cpu() for key, tensor in packed.items()}
         return tensors, self._measure(group, tensors, moments) | {"seconds": time.perf_counter() - begun}
@@ -202,7 +207,7 @@ class LayerByLayer:
         """Errors against the original model; with `moments`, also that of the output in the compressed one."""
         weights, packed = self._weights(group), self._on_device(packed)
         gram = self.store.load(group.source).mean_gram.to(self.device)
-        info: dict[str, Any] = measure(weights, packed, group.spec, gram)
+        info: dict[str, Any] = measure(weights, packed, group.spec, (gram,))
         if moments is not None:
             weight, approximation = torch.cat(weights, 1), rebuild(packed, group.spec)
             info["anchored_error"] = anchored_error(weight, approximation, moments, info["energy"])

@@ -23,7 +23,9 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from cospadi.checkpoint import validate
+from cospadi.checkpoint.headers import read_json
 from cospadi.errors import CheckpointError, CospadiError, OutputError, ResourceError
+from cospadi.sharing.shared_checkpoint import is_shared, validate_shared
 
 FOLDER = ".cospadi"
 MARKER = "fingerprint.json"
@@ -268,7 +270,8 @@ def check_complete(out: Path) -> None:
         OutputError: naming what is wrong with it.
     """
     try:
-        validate(out, deep=False)
+        shared = is_shared(read_json(out / "config.json").get("quantization_config"))
+        (validate_shared if shared else validate)(out, deep=False)
     except CheckpointError as error:
         raise OutputError(
             f"the run is finished, but its checkpoint is damaged ({error}): compress anew with --fresh"

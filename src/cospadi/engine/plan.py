@@ -10,12 +10,17 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from cospadi.engine.grouping import arranged
+from cospadi.engine.pruning import prune_skeleton
+from cospadi.engine.selection import chosen_modules, narrowed, restricted
+from cospadi.engine.shared import PlannedShared, plan_from_shapes
 from cospadi.engine.target import side_bytes
 from cospadi.errors import BudgetError, RecipeError
 from cospadi.format import GroupSpec
 from cospadi.methods import GroupShape, Method, get_method
 from cospadi.model_view import LinearGroup, ModelView, discover, open_config, skeleton
 from cospadi.recipe import Recipe, parse_size
+from cospadi.sharing.shared_linear import METHOD as MASA
 
 
 @dataclass(frozen=True)
@@ -27,12 +32,14 @@ class PlannedGroup:
         source: the layers that read the same input, of which the group is all or one.
         spec: how it will be stored; `spec.method` solves it.
         options: of that method.
+        sources: the same as `source` for every one of its modules, where they read different inputs; else empty.
     """
 
     layer: int
     source: LinearGroup
     spec: GroupSpec
     options: dict[str, Any] = field(default_factory=dict)
+    sources: tuple[LinearGroup, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,33 +50,28 @@ class Plan:
         groups: in model order.
         keep_requested: share of bytes asked for.
         other_bytes: bytes of everything that is left alone (embeddings, norms, head).
+        shared: what layers share matrix atoms (MASA); then there are no `groups`.
     """
 
     groups: tuple[PlannedGroup, ...]
     keep_requested: float
     other_bytes: int
+    shared: tuple[PlannedShared, ...] = ()
 
     @property
     def bytes_before(self) -> int:
         """Bytes of the compressed layers at 16 bits a weight."""
-        return sum(g.spec.dense_bytes for g in self.groups)
+        return sum(g.spec.dense_bytes for g in self.groups) + sum(g.spec.dense_bytes for g in self.shared)
 
     @property
     def bytes_after(self) -> int:
         """Bytes of all factored tensors."""
-        return sum(g.spec.bytes for g in self.groups)
+        return sum(g.spec.bytes for g in self.groups) + sum(g.spec.bytes for g in self.shared)
 
     @property
     def keep_actual(self) -> float:
         """bytes_after / bytes_before."""
         return self.bytes_after / self.bytes_before
-
-
-def split(group: LinearGroup, grouping: str) -> list[GroupShape]:
-    """Shapes of the dictionaries of a set of siblings: one for all, or one for each matrix."""
-    if grouping == "siblings":
-        return [GroupShape(group.modules, group.d_in, group.d_out)]
-    return [GroupShape((m,), group.d_in, (d,)) for m, d in zip(group.modules, group.d_out, strict=True)]
 
 
 def uniform_specs(
@@ -154,19 +156,34 @@ def make_plan(view: ModelView, recipe: Recipe) -> Plan:
     """
     recipe.require_budget()
     method = get_method(recipe.method)
-    others = other_bytes(view.model, view.groups)
-    pairs = [(g, shape) for g in view.groups for shape in split(g, recipe.grouping or method.grouping)]
-    shapes = [shape for _, shape in pairs]
+    modules = chosen_modules(view, recipe)
+    view = restricted(view, modules)
+    chosen = [narrowed(group, set(modules)) for group in view.groups]
+    others = other_bytes(view.model, chosen)
+    if method.name == MASA:
+        return _shared_plan(view, recipe, modules, others)
+    together = arranged(view.groups, chosen, recipe.grouping or method.grouping, view.layers_name)
+    shapes = [item.shape for item in together]
     if recipe.keep is not None:
         keep = recipe.keep
     else:
         keep = _keep_for_target(parse_size(str(recipe.target_size)), view, shapes, method, others, recipe.options)
     specs = uniform_specs(shapes, method, keep, recipe.options)
     planned = tuple(
-        PlannedGroup(g.layer, g, replace(spec, method=method.name), recipe.options)
-        for (g, _), spec in zip(pairs, specs, strict=True)
+        PlannedGroup(item.source.layer, item.source, replace(spec, method=method.name), recipe.options, item.sources)
+        for item, spec in zip(together, specs, strict=True)
     )
     return Plan(planned, keep, others)
+
+
+def _shared_plan(view: ModelView, recipe: Recipe, modules: Sequence[str], others: int) -> Plan:
+    if recipe.keep is not None:
+        return Plan((), recipe.keep, others, plan_from_shapes(view, recipe, modules, recipe.keep))
+    target = parse_size(str(recipe.target_size))
+    shared = plan_from_shapes(view, recipe, modules, 1.0)  # any plan tells what stands beside the tensors
+    before = sum(group.spec.dense_bytes for group in shared)
+    keep = target_keep(target, before, others + side_bytes(view.model, [group.spec for group in shared], target))
+    return Plan((), keep, others, plan_from_shapes(view, recipe, modules, keep))
 
 
 def _keep_for_target(
@@ -196,24 +213,27 @@ class Estimate:
     plan: Plan
     memory_bytes: int
     flops: float
+    removed_bytes: int = 0
+    """Of linear layers in blocks that are pruned first; shares count against the whole."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `--json` and for the console."""
         plan = self.plan
+        before = plan.bytes_before + self.removed_bytes
         return {
             "model": self.model,
             "architecture": self.architecture,
             "parameters": self.parameters,
-            "keep_requested": plan.keep_requested,
-            "keep_actual": plan.keep_actual,
-            "bytes_before": plan.bytes_before,
+            "keep_requested": plan.keep_requested * plan.bytes_before / before,
+            "keep_actual": plan.bytes_after / before,
+            "bytes_before": before,
             "bytes_after": plan.bytes_after,
             "other_bytes": plan.other_bytes,
-            "file_bytes_before": plan.bytes_before + plan.other_bytes,
+            "file_bytes_before": before + plan.other_bytes,
             "file_bytes": plan.bytes_after + plan.other_bytes,
             "peak_memory_bytes": self.memory_bytes,
             "flops": self.flops,
-            "groups": [group_row(g) for g in plan.groups],
+            "groups": [*(group_row(g) for g in plan.groups), *(g.row() for g in plan.shared)],
         }
 
 
@@ -248,14 +268,18 @@ def estimate(source: str | Path, recipe: Recipe) -> Estimate:
     config = open_config(source)
     model = skeleton(config)
     view = discover(model)
+    parameters, removed = model.num_parameters(), 0
+    if recipe.prune is not None:
+        view, recipe, removed = prune_skeleton(view, recipe)
     plan = make_plan(view, recipe)
     return Estimate(
         model=Path(str(source)).name,
         architecture=(config.architectures or [type(model).__name__])[0],
-        parameters=model.num_parameters(),
+        parameters=parameters,
         plan=plan,
         memory_bytes=_memory(view, plan, recipe),
         flops=_flops(view, plan, recipe),
+        removed_bytes=removed,
     )
 
 
@@ -264,7 +288,12 @@ def _memory(view: ModelView, plan: Plan, recipe: Recipe) -> int:
     hidden = int(getattr(view.model.config, "hidden_size", max(g.d_in for g in view.groups)))
     states = recipe.calibration.samples * recipe.calibration.seq_len * hidden * 4
     grams = max(sum(8 * g.d_in**2 for g in view.groups if g.layer == layer) for layer in {g.layer for g in view.groups})
-    solve = max(4 * (4 * g.spec.atoms * g.spec.codes.rows + 3 * g.spec.d_in * g.spec.codes.rows) for g in plan.groups)
+    solve = max(
+        [
+            *(4 * (4 * g.spec.atoms * g.spec.codes.rows + 3 * g.spec.d_in * g.spec.codes.rows) for g in plan.groups),
+            *(g.working_bytes for g in plan.shared),
+        ]
+    )
     return (
         plan.bytes_before + plan.other_bytes + states + max(grams, solve + 24 * max(g.d_in for g in view.groups) ** 2)
     )
@@ -275,4 +304,5 @@ def _flops(view: ModelView, plan: Plan, recipe: Recipe) -> float:
     tokens = recipe.calibration.samples * recipe.calibration.seq_len
     forward = sum(2.0 * tokens * g.d_in * (sum(g.d_out) + g.d_in) for g in view.groups)
     rounds = 30 * 5
-    return forward + sum(2.0 * rounds * g.spec.codes.rows * g.spec.atoms**2 for g in plan.groups)
+    solve = sum(2.0 * rounds * g.spec.codes.rows * g.spec.atoms**2 for g in plan.groups)
+    return forward + solve + sum(g.work for g in plan.shared)

@@ -2,51 +2,58 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from math import inf, prod
+from math import inf
 
 import torch
 from torch import Tensor
 
 from cospadi.calibration import Statistics, StatisticsStore
-from cospadi.engine.candidates import TINY, Curve, Family, Trial, anchors, solve_trial
+from cospadi.engine.candidates import Curve, Family, Task, Trial, error_curve, harm_curve
 from cospadi.engine.damage import DamageMeter, probe_ids
 from cospadi.engine.plan import PlannedGroup
+from cospadi.engine.trials import Trier
 from cospadi.format import GroupSpec
 from cospadi.methods import GroupShape
 from cospadi.model_view import LinearGroup, ModelView
 
-ANCHORS, COSTLY_ANCHORS = 4, 2
-"""Trials per family and group, where sizes are continuous."""
-TEACHERS = 2
-"""Groups of a kind on which a family is solved before its errors are carried over to others."""
-MEASURED = 3
-"""Trials per group whose harm is measured."""
 STEPS_PER_OCTAVE = 8
-NEAR = 0.75
-"""A family that ends below this share of the budget is not tried."""
-BEHIND = 1.3
-"""A costly family is given up for a kind of groups where its error was so many times that of others of one size."""
+REACH_DOWN, REACH_UP = 3.0, 2.5
+"""A group may get this many times less or more than the share that all together keep."""
+MEASURED = (1.0, 0.55)
+"""Sizes, as shares of the target, about which the harm of each piece is measured: at it, and where errors are large."""
+MOST_COMBINATIONS = 256
+"""Combinations of the pieces of a group that are handed to the knapsack."""
 
 
 def shares(keep: float) -> list[float]:
-    """Shares of bytes to consider for a group when all together keep `keep`: a quarter of it to four times, below 1."""
-    steps = range(-2 * STEPS_PER_OCTAVE, 2 * STEPS_PER_OCTAVE + 1)
-    grid = [keep * 2 ** (step / STEPS_PER_OCTAVE) for step in steps]
+    """Shares of bytes to consider for a group when all together keep `keep`, below 1."""
+    grid, share = [], keep / REACH_DOWN
+    while share < min(keep * REACH_UP, 1):
+        grid.append(share)
+        share *= 2 ** (1 / STEPS_PER_OCTAVE)
     fine = [keep + (1 - keep) * i / 8 for i in range(1, 8)] if keep > 0.5 else []
-    return sorted({share for share in [*grid, *fine] if share < 1})
+    return sorted({keep, *grid, *fine})
 
 
 @dataclass(frozen=True)
 class Option:
-    """A candidate of a group and its predicted loss."""
+    """A candidate of a group and its predicted loss.
 
-    family: Family
-    spec: GroupSpec
+    Attributes:
+        parts: what is stored: one spec for the whole group, or one for each of its pieces, and their families.
+        loss: predicted.
+    """
+
+    parts: tuple[tuple[Family, GroupSpec], ...]
     loss: float
+
+    @property
+    def bytes(self) -> int:
+        """Of all parts."""
+        return sum(spec.bytes for _, spec in self.parts)
 
 
 @dataclass
@@ -55,53 +62,87 @@ class Profile:
 
     Attributes:
         shape: of the group.
-        seen: solved trials, by family.
-        harm: pairs of squared error and measured divergence.
         relative: losses are errors of the weights instead of their outputs.
+        pieces: the layers that may choose for themselves; the group itself if they may not.
+        families: those that were tried, by number.
+        seen: their trials.
+        harm: of each piece, pairs of squared error and measured divergence.
         options: all candidates, once known.
     """
 
     shape: GroupShape
     relative: bool
-    seen: dict[int, list[Trial]] = field(default_factory=dict)
+    pieces: tuple[GroupShape, ...]
     families: dict[int, Family] = field(default_factory=dict)
-    harm: list[tuple[float, float]] = field(default_factory=list)
+    seen: dict[int, list[Trial]] = field(default_factory=dict)
+    harm: list[list[tuple[float, float]]] = field(default_factory=list)
     options: list[Option] = field(default_factory=list)
-    _curves: dict[int, Curve] = field(default_factory=dict)
-    _harm: Curve | None = None
+    _curves: dict[int, tuple[Curve, ...]] = field(default_factory=dict)
+    _harm: list[Curve] = field(default_factory=list)
 
     def settle(self, grid: Sequence[float]) -> None:
         """Turn what was solved and measured into candidates at all shares of the grid."""
         for index, trials in self.seen.items():
-            points = [(float(t.spec.bytes), t.relative if self.relative else t.missed) for t in trials]
-            # with nothing else known, errors fall at least a little with every byte
-            self._curves[index] = Curve(points, falling=True, left=(-inf, -0.1), right=(-inf, -0.1))
-        if self.harm:
-            # For small errors the divergence is a quadratic form, hence proportional to the squared error.
-            self._harm = Curve(self.harm, falling=False, left=(1.0, 1.0), right=(1.0, 2.0))
-        for index in self.seen:
+            self._curves[index] = tuple(
+                error_curve(
+                    [(t.spec.bytes, t.relative if self.relative else t.missed[piece]) for t in trials],
+                    self.shape.dense_bytes,
+                )
+                for piece in range(len(self.pieces))
+            )
+        self._harm = [harm_curve(points) for points in self.harm if points]
+        whole: list[Option] = []
+        singles: list[list[Option]] = [[] for _ in self.pieces]
+        for index, trials in self.seen.items():
             family = self.families[index]
             specs = {spec.bytes: spec for spec in family.specs(self.shape, grid)}
-            specs |= {trial.spec.bytes: trial.spec for trial in self.seen[index]}
-            self.options += [Option(family, spec, self._loss(index, spec)) for _, spec in sorted(specs.items())]
-        self.seen = {index: [] for index in self.seen}
+            specs |= {trial.spec.bytes: trial.spec for trial in trials}
+            for _, spec in sorted(specs.items()):
+                if family.each and len(self.pieces) > 1:
+                    for piece in range(len(self.pieces)):
+                        part = family, piece_spec(spec, piece)
+                        singles[piece].append(Option((part,), self._piece_loss(index, spec, piece)))
+                else:
+                    whole.append(Option(((family, spec),), self._loss(index, spec)))
+        self.options = whole + (combined(singles) if all(singles) else [])
 
     def predict(self, family: Family, spec: GroupSpec) -> float:
-        """Predicted loss of any spec of a family that was tried."""
+        """Predicted loss of any spec of the whole group of a family that was tried."""
         return self._loss(next(i for i, known in self.families.items() if known is family), spec)
 
     def _loss(self, index: int, spec: GroupSpec) -> float:
-        error = self._curves[index](spec.bytes)
-        return self._harm(error) if self._harm else error
+        return sum(self._piece_loss(index, spec, piece) for piece in range(len(self.pieces)))
 
-    def frontier(self) -> list[Trial]:
-        """Solved trials that no other one beats in both bytes and error, by rising bytes."""
-        best: list[Trial] = []
-        every = [trial for trials in self.seen.values() for trial in trials if trial.weight is not None]
-        for trial in sorted(every, key=lambda t: (t.spec.bytes, t.missed)):
-            if not best or trial.missed < best[-1].missed:
-                best.append(trial)
-        return best
+    def _piece_loss(self, index: int, spec: GroupSpec, piece: int) -> float:
+        error = self._curves[index][piece](spec.bytes)
+        return self._harm[piece](error) if self._harm else error
+
+
+def combined(singles: Sequence[Sequence[Option]], most: int = MOST_COMBINATIONS) -> list[Option]:
+    """One option of each piece, losses added up; combinations that others beat in bytes and loss are left out.
+
+    Args:
+        singles: options of every piece.
+        most: combinations that stay, the smallest and the largest among them.
+    """
+    found = [Option((), 0.0)]
+    for options in singles:
+        sums = (Option(a.parts + b.parts, a.loss + b.loss) for a in found for b in options)
+        found, least = [], inf
+        for option in sorted(sums, key=lambda o: (o.bytes, o.loss)):
+            if option.loss < least:
+                found.append(option)
+                least = option.loss
+        if len(found) > most:
+            found = [found[round(i * (len(found) - 1) / (most - 1))] for i in range(most)]
+    return found
+
+
+def piece_spec(spec: GroupSpec, piece: int) -> GroupSpec:
+    """What one layer of a group without a dictionary stores."""
+    return GroupSpec(
+        (spec.modules[piece],), spec.d_in, (spec.d_out[piece],), spec.module_codes(piece), None, spec.method
+    )
 
 
 def profile(
@@ -117,6 +158,7 @@ def profile(
     device: torch.device,
     dtype: torch.dtype,
     progress: Callable[..., None],
+    fisher: Mapping[str, Tensor],
 ) -> list[Profile]:
     """Solve trials of every group, measure the harm of some, and predict the loss of every candidate.
 
@@ -132,14 +174,17 @@ def profile(
         device: where to compute.
         dtype: the model's 16-bit float.
         progress: called as progress("plan", done, total, detail).
+        fisher: mean squared gradient of every weight by name, for methods that need it.
 
     Returns:
         profiles in the order of the groups.
     """
     grid = shares(keep)
-    found = [Profile(shape_of(group.spec), relative) for group in groups]
-    trier = _Trier(families, grid, keep, seed, device, dtype)
-    measured: list[tuple[int, float]] = []
+    trier = Trier(families, grid, keep, dtype)
+    if _roomy(trier.active, groups, grid, keep):
+        ids = None  # all can have the most there is: harm decides nothing
+    found = [Profile(shape_of(group.spec), relative, _pieces(group, families)) for group in groups]
+    measured: list[tuple[int, int, float]] = []
     with ExitStack() as stack:
         meter = None if ids is None else stack.enter_context(DamageMeter(view, probe_ids(ids), device))
         done = 0
@@ -152,26 +197,42 @@ def profile(
                 progress("plan", done, len(groups), group.spec.name)
                 if group.source not in loaded:
                     loaded = {group.source: store.load(group.source)}
-                weights = [view.weight(name).float() for name in group.spec.modules]
-                trier.fill(found[index], weights, loaded[group.source])
-                done += 1
+                item, weights = found[index], [view.weight(name) for name in group.spec.modules]
+                own = [fisher[name] for name in group.spec.modules if name in fisher]
+                widths = [sum(piece.d_out) for piece in item.pieces]
+                task = Task.of(
+                    group.spec.name, weights, loaded[group.source], widths, seed=seed, device=device, fisher=own
+                )
+                item.families, item.seen, solved = trier.trials(item.shape, task)
                 if meter is not None:
-                    for trial in _telling(found[index].frontier(), int(keep * group.spec.dense_bytes)):
-                        assert trial.weight is not None
-                        pieces = torch.split(trial.weight, list(group.spec.d_out), 1)
-                        variants.append(dict(zip(group.spec.modules, pieces, strict=True)))
-                        measured.append((index, trial.missed))
-                else:
-                    found[index].settle(grid)
+                    item.harm = [[] for _ in item.pieces]
+                    target = int(keep * group.spec.dense_bytes)
+                    for piece, missed, weight in telling(solved, task, target):
+                        shape = item.pieces[piece]
+                        parts = torch.split(weight, list(shape.d_out), 1)
+                        variants.append(dict(zip(shape.modules, parts, strict=True)))
+                        measured.append((index, piece, missed))
+                done += 1
             if meter is not None:
                 meter.layer(layer, list(variants))
         if meter is not None:
-            for (index, missed), divergence in zip(measured, meter.divergences(), strict=True):
-                found[index].harm.append((missed, divergence))
-            for item in found:
-                item.settle(grid)
+            for (index, piece, missed), divergence in zip(measured, meter.divergences(), strict=True):
+                found[index].harm[piece].append((missed, divergence))
+    for item in found:
+        item.settle(grid)
     progress("plan", len(groups), len(groups))
     return found
+
+
+def _roomy(families: Sequence[Family], groups: Sequence[PlannedGroup], grid: Sequence[float], keep: float) -> bool:
+    """Whether sizes do not depend on the budget and the largest of all groups fit together."""
+    if not families or not all(family.fixed for family in families):
+        return False
+    room = keep * sum(group.spec.dense_bytes for group in groups)
+    for group in groups:
+        sizes = [spec.bytes for family in families for spec in family.specs(shape_of(group.spec), grid)]
+        room -= max(sizes, default=group.spec.dense_bytes)
+    return room >= 0
 
 
 def shape_of(spec: GroupSpec) -> GroupShape:
@@ -179,95 +240,42 @@ def shape_of(spec: GroupSpec) -> GroupShape:
     return GroupShape(spec.modules, spec.d_in, spec.d_out)
 
 
-def _telling(trials: list[Trial], target: int) -> list[Trial]:
-    """The few trials whose harm is worth measuring: about the target, and well below it, where harm is not linear."""
-    wanted = [target * factor for factor in (0.4, 0.7, 1.0)][:MEASURED]
-    chosen = {min(range(len(trials)), key=lambda i: abs(trials[i].spec.bytes - size)) for size in wanted}
-    for index in range(len(trials)):  # fill up from below
-        if len(chosen) < MEASURED:
-            chosen.add(index)
-    return [trials[i] for i in sorted(chosen)]
+def _pieces(group: PlannedGroup, families: Sequence[Family]) -> tuple[GroupShape, ...]:
+    spec = group.spec
+    if not any(family.each for family in families):
+        return (shape_of(spec),)
+    return tuple(GroupShape((name,), spec.d_in, (d,)) for name, d in zip(spec.modules, spec.d_out, strict=True))
 
 
-class _Trier:
-    """Solves the trials of one group after another, and learns what need not be solved again.
+def telling(solved: Sequence[tuple[Trial, Tensor]], task: Task, target: int) -> list[tuple[int, float, Tensor]]:
+    """What to put in the place of each piece to learn how much its errors harm.
 
-    Groups are of one kind if their layers have the same names and sizes. How much worse than a given representation
-    another one is hardly differs within a kind (by a few per cent), so it is found on the first groups of each kind
-    and carried over; and a costly family that has shown to be far behind is given up for the kind.
+    Of the trials that no other one beats in bytes and error, those nearest to the sizes `MEASURED`. Where there is but
+    one, its error is taken once more, twice as large.
+
+    Args:
+        solved: trials and the weights they stand for.
+        task: the group.
+        target: bytes.
+
+    Returns:
+        piece, squared error, weight (d_in, columns of the piece) on the CPU; twice for every piece.
     """
-
-    def __init__(
-        self,
-        families: Sequence[Family],
-        grid: Sequence[float],
-        keep: float,
-        seed: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        self.families, self.grid, self.keep = families, grid, keep
-        # What is only good for far fewer bytes serves a few insensitive groups at best.
-        self.idle = {index for index, family in enumerate(families) if family.most < NEAR * keep}
-        self.seed, self.device, self.dtype = seed, device, dtype
-        self.behind: defaultdict[Kind, set[int]] = defaultdict(set)
-        self.ratios: defaultdict[tuple[Kind, int], list[float]] = defaultdict(list)
-
-    def fill(self, item: Profile, weights: list[Tensor], statistics: Statistics) -> None:
-        """Give a group its trials."""
-        shape = item.shape
-        kind = tuple(name.rsplit(".", 1)[-1] for name in shape.modules), shape.d_in, shape.d_out
-        target = int(self.keep * shape.dense_bytes)
-        known: list[Trial] = []
-        for index, family in enumerate(self.families):
-            if index in self.behind[kind] | self.idle:
-                continue
-            specs = anchors(family.specs(shape, self.grid), target, COSTLY_ANCHORS if family.costly else ANCHORS)
-            if family.fixed:
-                specs = [spec for spec in specs if all(spec != trial.spec for trial in known)]
-            if not specs:
-                continue
-            learnt = self.ratios[kind, index]
-            if family.learnt and known and len(learnt) >= TEACHERS:
-                trials = [_carried_over(spec, known, learnt) for spec in specs]
-            else:
-                trials = [
-                    solve_trial(family, spec, weights, statistics, seed=self.seed, device=self.device, dtype=self.dtype)
-                    for spec in specs
-                ]
-            if family.learnt and known and len(learnt) < TEACHERS:
-                learnt.append(trials[0].missed / max(_reference(specs[0], known).missed, TINY))
-            if family.costly and _far_behind(item.frontier(), trials):
-                self.behind[kind].add(index)
-            if not family.learnt:
-                known += trials
-            item.seen[index], item.families[index] = trials, family
-        if not item.seen:  # far too small a budget: it takes the smallest there is to say so
-            index, spec = min(
-                ((i, family.smallest(shape)) for i, family in enumerate(self.families)), key=lambda pair: pair[1].bytes
-            )
-            trial = solve_trial(
-                self.families[index], spec, weights, statistics, seed=self.seed, device=self.device, dtype=self.dtype
-            )
-            item.seen[index], item.families[index] = [trial], self.families[index]
-
-
-Kind = tuple[tuple[str, ...], int, tuple[int, ...]]
-
-
-def _reference(spec: GroupSpec, known: list[Trial]) -> Trial:
-    """The solved trial nearest in bytes."""
-    return min(known, key=lambda trial: abs(trial.spec.bytes - spec.bytes))
-
-
-def _carried_over(spec: GroupSpec, known: list[Trial], ratios: list[float]) -> Trial:
-    near = _reference(spec, known)
-    ratio = prod(ratios) ** (1 / len(ratios))
-    return Trial(spec, near.missed * ratio, near.relative * ratio**0.5, None)
-
-
-def _far_behind(frontier: list[Trial], trials: list[Trial]) -> bool:
-    if not frontier or trials[0].spec.bytes < frontier[0].spec.bytes:
-        return False  # nothing else is as small
-    curve = Curve([(t.spec.bytes, t.missed) for t in frontier], falling=True, left=(-inf, inf), right=(0.0, 0.0))
-    return all(trial.missed > BEHIND * curve(trial.spec.bytes) for trial in trials)
+    best: list[tuple[Trial, Tensor]] = []
+    for trial, weight in sorted(solved, key=lambda pair: (pair[0].spec.bytes, pair[0].total)):
+        if not best or trial.total < best[-1][0].total:
+            best.append((trial, weight))
+    chosen: list[int] = []
+    for share in MEASURED:
+        free = [i for i in range(len(best)) if i not in chosen]
+        if free:
+            chosen.append(min(free, key=lambda i: abs(best[i][0].spec.bytes - share * target)))
+    original = torch.split(task.weight.float().cpu(), list(task.widths), 1)
+    found = []
+    for index in chosen:
+        trial, weight = best[index]
+        for piece, part in enumerate(torch.split(weight, list(task.widths), 1)):
+            found.append((piece, trial.missed[piece], part))
+            if len(chosen) == 1:
+                found.append((piece, 4 * trial.missed[piece], 2 * part - original[piece]))
+    return found

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cospadi.calibration import StatisticsStore, Texts, TokenBlocks, collect, read_texts, token_blocks
+from cospadi.calibration import StatisticsStore, Texts, TokenBlocks, collect, fisher, read_texts, token_blocks
 from cospadi.checkpoint import file_bytes, install_packed, replace_modules, save, storage_dtype
 from cospadi.engine.allocate import final_plan
 from cospadi.engine.factorise import factorise_group, split_packed
@@ -31,11 +32,15 @@ from cospadi.engine.machine import (
     weights_sha256,
     widened,
 )
-from cospadi.engine.plan import Plan, group_row, make_plan
+from cospadi.engine.plan import Plan, PlannedGroup, group_row, make_plan
+from cospadi.engine.pruning import check_section, prune_first
+from cospadi.engine.selection import chosen_modules, restricted
+from cospadi.engine.shared import PlannedShared, factorise_shared, final_shared_plan, install_plan
 from cospadi.errors import CalibrationError, ModelError
 from cospadi.methods import get_method
 from cospadi.model_view import ModelView, check_weights, discover, is_compressed, open_model
 from cospadi.recipe import Recipe
+from cospadi.sharing.shared_checkpoint_hf import save_shared
 
 Progress = Callable[..., None]
 """Called as progress(phase, done, total, detail="", error=None)."""
@@ -128,6 +133,9 @@ class _Run:
         self.name = Path(os.path.abspath(folder)).name if folder.is_dir() else source  # noqa: PTH100 - "." has a name too
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
+        self.fisher: dict[str, Tensor] = {}
+        self.asked = recipe
+        self.pruned: dict[str, Any] = {}
 
     def go(self, fresh: bool) -> Result:
         """Everything from reading the model to writing the report."""
@@ -135,6 +143,8 @@ class _Run:
         method = get_method(self.recipe.method)
         method.check(self.recipe.options)
         self.recipe.require_budget()
+        if self.recipe.prune is not None:
+            check_section(self.recipe.prune)
         check_output(self.out)
         device = resolve_device(self.recipe.device)
         if self.recipe.calibration.source is None:
@@ -146,9 +156,7 @@ class _Run:
             warnings.simplefilter("always", UserWarning)
             self.progress("read", 0, 1, "text and model")
             model, tokenizer, view = self._open()
-            plan = make_plan(view, self.recipe)
-            if self.recipe.anchor or self.recipe.refine is not None:
-                require_layers(plan)
+            plan = self._planned(view) if self.recipe.prune is None else None
             blocks = self._tokens(tokenizer)
             self.progress("read", 1, 1)
             with Journal(self.out, self._fingerprint(model, blocks, device), fresh=fresh) as journal:
@@ -156,11 +164,16 @@ class _Run:
                 if finished is not None and (self.out / "config.json").exists():
                     check_complete(self.out)
                     journal.finish()  # in case the run was stopped just before it did
-                    return Result(self.out, finished, len(plan.groups), complete=True)
+                    return Result(self.out, finished, len(finished.get("groups", [])), complete=True)
                 self.seconds["read"] = time.perf_counter() - begun
+                if plan is None:
+                    view, plan = self._prune(view, blocks, device)
                 self._collect(view, blocks, device, journal)
+                if "fisher" in method.needs:
+                    self._collect_fisher(view, blocks, device)
                 allocating = time.perf_counter()
-                plan = final_plan(view, self.recipe, plan, self.store, device, journal, self.progress, blocks.ids)
+                decide = final_shared_plan if plan.shared else partial(final_plan, fisher=self.fisher)
+                plan = decide(view, self.recipe, plan, self.store, device, journal, self.progress, blocks.ids)
                 self.seconds["allocate"] = time.perf_counter() - allocating
                 if self.recipe.anchor or self.recipe.refine is not None:
                     resumed, rows, layers = self._with_feedback(view, plan, blocks, device, journal)
@@ -170,8 +183,9 @@ class _Run:
                 self.notes = list(dict.fromkeys(str(w.message) for w in caught if w.category is UserWarning))
                 self.seconds["total"] = time.perf_counter() - begun
                 report = self._report(model, plan, rows, blocks, device) | ({"layers": layers} if layers else {})
+                report |= self._of_the_whole(plan)
                 # The report is last: where it is, the run is done.
-                write_durably(self.out / "recipe.yaml", self.recipe.to_yaml().encode())
+                write_durably(self.out / "recipe.yaml", self.asked.to_yaml().encode())
                 write_durably(self.out / "report.json", (json.dumps(report, indent=2, sort_keys=True) + "\n").encode())
                 journal.finish()
         return Result(self.out, report, resumed)
@@ -183,7 +197,36 @@ class _Run:
             raise ModelError(f"{self.source} is already compressed by cospadi: compress the dense model instead")
         view = discover(model)
         check_weights(view)
-        return model, tokenizer, view
+        return model, tokenizer, restricted(view, chosen_modules(view, self.recipe))
+
+    def _planned(self, view: ModelView) -> Plan:
+        plan = make_plan(view, self.recipe)
+        if self.recipe.anchor or self.recipe.refine is not None:
+            require_layers(plan)
+        return plan
+
+    def _prune(self, view: ModelView, blocks: TokenBlocks, device: torch.device) -> tuple[ModelView, Plan]:
+        """Remove blocks first; from then on the recipe's keep counts against the pruned model."""
+        begun = time.perf_counter()
+        view, self.recipe, self.pruned = prune_first(view, self.recipe, blocks.ids, device, self.progress)
+        self.seconds["prune"] = time.perf_counter() - begun
+        return view, self._planned(view)
+
+    def _of_the_whole(self, plan: Plan) -> dict[str, Any]:
+        """What a report says otherwise where blocks were removed first: shares count against the original model."""
+        if not self.pruned:
+            return {}
+        before = self.pruned["bytes_before"]
+        return {
+            "prune": self.pruned,
+            "keep_requested": self.asked.keep or plan.keep_requested * self.pruned["bytes_after"] / before,
+            "keep_actual": plan.bytes_after / before,
+            "bytes_before": before,
+            "other_bytes": plan.other_bytes,
+            "file_bytes_before": self.pruned["file_bytes_before"],
+            "parameters": self.pruned["parameters"],
+            "recipe": self.asked.model_dump(mode="json", exclude_none=True),
+        }
 
     @cached_property
     def documents(self) -> Texts:
@@ -224,31 +267,42 @@ class _Run:
             )
         self.seconds["calibrate"] = time.perf_counter() - begun
 
+    def _collect_fisher(self, view: ModelView, blocks: TokenBlocks, device: torch.device) -> None:
+        begun = time.perf_counter()
+        self.fisher = fisher(view, blocks.ids, device=device, progress=partial(self.progress, "calibrate"))
+        self.seconds["calibrate"] = self.seconds.get("calibrate", 0.0) + time.perf_counter() - begun
+
     def _factorise(
         self, view: ModelView, plan: Plan, device: torch.device, journal: Journal
     ) -> tuple[int, list[dict[str, Any]]]:
         begun = time.perf_counter()
         rows, resumed, missed, energy = [], 0, 0.0, 0.0
-        for index, group in enumerate(plan.groups):
-            self.progress("factorise", index, len(plan.groups), group.spec.name, missed / energy if energy else None)
+        groups: list[PlannedGroup | PlannedShared] = [*plan.groups, *plan.shared]
+        for index, group in enumerate(groups):
+            self.progress("factorise", index, len(groups), group.spec.name, missed / energy if energy else None)
             if journal.has(index):
                 info = journal.read(index)[1]
                 resumed += 1
+            elif isinstance(group, PlannedShared):
+                tensors, info = factorise_shared(view, group.spec, self.store, device)
+                journal.write(index, tensors, info)
             else:
                 tensors, info = factorise_group(
                     get_method(group.spec.method),
                     group.options,
                     group.spec,
                     [view.weight(name) for name in group.spec.modules],
-                    self.store.load(group.source),
+                    [self.store.load(source) for source in group.sources or (group.source,)],
                     seed=self.recipe.seed,
                     device=device,
                     dtype=storage_dtype(view.model),
+                    fisher=[self.fisher[name] for name in group.spec.modules if name in self.fisher],
                 )
                 journal.write(index, tensors, info)
             missed, energy = missed + info["missed"], energy + info["energy"]
-            rows.append(group_row(group) | {key: info[key] for key in ("error", "missed", "energy", "seconds")})
-        self.progress("factorise", len(plan.groups), len(plan.groups), "", missed / energy if energy else None)
+            row = group.row() if isinstance(group, PlannedShared) else group_row(group)
+            rows.append(row | {key: info[key] for key in ("error", "missed", "energy", "seconds")})
+        self.progress("factorise", len(groups), len(groups), "", missed / energy if energy else None)
         self.seconds["factorise"] = time.perf_counter() - begun
         return resumed, rows
 
@@ -258,7 +312,7 @@ class _Run:
         begun = time.perf_counter()
         dtype = storage_dtype(view.model)
         found = LayerByLayer(
-            view, plan, self.recipe, self.store, blocks.ids, device, journal, dtype, self.progress
+            view, plan, self.recipe, self.store, blocks.ids, device, journal, dtype, self.progress, self.fisher
         ).go()
         refining = sum(layer.get("refine", {}).get("seconds", 0.0) for layer in found.layers)
         self.seconds["factorise"] = time.perf_counter() - begun - refining
@@ -273,13 +327,18 @@ class _Run:
     def _save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, journal: Journal) -> None:
         begun = time.perf_counter()
         self.progress("save", 0, 1, self.out.name)
-        specs = [group.spec for group in plan.groups]
-        replace_modules(model, specs)
-        for index, spec in enumerate(specs):
-            with journal.checked(index):
-                install_packed(model, spec, *split_packed(journal.read(index)[0]))
-        with disk_errors(self.out):
-            save(model, tokenizer, self.out, specs)
+        if plan.shared:
+            shared = install_plan(model, plan, journal)
+            with disk_errors(self.out):
+                save_shared(model, tokenizer, self.out, shared)
+        else:
+            specs = [group.spec for group in plan.groups]
+            replace_modules(model, specs)
+            for index, spec in enumerate(specs):
+                with journal.checked(index):
+                    install_packed(model, spec, *split_packed(journal.read(index)[0]))
+            with disk_errors(self.out):
+                save(model, tokenizer, self.out, specs)
         self.progress("save", 1, 1)
         self.seconds["save"] = time.perf_counter() - begun
 
@@ -307,7 +366,7 @@ class _Run:
             "bytes_after": plan.bytes_after,
             "file_bytes": file_bytes(self.out),
             "file_bytes_before": plan.bytes_before + plan.other_bytes,
-            "parameters": sum(g.spec.dense_bytes // 2 for g in plan.groups) + plan.other_bytes // model.dtype.itemsize,
+            "parameters": plan.bytes_before // 2 + plan.other_bytes // model.dtype.itemsize,
             "seconds": {key: round(value, 3) for key, value in self.seconds.items()},
             "peak_memory_bytes": memory["host"],
             "peak_device_bytes": memory.get("device"),

@@ -2,7 +2,7 @@
 
 from cospadi.evaluation.compare import compare
 from cospadi.evaluation.measure import evaluate
-from cospadi.evaluation.models import generate, inspect, load, weight_bytes
+from cospadi.evaluation.models import export_dense, generate, inspect, load, weight_bytes
 from cospadi.evaluation.perplexity import Perplexity, perplexity
 from cospadi.evaluation.tasks import run_tasks
 
@@ -10,6 +10,7 @@ __all__ = [
     "Perplexity",
     "compare",
     "evaluate",
+    "export_dense",
     "generate",
     "inspect",
     "load",

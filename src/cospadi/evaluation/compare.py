@@ -16,7 +16,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from cospadi.calibration import read_texts, token_blocks
 from cospadi.engine.journal import FOLDER, check_output, disk_errors
 from cospadi.engine.machine import device_name, memory_errors, resolve_device, versions, weights_sha256
 from cospadi.engine.plan import other_bytes
+from cospadi.engine.selection import chosen_modules, narrowed, restricted
 from cospadi.errors import (
     BudgetError,
     CalibrationError,
@@ -36,39 +36,17 @@ from cospadi.errors import (
     RecipeError,
     ResourceError,
 )
-from cospadi.evaluation.comparison_row import RowRun, Shared, workplace
+from cospadi.evaluation.comparison_row import PruneRow, RowRun, Shared, workplace
+from cospadi.evaluation.entries import Entry, make_entries
 from cospadi.evaluation.tasks import find_tasks, require_lm_eval
 from cospadi.evaluation.yardstick import ARITHMETIC, Yardstick
-from cospadi.methods import get_method
-from cospadi.model_view import check_weights, discover, is_compressed, open_model
+from cospadi.model_view import LinearGroup, check_weights, discover, is_compressed, open_model
 from cospadi.recipe import Recipe
 
 Progress = Callable[..., None]
 ROWS = "rows.jsonl"
-REFERENCE_BITS = (8, 4, 3)
-UNSOLVED = (BudgetError, NumericalError, RecipeError, ResourceError)
+UNSOLVED = (BudgetError, ModelError, NumericalError, RecipeError, ResourceError)
 """What may befall one row and leaves the others as they are."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A row to be.
-
-    Attributes:
-        method: as it stands in the table.
-        keep: asked for; None for a reference, whose number of bits decides.
-        recipe: of the run.
-    """
-
-    method: str
-    keep: float | None
-    recipe: Recipe
-
-    @property
-    def slug(self) -> str:
-        """Name of the row's directory."""
-        size = f"{self.recipe.options['bits']}bit" if self.keep is None else f"{self.keep:g}"
-        return f"{self.method}-{size}"
 
 
 def compare(
@@ -99,14 +77,16 @@ def compare(
     Args:
         model: local directory or hub id.
         out: directory for finished rows, and for checkpoints with `save`.
-        methods: names.
+        methods: names of methods, and of pruning methods: these remove the fewest blocks (or the least width) within
+            each keep.
         keeps: shares of the linear layers' 16-bit bytes.
         text: to measure perplexity on: a file, a list of documents, or several of these by name.
         calibration: text file, hub data set, or a list of documents; left out: the recipe's.
         recipe: what holds for all rows: calibration, device, seed and whatever else the methods share.
         options: options by method.
         recipes: further rows by name, each with the method and options of a recipe (and its keep, if it has one);
-            their calibration, device and seed are those of `recipe`.
+            their calibration, device and seed are those of `recipe`. One whose section ``prune`` has no size only
+            prunes, to each keep.
         references: plain quantisers, drawn in at 8, 4 and 3 bits; those among `methods` are not run twice.
         seq_len: tokens per block of the measurement.
         max_blocks: only the first blocks of every text.
@@ -130,7 +110,7 @@ def compare(
         CospadiError: see `cospadi.errors`; what befalls a single row is told in its ``reason`` instead.
     """
     base = _base(recipe or Recipe(), calibration)
-    entries = _entries(base, methods, keeps, options or {}, recipes or {}, references)
+    entries = make_entries(base, methods, keeps, options or {}, recipes or {}, references)
     if arithmetic not in ARITHMETIC:
         raise RecipeError(f"arithmetic {arithmetic!r} is unknown; use {' or '.join(ARITHMETIC)}")
     named = text if isinstance(text, Mapping) else {_name(text): text}
@@ -151,7 +131,8 @@ def compare(
         require_lm_eval()
     comparison = _Comparison(Path(out), yardstick, save, progress or _silent, command)
     with memory_errors(), comparison.opened(fresh):
-        return comparison.go(_shared(str(model), base, calibration, Path(out), comparison.progress), base, entries)
+        shared = _shared(str(model), base, entries, calibration, Path(out), comparison.progress)
+        return comparison.go(shared, base, entries)
 
 
 def _silent(*_: object) -> None:
@@ -173,52 +154,13 @@ def _base(recipe: Recipe, calibration: str | Path | list[str] | None) -> Recipe:
     return recipe
 
 
-def _entries(
-    base: Recipe,
-    methods: Sequence[str],
-    keeps: Sequence[float],
-    options: Mapping[str, Mapping[str, Any]],
-    recipes: Mapping[str, Recipe],
-    references: Sequence[str],
-) -> list[Entry]:
-    """All rows, every method and option of which exists.
-
-    Raises:
-        RecipeError: on an unknown method or option, options for a method that is not compared, or a name used twice.
-        BudgetError: if a keep is not a share.
-    """
-    if not methods and not recipes:
-        raise RecipeError("nothing to compare: name methods, such as --methods svd,pursuit")
-    if not keeps and (methods or not all(recipe.keep for recipe in recipes.values())):
-        raise RecipeError("say how small the model shall be, such as --keep 0.8,0.6")
-    for name in options:
-        if name not in methods:
-            raise RecipeError(f"options are set for {name!r}, which is not among the methods ({', '.join(methods)})")
-    if twice := sorted({*methods} & {*recipes}):
-        raise RecipeError(f"{twice[0]!r} names a method and a recipe: give the recipe another name")
-    entries = []
-    bare = base.model_copy(update={"options": {}, "target_size": None})
-    for keep in dict.fromkeys(keeps):
-        for name in dict.fromkeys(methods):
-            chosen = (base.options if name == base.method else {}) | dict(options.get(name, {}))
-            entries.append(Entry(name, keep, bare.merged({"method": name, "keep": keep, "options": chosen})))
-    common = {"calibration": base.calibration.model_dump(), "device": base.device, "seed": base.seed}
-    for name, recipe in recipes.items():
-        for keep in [recipe.keep] if recipe.keep else dict.fromkeys(keeps):
-            entries.append(Entry(name, keep, recipe.merged(common | {"keep": keep, "target_size": None})))
-    for name in dict.fromkeys(references):
-        if name not in methods:
-            for bits in REFERENCE_BITS:
-                # The number of bits decides the size; the share only has to leave room for it.
-                plain = {"method": name, "keep": 0.99, "options": {"bits": bits}}
-                entries.append(Entry(name, None, Recipe().merged(common | plain)))
-    for entry in entries:
-        get_method(entry.recipe.method).check(entry.recipe.options)
-    return entries
-
-
 def _shared(
-    source: str, base: Recipe, calibration: str | Path | list[str] | None, out: Path, progress: Progress
+    source: str,
+    base: Recipe,
+    entries: Sequence[Entry],
+    calibration: str | Path | list[str] | None,
+    out: Path,
+    progress: Progress,
 ) -> Shared:
     begun = time.perf_counter()
     progress("read", 0, 1, "model")
@@ -227,6 +169,7 @@ def _shared(
         raise ModelError(f"{source} is already compressed by cospadi: compare on the dense model")
     view = discover(model)
     check_weights(view)
+    view = restricted(view, {name for entry in entries for name in chosen_modules(view, entry.recipe)})
     wanted = base.calibration
     texts = read_texts(calibration if isinstance(calibration, list) else str(wanted.source), field=wanted.field)
     blocks = token_blocks(texts, tokenizer, samples=wanted.samples, seq_len=wanted.seq_len, seed=base.seed)
@@ -239,7 +182,7 @@ def _shared(
         view=view,
         blocks=blocks,
         device=resolve_device(base.device),
-        statistics=out / FOLDER / f"statistics-{_digest(fingerprint)[:12]}",
+        statistics=out / FOLDER / f"statistics-{_digest(fingerprint | {'of': view.module_names})[:12]}",
         fingerprint=fingerprint,
         seconds={"read": time.perf_counter() - begun},
     )
@@ -279,7 +222,11 @@ class _Comparison:
     def go(self, shared: Shared, base: Recipe, entries: Sequence[Entry]) -> dict[str, Any]:
         """Measure the dense model and every row."""
         common = self._common(shared)
-        dense = self._once(common | {"row": "dense"}, lambda: self._dense(shared))
+        whole = discover(shared.model)
+        chosen = {chosen_modules(whole, entry.recipe) for entry in entries}
+        modules = chosen.pop() if len(chosen) == 1 else whole.module_names
+        groups = [narrowed(group, modules) for group in whole.groups]
+        dense = self._once(common | {"row": "dense", "of": modules}, lambda: self._dense(shared, groups))
         rows: list[dict[str, Any]] = []
         references: list[dict[str, Any]] = []
         for number, entry in enumerate(entries, 1):
@@ -323,28 +270,29 @@ class _Comparison:
             append_row(self.out / ROWS, digest, self.found[digest])
         return self.found[digest]
 
-    def _dense(self, shared: Shared) -> dict[str, Any]:
+    def _dense(self, shared: Shared, groups: Sequence[LinearGroup]) -> dict[str, Any]:
         begun = time.perf_counter()
-        before = sum(group.dense_bytes for group in shared.view.groups)
+        before = sum(group.dense_bytes for group in groups)
         figures = self.yardstick.measure(
             shared.model, shared.tokenizer, shared.device, partial(_labelled, self.progress, "dense")
         )
         return figures | {
             "bytes": before,
-            "total_bytes": before + other_bytes(shared.model, shared.view.groups),
+            "total_bytes": before + other_bytes(shared.model, groups),
             "evaluate_seconds": time.perf_counter() - begun,
         }
 
     def _row(self, entry: Entry, shared: Shared, common: dict[str, Any], label: str) -> dict[str, Any]:
         recipe = entry.recipe.model_dump(mode="json", exclude={"calibration", "device"})
-        head = {"method": entry.method, "keep": entry.keep, "options": entry.recipe.options}
+        options = entry.recipe.prune.options if entry.only_prunes and entry.recipe.prune else entry.recipe.options
+        head = {"method": entry.method, "keep": entry.keep, "options": options}
         fingerprint = common | {"row": recipe}
         directory = self.out / entry.slug
         save = self.save and entry.keep is not None
         if save and not (directory / "report.json").exists():
             self.found.pop(_digest(fingerprint), None)  # measured, but never written
         scratch = self.out / FOLDER / "rows" / f"{entry.slug}-{_digest(fingerprint)[:12]}"
-        run = RowRun(
+        run = (PruneRow if entry.only_prunes else RowRun)(
             shared,
             self.yardstick,
             entry.recipe,

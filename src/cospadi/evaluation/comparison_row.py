@@ -18,14 +18,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cospadi.calibration import StatisticsStore, Texts, TokenBlocks, collect
 from cospadi.checkpoint import load, replace_by_dense
+from cospadi.depth import Evidence, Tokens
 from cospadi.engine.factorise import rebuild
 from cospadi.engine.journal import Journal
 from cospadi.engine.machine import device_name, versions, widened
 from cospadi.engine.plan import Plan
+from cospadi.engine.prune_run import _PruneRun
 from cospadi.engine.run import _Run
+from cospadi.engine.shared import shared_weights
 from cospadi.evaluation.yardstick import Yardstick, peak, reset_peak
 from cospadi.model_view import ModelView
 from cospadi.recipe import Recipe
+from cospadi.sharing.shared_checkpoint_hf import load_shared
+from cospadi.sharing.shared_linear import METHOD as MASA
 
 Progress = Callable[..., None]
 
@@ -44,6 +49,7 @@ class Shared:
         statistics: directory of the cached statistics.
         fingerprint: of these statistics.
         seconds: what the common part took.
+        pruning: statistics that pruning methods share; made when they are first asked for.
     """
 
     source: str
@@ -55,6 +61,18 @@ class Shared:
     statistics: Path
     fingerprint: dict[str, Any]
     seconds: dict[str, float]
+    pruning: Evidence | None = None
+
+    def evidence(self, seed: int, progress: Progress) -> Evidence:
+        """Distances between all depths, and whatever else pruning methods keep between rows."""
+        if self.pruning is None:
+            begun = time.perf_counter()
+            self.pruning = Evidence(self.view, Tokens(self.blocks.ids), self.device, seed, progress)
+            with widened(self.model, self.device):
+                self.pruning.pairs  # noqa: B018 - computed once, here
+            self.seconds["distances"] = time.perf_counter() - begun
+        self.pruning.progress = progress
+        return self.pruning
 
     def store(self, progress: Progress) -> StatisticsStore:
         """The statistics; collected when they are first asked for."""
@@ -113,9 +131,10 @@ class RowRun(_Run):
             "keep_actual": report["keep_actual"],
             "bytes": report["bytes_after"],
             "bytes_before": report["bytes_before"],
-            "total_bytes": report["bytes_after"] + report["file_bytes_before"] - report["bytes_before"],
+            "total_bytes": report["bytes_after"]
+            + report.get("other_bytes", report["file_bytes_before"] - report["bytes_before"]),
             "error": sum(group["missed"] for group in report["groups"]) / energy if energy else 0.0,
-            "seconds": factorise + sum(seconds.get(phase, 0.0) for phase in ("allocate", "refine")),
+            "seconds": factorise + sum(seconds.get(phase, 0.0) for phase in ("prune", "allocate", "refine")),
             "peak_memory_bytes": report["peak_memory_bytes"],
             "peak_device_bytes": report.get("peak_device_bytes"),
             "warnings": report["warnings"],
@@ -131,7 +150,10 @@ class RowRun(_Run):
         return self.shared.blocks
 
     def _collect(self, view: ModelView, blocks: TokenBlocks, device: torch.device, journal: Journal) -> None:
-        self.store = self.shared.store(self.progress)
+        if self.pruned:  # the shared statistics are those of the whole model
+            super()._collect(view, blocks, device, journal)
+        else:
+            self.store = self.shared.store(self.progress)
 
     def _save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, journal: Journal) -> None:
         self.peak = peak(self.shared.device)
@@ -152,13 +174,16 @@ class RowRun(_Run):
             weight = rebuild(tensors, group.spec).T.to(dtype)
             parts = torch.split(weight, list(group.spec.d_out))
             found |= {f"{name}.weight": part for name, part in zip(group.spec.modules, parts, strict=True)}
-        return found
+        return found | shared_weights(plan, journal, device, dtype)
 
     def _stored(self) -> dict[str, Any]:
         """Figures of a checkpoint that was written earlier."""
         begun = time.perf_counter()
-        model = load(self.out)
-        replace_by_dense(model, self.yardstick.dtype)
+        if self.recipe.method == MASA:
+            model = load_shared(self.out, compose=True, dtype=self.yardstick.dtype or "auto")
+        else:
+            model = load(self.out)
+            replace_by_dense(model, self.yardstick.dtype)
         row = self.yardstick.measure(model, self.shared.tokenizer, self.shared.device, self.progress)
         return row | {"evaluate_seconds": time.perf_counter() - begun}
 
@@ -184,6 +209,71 @@ class RowRun(_Run):
             "warnings": self.notes,
             **self.peak,
         }
+
+
+class PruneRow(_PruneRun):
+    """A row of a pruning method: model, tokens and distances are lent, the result is measured.
+
+    Args: see :class:`RowRun`.
+    """
+
+    def __init__(
+        self,
+        shared: Shared,
+        yardstick: Yardstick,
+        recipe: Recipe,
+        out: Path,
+        *,
+        save: bool,
+        progress: Progress,
+        command: str,
+    ) -> None:
+        super().__init__(shared.source, out, recipe, None, progress, command)
+        self.shared, self.yardstick, self.save = shared, yardstick, save
+        self.documents = Texts((), str(recipe.calibration.source))
+        self.row: dict[str, Any] = {}
+        self.peak: dict[str, int] = {}
+
+    def measured(self, fresh: bool) -> dict[str, Any]:
+        """Run, and give the figures of the row; see :func:`cospadi.evaluation.compare.compare`."""
+        report = self.prune(fresh).report
+        if not self.row:  # the checkpoint was written by an earlier comparison, perhaps with another yardstick
+            self._measure(load(self.out))
+        return {
+            "keep_actual": report["keep_actual"],
+            "bytes": report["bytes_after"],
+            "bytes_before": report["bytes_before"],
+            "total_bytes": report["bytes_after"] + report["other_bytes"],
+            "error": None,
+            "seconds": report["seconds"]["prune"],
+            "peak_memory_bytes": report["peak_memory_bytes"],
+            "peak_device_bytes": report.get("peak_device_bytes"),
+            "warnings": report["warnings"],
+            "removed": report["prune"]["removed"],
+            **self.peak,
+            **self.row,
+        }
+
+    def _open(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelView]:
+        reset_peak(self.shared.device)
+        model = copy.deepcopy(self.shared.model)
+        return model, self.shared.tokenizer, replace(self.shared.view, model=model)
+
+    def _tokens(self, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
+        return self.shared.blocks
+
+    def _evidence(self, view: ModelView, blocks: TokenBlocks, device: torch.device) -> Evidence:
+        return self.shared.evidence(self.recipe.seed, self.progress)
+
+    def _write(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+        self.peak = peak(self.shared.device)
+        self._measure(model)
+        return super()._write(model, tokenizer) if self.save else None
+
+    def _measure(self, model: PreTrainedModel) -> None:
+        begun = time.perf_counter()
+        self.row = self.yardstick.measure(model, self.shared.tokenizer, self.shared.device, self.progress)
+        self.row["evaluate_seconds"] = time.perf_counter() - begun
 
 
 @contextmanager

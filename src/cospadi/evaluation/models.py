@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cospadi import checkpoint
 from cospadi.engine.machine import compute_dtype, memory_errors, resolve_device
 from cospadi.errors import CheckpointError
+from cospadi.format import GroupSpec
 from cospadi.model_view import is_compressed, open_config, open_model, open_tokenizer
+from cospadi.sharing.shared_checkpoint import is_shared, validate_shared
+from cospadi.sharing.shared_checkpoint_hf import export_shared, load_shared
+from cospadi.sharing.shared_linear import SharedSpec
 
 
 def load(
-    source: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu"
+    source: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu", compose: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a checkpoint, compressed or not, with its tokenizer.
 
@@ -25,6 +30,8 @@ def load(
         source: local directory or hub id.
         dtype: ``"auto"`` (the checkpoint's; float32 on processors that compute faster in it) or a torch dtype.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        compose: of a checkpoint with shared atoms (MASA): compose every weight once, which is fast and takes the memory
+            of the original; otherwise at every call, which is small.
 
     Returns:
         an ordinary transformers model in evaluation mode, and its tokenizer.
@@ -35,7 +42,10 @@ def load(
     """
     target = resolve_device(device)
     with memory_errors():
-        if is_compressed(open_config(source)):
+        config = open_config(source)
+        if is_shared(getattr(config, "quantization_config", None)):
+            model, tokenizer = load_shared(source, compose=compose, dtype=dtype), open_tokenizer(source)
+        elif is_compressed(config):
             model, tokenizer = checkpoint.load(source, dtype=dtype), open_tokenizer(source)
         else:
             model, tokenizer = open_model(source)
@@ -70,12 +80,21 @@ def inspect(directory: str | Path) -> dict[str, Any]:
         CheckpointError: if it is damaged or not compressed by cospadi.
     """
     path = Path(directory)
-    if not is_compressed(open_config(path)):
+    config = open_config(path)
+    if not is_compressed(config):
         raise CheckpointError(f"{path} is not compressed by cospadi: its config.json has no such quantization_config")
-    groups = checkpoint.validate(path, deep=True)
+    groups: Sequence[GroupSpec] | Sequence[SharedSpec]
+    if is_shared(getattr(config, "quantization_config", None)):
+        shared = groups = validate_shared(path)
+        described = [spec.row() for spec in shared]
+    else:
+        plain = groups = checkpoint.validate(path, deep=True)
+        described = [_row(group) for group in plain]
     report = path / "report.json"
     told = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
     rows = {row["name"]: row for row in told.get("groups", [])}
+    for row in described:
+        row |= {key: rows.get(row["name"], {}).get(key) for key in ("layer", "error")}
     return {
         "directory": path.name,
         "model": told.get("model"),
@@ -84,23 +103,38 @@ def inspect(directory: str | Path) -> dict[str, Any]:
         "bytes_after": sum(g.bytes for g in groups),
         "keep_actual": sum(g.bytes for g in groups) / sum(g.dense_bytes for g in groups),
         "file_bytes": checkpoint.file_bytes(path),
-        "groups": [
-            {
-                "name": g.name,
-                "layer": rows.get(g.name, {}).get("layer"),
-                "modules": list(g.modules),
-                "method": g.method,
-                "atoms": g.atoms if g.dictionary else None,
-                "nonzeros": g.codes.nonzeros if g.codes.sparse else None,
-                "pattern": g.codes.pattern,
-                "bits": {"dictionary": g.dictionary.bits if g.dictionary else None, "values": g.codes.bits},
-                "bytes": g.bytes,
-                "bytes_before": g.dense_bytes,
-                "error": rows.get(g.name, {}).get("error"),
-            }
-            for g in groups
-        ],
+        "groups": described,
     }
+
+
+def _row(group: GroupSpec) -> dict[str, Any]:
+    return {
+        "name": group.name,
+        "modules": list(group.modules),
+        "method": group.method,
+        "atoms": group.atoms if group.dictionary else None,
+        "nonzeros": group.codes.nonzeros if group.codes.sparse else None,
+        "pattern": group.codes.pattern,
+        "bits": {"dictionary": group.dictionary.bits if group.dictionary else None, "values": group.codes.bits},
+        "bytes": group.bytes,
+        "bytes_before": group.dense_bytes,
+    }
+
+
+def export_dense(source: str | Path, out: str | Path, dtype: str = "auto") -> None:
+    """Write a compressed checkpoint as a stock one that loads without this package.
+
+    Args:
+        source: a local compressed checkpoint.
+        out: directory to write, another than `source`.
+        dtype: of the weights written; ``"auto"`` for that of the checkpoint.
+
+    Raises:
+        CheckpointError: if `source` is damaged or not compressed.
+        OutputError: if `out` cannot be written.
+    """
+    shared = Path(source).is_dir() and is_shared(getattr(open_config(source), "quantization_config", None))
+    (export_shared if shared else checkpoint.export_dense)(source, out, dtype=dtype)
 
 
 def generate(

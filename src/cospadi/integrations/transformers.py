@@ -8,7 +8,11 @@ transformers knows a quantization method once its two classes are registered. Th
 """
 
 from cospadi.checkpoint.hf_quantizer import CospadiConfig, CospadiQuantizer, register
+from cospadi.sharing.registration import register_models
+from cospadi.sharing.shared_checkpoint_hf import register as register_shared
 
 register()
+register_shared()
+register_models()
 
 __all__ = ["CospadiConfig", "CospadiQuantizer", "register"]

@@ -11,8 +11,8 @@ from cospadi.format import MatrixSpec, Packed
 from cospadi.kernels.cost import rebuild_pays
 from cospadi.kernels.decode import as_levels, block, dense_rows
 
-# Numbers of a block: about 1 MB in float32, within the second-level cache, and enough work per torch call.
-BLOCK_ELEMENTS = 1 << 18
+# Numbers of a block: about 1 MB in bfloat16, within the second-level cache, and enough work per torch call.
+BLOCK_ELEMENTS = 1 << 19
 # With many tokens the products rule, and larger blocks feed them better.
 BLOCK_ELEMENTS_MANY = 1 << 21
 MANY_TOKENS = 32

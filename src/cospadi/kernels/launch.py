@@ -81,11 +81,16 @@ def readable(spec: MatrixSpec) -> bool:
     return spec.bits in (16, 8, 4, 2) and (spec.symmetric or not spec.sparse)
 
 
+def unit(spec: MatrixSpec) -> int:
+    """Bits that the balanced kernel loads as one: 64 or 32, where a mask word's values fill whole ones; else 0."""
+    return next((size for size in (64, 32) if per_word(spec) * spec.bits % size == 0), 0)
+
+
 def balanced_fits(spec: MatrixSpec) -> bool:
-    """Whether `balanced` reads this: full mask words, whose values begin at 64-bit words, as do the scales' groups."""
+    """Whether `balanced` reads this: full mask words, whose values begin at whole units, as do the scales' groups."""
     if not spec.sparse or not readable(spec) or spec.columns % 32 or per_word(spec) == 0:
         return False
-    return per_word(spec) * spec.bits % 64 == 0 and spec.group % (64 // spec.bits) == 0
+    return unit(spec) > 0 and spec.group % (unit(spec) // spec.bits) == 0
 
 
 def _padded(tokens: int) -> int:
@@ -132,7 +137,7 @@ def balanced(x: Tensor, packed: Packed, spec: MatrixSpec, config: Config, out_dt
         values = values.clone()
     triton_balanced.balanced_linear_kernel[(triton.cdiv(spec.rows, config.rows),)](
         z,
-        values.view(spec.rows, -1).view(torch.int64),
+        values.view(spec.rows, -1).view(torch.int64 if unit(spec) == 64 else torch.int32),
         packed["mask"].contiguous(),
         packed.get("scales", out),
         out,
@@ -141,6 +146,7 @@ def balanced(x: Tensor, packed: Packed, spec: MatrixSpec, config: Config, out_dt
         spec.groups,
         tokens,
         z.shape[1] * z.shape[2],
+        UNIT=unit(spec),
         FLOAT=_FLOATS.get(values.dtype, tl.float32),
         PER_WORD=per_word(spec),
         TOKENS=z.shape[3],

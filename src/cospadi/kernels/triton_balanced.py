@@ -1,7 +1,8 @@
 """The Triton kernel for balanced sparse rows: every mask word holds the same number of values.
 
-Their values then begin at a 64-bit boundary, and a thread takes whole words and walks over their set bits: work follows
-the values, not the bits, half of it at half density. See `cospadi.kernels.triton_kernels` for the others.
+Their values then begin at a 64- or 32-bit boundary (a *unit*), and a thread takes whole words and walks over their set
+bits: work follows the values, not the bits, half of it at half density. See `cospadi.kernels.triton_kernels` for the
+others.
 """
 # Triton's arguments have no Python types.
 # ruff: noqa: ANN001, ANN201
@@ -15,7 +16,7 @@ from cospadi.kernels.triton_kernels import popcount
 
 @triton.jit
 def unpacked(word, part: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr):
-    """Value number `part` of 64-bit words of packed values, as float32."""
+    """Value number `part` of units of packed values, as float32."""
     if BITS == 16:
         value = (word >> (16 * part)).to(tl.int16).to(FLOAT, bitcast=True).to(tl.float32)
     elif BITS == 8:
@@ -40,10 +41,11 @@ def walked(
     GROUP: tl.constexpr,
     TOKENS: tl.constexpr,
     PLANES: tl.constexpr,
+    EACH: tl.constexpr,
 ):
-    """Multiply the values of 64-bit words by z at the lowest set bits; returns the bits that are left, and the sums."""
+    """Multiply the EACH values of units by z at the lowest set bits; returns the bits that are left, and the sums."""
     token = tl.arange(0, TOKENS)[None, None, :]
-    for part in tl.static_range(64 // BITS):
+    for part in tl.static_range(EACH):
         # the lowest set bit b: bits ^ (bits - 1) is b + 1 ones; a plain count of trailing zeros costs a branch for 0
         rest = bits - 1
         place = popcount(bits ^ rest)
@@ -71,6 +73,7 @@ def balanced_linear_kernel(
     tokens,
     plane,
     BITS: tl.constexpr,
+    UNIT: tl.constexpr,
     FLOAT: tl.constexpr,
     SCALED: tl.constexpr,
     GROUP: tl.constexpr,
@@ -83,21 +86,22 @@ def balanced_linear_kernel(
 ):
     """Out (tokens, rows) = z (tokens, columns) times the transposed matrix; a mask word holds PER_WORD values.
 
-    A thread owns whole words: it loads their values 64 or 128 bits at a time, takes the set bits of the mask one after
-    the other, and gathers z, all tokens of a column at once, from the first-level cache. Work and instructions follow
-    the values, not the bits. `values` points to 64-bit words, z to (PLANES, words, PITCH, TOKENS): PLANES is 1 or 2,
-    `plane` the columns of one, TOKENS a power of two, at most the 16 bytes a thread loads at once.
+    A thread owns whole words: it loads their values one or two units of UNIT bits at a time, takes the set bits of the
+    mask one after the other, and gathers z, all tokens of a column at once, from the first-level cache. Work and
+    instructions follow the values, not the bits. `values` points to units, z to (PLANES, words, PITCH, TOKENS): PLANES
+    is 1 or 2, `plane` the columns of one, TOKENS a power of two, at most the 16 bytes a thread loads at once.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     safe = tl.minimum(row, rows - 1).to(tl.int64)
     word = tl.arange(0, WORDS)
-    CHUNKS: tl.constexpr = PER_WORD * BITS // 64
-    EACH: tl.constexpr = 64 // BITS
-    WIDE: tl.constexpr = 1 if CHUNKS % 2 else 2  # 64-bit words of a load
+    CHUNKS: tl.constexpr = PER_WORD * BITS // UNIT
+    EACH: tl.constexpr = UNIT // BITS
+    WIDE: tl.constexpr = 1 if CHUNKS % 2 else 2  # units of a load
     STEPS: tl.constexpr = CHUNKS // WIDE
     lane = tl.arange(0, WIDE)[None, None, :]
     # what stands for zero where a word lies beyond the row
-    ZERO: tl.constexpr = 0x7777777777777777 if BITS == 4 else (0x5555555555555555 if BITS == 2 else 0)
+    ALL: tl.constexpr = (1 << (UNIT - 1)) - 1
+    ZERO: tl.constexpr = 0x7777777777777777 & ALL if BITS == 4 else (0x5555555555555555 & ALL if BITS == 2 else 0)
     of_mask = mask + (safe * words)[:, None]
     of_values = values + (safe * words * CHUNKS)[:, None, None]
     of_scales = scales + (safe * groups)[:, None]
@@ -131,22 +135,22 @@ def balanced_linear_kernel(
                 )
                 ahead_bits = tl.load(of_mask + beyond)
             first = near * PER_WORD + step * WIDE * EACH
-            if GROUP > 0:  # a group never ends within 64 bits
+            if GROUP > 0:  # a group never ends within a unit
                 scale = tl.load(of_scales + first // GROUP).to(tl.float32)
             if WIDE == 1:
                 low = tl.reshape(packed, [ROWS, WORDS])
                 bits, sums, more = walked(
-                    low, bits, window, scale, plane, sums, more, BITS, FLOAT, GROUP, TOKENS, PLANES
+                    low, bits, window, scale, plane, sums, more, BITS, FLOAT, GROUP, TOKENS, PLANES, EACH
                 )
             else:
                 low, high = tl.split(packed)
                 bits, sums, more = walked(
-                    low, bits, window, scale, plane, sums, more, BITS, FLOAT, GROUP, TOKENS, PLANES
+                    low, bits, window, scale, plane, sums, more, BITS, FLOAT, GROUP, TOKENS, PLANES, EACH
                 )
                 if GROUP > 0:
                     scale = tl.load(of_scales + (first + EACH) // GROUP).to(tl.float32)
                 bits, sums, more = walked(
-                    high, bits, window, scale, plane, sums, more, BITS, FLOAT, GROUP, TOKENS, PLANES
+                    high, bits, window, scale, plane, sums, more, BITS, FLOAT, GROUP, TOKENS, PLANES, EACH
                 )
     factor = 1.0
     if SCALED and GROUP == 0:

@@ -25,7 +25,7 @@ from torch import Tensor
 from cospadi.errors import BudgetError, NumericalError, RecipeError
 from cospadi.format import Factors, GroupSpec
 
-Grouping = Literal["matrix", "siblings", "cross_layer"]
+Grouping = Literal["matrix", "siblings", "cross_layer", "pairs"]
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,8 @@ def method(
         plan: ``plan(shape, budget, *, options…) -> GroupSpec``, the largest spec within `budget` bytes, or the least
             possible spec where the budget is too small.
         paper: citation.
-        grouping: ``"matrix"``, ``"siblings"`` (layers with the same input share a dictionary) or ``"cross_layer"``.
+        grouping: ``"matrix"``, ``"siblings"`` (layers with the same input share a dictionary), ``"cross_layer"`` (the
+            same projection of two neighbouring decoder layers) or ``"pairs"`` (any two weights that look alike).
         needs: statistics beyond the Gram: ``"mean_abs"``, ``"fisher"``.
         compresses: False for a method whose size does not follow the budget (reports say so).
 
@@ -169,6 +170,11 @@ def method(
         return solve
 
     return register
+
+
+def add_method(item: Method) -> None:
+    """Register a method whose plan and solve are not those of a :class:`~cospadi.format.GroupSpec`."""
+    _METHODS[item.name] = item
 
 
 def _pick(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:

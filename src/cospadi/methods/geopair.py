@@ -80,7 +80,7 @@ def _codes(
     return codes, float((error * (gram @ error)).sum())
 
 
-@method("geopair", paper="GeoPair, arXiv 2609.25963", plan=geopair_plan, grouping="cross_layer")
+@method("geopair", paper="GeoPair, arXiv 2609.25963", plan=geopair_plan, grouping="pairs")
 def geopair(
     problem: Problem,
     spec: GroupSpec,

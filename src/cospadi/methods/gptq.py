@@ -4,10 +4,20 @@ from cospadi.format import Factors, GroupSpec
 from cospadi.methods._identity import integer_plan, module_rows, stacked_rows
 from cospadi.methods.base import Problem, method
 from cospadi.solvers.quantise import quantise_rows
+from cospadi.solvers.rescale import rescaled
 
 
 @method("gptq", paper="arXiv 2210.17323", plan=integer_plan)
-def gptq(problem: Problem, spec: GroupSpec, *, damping: float = 0.01, search: int = 30, sweeps: int = 2) -> Factors:
+def gptq(
+    problem: Problem,
+    spec: GroupSpec,
+    *,
+    damping: float = 0.01,
+    search: int = 30,
+    shifts: int = 0,
+    sweeps: int = 2,
+    rescale: int = 0,
+) -> Factors:
     """Integers with group scales, each rounding error made good by the weights not yet rounded.
 
     Inputs are processed by falling energy, with scales fixed beforehand so that no order is stored.
@@ -17,11 +27,13 @@ def gptq(problem: Problem, spec: GroupSpec, *, damping: float = 0.01, search: in
         spec: bits, group and symmetry.
         damping: of the Gram, as a share of its mean diagonal.
         search: clipping ranges to try per group; 0: span all weights, as in the paper.
+        shifts: zero points to try on either side of that which spans the weights.
         sweeps: passes of coordinate descent afterwards, which never raise the error; 0: none, as in the paper.
+        rescale: rounds in which scales are fitted to the integers and integers to the scales; 0: none, as in the paper.
     """
-    codes = spec.codes
-    parts = [
-        quantise_rows(
+    codes, parts = spec.codes, []
+    for rows, gram in module_rows(problem):
+        found = quantise_rows(
             rows,
             bits=codes.bits,
             group=codes.group,
@@ -29,8 +41,12 @@ def gptq(problem: Problem, spec: GroupSpec, *, damping: float = 0.01, search: in
             hessian=gram,
             damping=damping,
             search=search,
+            shifts=shifts,
             sweeps=sweeps,
         )
-        for rows, gram in module_rows(problem)
-    ]
+        if rescale:
+            found = rescaled(
+                rows, found, bits=codes.bits, group=codes.group, hessian=gram, rounds=rescale, damping=damping
+            )
+        parts.append(found)
     return stacked_rows(parts, problem)

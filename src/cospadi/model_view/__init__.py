@@ -1,7 +1,7 @@
 """The only code that knows what a transformers model looks like: loading, linear groups, layer-by-layer replay."""
 
 from cospadi.model_view.devices import guard_memory, move, placed
-from cospadi.model_view.discover import discover
+from cospadi.model_view.discover import discover, discover_layers
 from cospadi.model_view.loading import is_compressed, open_config, open_model, open_tokenizer, skeleton
 from cospadi.model_view.replay import LayerReplay
 from cospadi.model_view.view import LinearGroup, ModelView, check_weights, embedding_weight
@@ -12,6 +12,7 @@ __all__ = [
     "ModelView",
     "check_weights",
     "discover",
+    "discover_layers",
     "embedding_weight",
     "guard_memory",
     "is_compressed",

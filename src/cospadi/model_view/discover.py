@@ -44,16 +44,39 @@ def discover(model: PreTrainedModel) -> ModelView:
         ModelError: if the model has no chain of decoder layers, no linear layers in them, linear layers that the
             forward does not call exactly once (mixtures of experts), or weights that are already quantised.
     """
-    lists = {
-        name: list(module.children())
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module)
-    }
+    lists = _module_lists(model)
     _refuse_experts(model)
     record = _probe(model, {f"{name}.{i}" for name, items in lists.items() for i in range(len(items))})
     layers_name, extra = _decoder_layers(model, lists, record)
     groups = _linear_groups(model, layers_name, record)
     return ModelView(model, layers_name, groups, extra)
+
+
+def discover_layers(model: PreTrainedModel) -> ModelView:
+    """Find the decoder layers alone, whatever stands in them: for work on whole layers.
+
+    Args:
+        model: a causal language model, real or on ``meta``.
+
+    Returns:
+        a view without linear groups.
+
+    Raises:
+        ModelError: if the model has no chain of decoder layers.
+    """
+    lists = _module_lists(model)
+    record = _probe(model, {f"{name}.{i}" for name, items in lists.items() for i in range(len(items))})
+    layers_name, extra = _decoder_layers(model, lists, record)
+    return ModelView(model, layers_name, (), extra)
+
+
+def _module_lists(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """The members of every list of modules, by the list's name."""
+    return {
+        name: list(module.children())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
+    }
 
 
 def _refuse_experts(model: PreTrainedModel) -> None:

@@ -22,7 +22,9 @@ from transformers import (
 from cospadi.errors import CospadiError, ModelError
 from cospadi.model_view.devices import guard_memory
 
-QUANT_METHOD = "cospadi"
+QUANT_METHODS = ("cospadi", "cospadi_width", "cospadi_depth", "cospadi_masa")
+"""What the checkpoints that this package alone can load say of themselves."""
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _LONGEST_CAUSE = 240
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -34,8 +36,8 @@ def is_compressed(config: PreTrainedConfig) -> bool:
     if quantisation is None:
         return False
     if isinstance(quantisation, dict):
-        return quantisation.get("quant_method") == QUANT_METHOD
-    return getattr(quantisation, "quant_method", None) == QUANT_METHOD
+        return quantisation.get("quant_method") in QUANT_METHODS
+    return getattr(quantisation, "quant_method", None) in QUANT_METHODS
 
 
 def open_config(source: str | Path, *, revision: str | None = None) -> PreTrainedConfig:
@@ -222,7 +224,7 @@ def _check_length(path: Path) -> None:
 def _require_plugin(source: str | Path) -> None:
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+    if not AUTO_QUANTIZER_MAPPING.keys() >= set(QUANT_METHODS):
         raise ModelError(f"{source}: is a cospadi checkpoint; `import cospadi` first, so that transformers can read it")
 
 

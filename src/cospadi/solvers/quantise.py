@@ -84,6 +84,7 @@ def fit_grid(
     symmetric: bool = True,
     importance: Tensor | None = None,
     search: int = 0,
+    shifts: int = 0,
 ) -> Grid:
     """Scales and zero points for a matrix.
 
@@ -97,6 +98,8 @@ def fit_grid(
         symmetric: levels around zero, no zero point.
         importance: weight of each squared error, (n,) or (rows, n); None: all alike.
         search: number of shrunken ranges to try.
+        shifts: zero points to try on either side of that which spans the values, for asymmetric grids with search. At
+            two bits the four levels lie lopsided about zero, and which way is better the extremes do not tell.
 
     Returns:
         the grid; the unshrunken one wherever no other is better.
@@ -120,12 +123,16 @@ def fit_grid(
     weight = torch.ones_like(values[:1]) if importance is None else importance.expand(values.shape).float()
     weight = grouped(weight, group)
     error = ((best.snap(split) - split).square() * weight).sum(-1)
-    for step in range(1, search + 1):
-        trial = Grid(bfloat16_exact(span * (1 - 0.7 * step / search)), zeros, low, high)
-        missed = ((trial.snap(split) - split).square() * weight).sum(-1)
-        better = missed < error
-        error = torch.where(better, missed, error)
-        best = Grid(torch.where(better, trial.scales, best.scales), zeros, low, high)
+    sides = [0] if symmetric else sorted(range(-shifts, shifts + 1), key=abs)
+    for shift in sides:
+        moved = (zeros + shift).clamp(low, high) if shift else zeros
+        for step in range(0 if shift else 1, search + 1):
+            trial = Grid(bfloat16_exact(span * (1 - 0.7 * step / search)), moved, low, high)
+            missed = ((trial.snap(split) - split).square() * weight).sum(-1)
+            better = missed < error
+            error = torch.where(better, missed, error)
+            scales = torch.where(better, trial.scales, best.scales)
+            best = Grid(scales, torch.where(better, moved, best.zeros), low, high)
     return best
 
 
@@ -139,6 +146,7 @@ def quantise_rows(
     support: Tensor | None = None,
     damping: float = 0.01,
     search: int = 0,
+    shifts: int = 0,
     sweeps: int = 0,
 ) -> Quantised:
     """Quantise a matrix with outputs in rows, with error feedback where a Hessian is given.
@@ -160,6 +168,7 @@ def quantise_rows(
         damping: of the Hessian, as a share of its mean diagonal.
         search: clipping ranges to try, see :func:`fit_grid`; with a Hessian, errors count by the root of its diagonal,
             between what matters before feedback (the diagonal) and after it (far less).
+        shifts: zero points to try beside the first, see :func:`fit_grid`.
         sweeps: passes of coordinate descent after the error feedback.
 
     Raises:
@@ -172,7 +181,9 @@ def quantise_rows(
     if hessian is not None:
         importance = hessian.diagonal().clamp_min(0).sqrt().float().expand(rows, columns)
         importance = importance if support is None else importance[support].view(rows, -1)
-    grid = fit_grid(stored, bits=bits, group=group, symmetric=symmetric, importance=importance, search=search)
+    grid = fit_grid(
+        stored, bits=bits, group=group, symmetric=symmetric, importance=importance, search=search, shifts=shifts
+    )
     if hessian is None:
         result = grid.snap(grouped(stored, group)).view(rows, -1)[:, : stored.shape[1]]
         if support is not None:

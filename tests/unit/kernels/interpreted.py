@@ -60,6 +60,8 @@ def test_lanes_and_words_of_a_tile_do_not_matter(lanes, pattern):
 
 BALANCED = [("16:32", 16, 0), ("2:4", 16, 0), ("4:32", 16, 0), ("3:8", 16, 0), ("8:16", 8, 0), ("8:32", 8, 8)]
 BALANCED += [("16:32", 4, 0), ("2:4", 4, 16), ("16:16", 2, 0)]
+# values of a mask word that fill whole 32-bit units only: the default pattern with 8 bits among them
+BALANCED += [("12:32", 8, 0), ("12:32", 8, 64), ("8:32", 4, 8), ("2:4", 2, 16), ("2:32", 16, 0), ("6:32", 16, 0)]
 
 
 @pytest.mark.parametrize("kind", BALANCED, ids=str)
@@ -91,6 +93,8 @@ def test_what_the_balanced_kernel_refuses():
         MatrixSpec(4, 150, "16:32"),
         MatrixSpec(4, 160, "3:32"),
         MatrixSpec(4, 160, "16:32", 0, 8, 12),
+        MatrixSpec(4, 160, "12:32", 0, 8, 6),
+        MatrixSpec(4, 160, "12:32", 0, 4),
         MatrixSpec(4, 160, "16:32", 0, 4, symmetric=False),
         MatrixSpec(4, 160, "16:32", 0, 14),
         MatrixSpec(4, 160),

@@ -127,12 +127,15 @@ def test_autocast_casts_x_to_the_stored_floats():
         assert factored_linear(torch.randn(2, 20), *case).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("codes", CODES, ids=str)
-def test_fast_decoding_equals_the_format(codes):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("codes", [*CODES, ("dense", 0, 4, 7, True), ("free", 29, 2, 16, True)], ids=str)
+def test_fast_decoding_equals_the_format(codes, dtype):
     pattern, nonzeros, bits, group, symmetric = codes
     spec = MatrixSpec(19, 77, pattern, nonzeros, bits, group, symmetric)
-    packed = random_packed(spec, torch.float32, seed=3)
-    assert torch.equal(dense_rows(packed, spec, torch.float32), unpack(packed, spec, torch.float32))
+    packed = random_packed(spec, dtype, seed=3)
+    before = {role: tensor.clone() for role, tensor in packed.items()}
+    assert torch.equal(dense_rows(packed, spec, dtype), unpack(packed, spec, dtype))
+    assert all(torch.equal(tensor, before[role]) for role, tensor in packed.items())
 
 
 @pytest.mark.parametrize("codes", CODES, ids=str)

@@ -99,3 +99,16 @@ def test_rank_deficient_grams(tokens):
     problem = make_problem(30, (8,), seed=27, tokens=tokens)
     _, factors = solve("gptq", problem, 0.6, bits=4, group=16)
     assert float((product(factors) - problem.weights[0]).norm()) < 0.3 * float(problem.weights[0].norm())
+
+
+@pytest.mark.parametrize("sizes", SHAPES)
+@pytest.mark.parametrize("grams", [1, 2])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_zero_points_and_scales_fitted_to_the_gram(sizes, grams, bits):
+    problem = make_problem(*sizes, seed=bits, grams=min(grams, len(sizes[1])), dtype=torch.float32)
+    spec, plain = solve("gptq", problem, 0.9, bits=bits, group=16)
+    same, fitted = solve("gptq", problem, 0.9, bits=bits, group=16, shifts=1, rescale=3)
+    assert same == spec
+    assert output_error(problem, product(fitted)) < output_error(problem, product(plain))
+    for kept, read, _ in round_trip(fitted, spec):
+        assert torch.equal(kept, read)

@@ -187,3 +187,35 @@ def test_indefinite_and_broken_hessians_are_refused():
     for hessian in (torch.diag(torch.tensor([1e12, -1e12, 1.0])), torch.full((3, 3), float("nan"))):
         with pytest.raises(ValueError, match="positive semi-definite"):
             feedback(hessian)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_the_best_of_several_zero_points_and_ranges_is_taken(bits):
+    matrix, weight, search = rand(6, 16, seed=4), rand(16, seed=5).abs() + 0.1, 7
+    found = fit_grid(matrix, bits=bits, symmetric=False, importance=weight, search=search, shifts=1)
+    plain = fit_grid(matrix, bits=bits, symmetric=False)
+    top = 2**bits - 1
+    for row in range(6):
+        best = torch.inf
+        for zero in {min(max(int(plain.zeros[row]) + shift, 0), top) for shift in (-1, 0, 1)}:
+            for step in range(search + 1):
+                scale = (plain.scales[row] * (1 - 0.7 * step / search)).double()
+                near = ((matrix[row].double() / scale).round() + zero).clamp(0, top) - zero
+                best = min(best, float(((near * scale - matrix[row]).square() * weight).sum()))
+        snapped = found.snap(grouped(matrix, 0))[row, 0]
+        assert float(((snapped - matrix[row]).square() * weight).sum()) == pytest.approx(best, rel=0.02)
+        assert 0 <= float(found.zeros[row]) <= top
+
+
+def test_zero_points_are_left_alone_where_there_are_none():
+    matrix = rand(5, 32, seed=6)
+    moved, plain = (fit_grid(matrix, bits=3, group=8, search=5, shifts=shifts) for shifts in (2, 0))
+    assert torch.equal(moved.scales, plain.scales) and torch.equal(moved.zeros, plain.zeros)
+
+
+def test_at_two_bits_the_choice_of_the_zero_point_pays():
+    matrix = rand(300, 64, seed=7)
+    plain, moved = (
+        quantise_rows(matrix, bits=2, group=64, symmetric=False, search=30, shifts=shifts).matrix for shifts in (0, 1)
+    )
+    assert (moved - matrix).square().sum() < 0.99 * (plain - matrix).square().sum()

@@ -1,0 +1,137 @@
+"""`cospadi benchmark`: the speed of compressed layers and models on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from cospadi.cli.common import (
+    DeviceOption,
+    JsonOption,
+    SeedOption,
+    UsageError,
+    check_new_directory,
+    command_line,
+    consoles,
+    print_json,
+    quiet_transformers,
+)
+from cospadi.cli.compare import split
+
+Number = TypeVar("Number", int, float)
+
+
+def benchmark(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[DIR]",
+            help="Take the shapes, or a compressed checkpoint's own storage, from here.",
+            show_default=False,
+        ),
+    ] = None,
+    shapes: Annotated[
+        str | None,
+        typer.Option(
+            help="llama-3-8b, llama-3.2-1b, qwen3-8b, smollm2-135m, with commas; the first as a whole model too.",
+            show_default="all; on a CPU smollm2-135m",
+        ),
+    ] = None,
+    keep: Annotated[str, typer.Option(help="Shares of the bytes to keep, with commas.")] = "0.6,0.4",
+    bits: Annotated[str, typer.Option(help="Bits of the factors, with commas: 16, 8, 4 …")] = "16,8",
+    tokens: Annotated[
+        str | None, typer.Option(help="Tokens at once, with commas.", show_default="1,4,16,2048; on a CPU 1,16,256")
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Decoder layers of the whole model.", show_default="all")
+    ] = None,
+    prompt: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of the whole model's prefill.", show_default="2048; on a CPU 256")
+    ] = None,
+    whole: Annotated[bool, typer.Option("--whole/--no-whole", help="Measure a whole model.")] = True,
+    load: Annotated[
+        bool, typer.Option("--load", help="Also write checkpoints to OUT, time their loading, remove them.")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="One shape, two numbers of tokens, fewer rounds.")] = False,
+    out: Annotated[Path | None, typer.Option(help="New directory for numbers and plot.", show_default=False)] = None,
+    device: DeviceOption = None,
+    seed: SeedOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Speed of compressed layers and models, beside dense ones and rivals of the same bytes; random weights."""
+    if model is not None and shapes is not None:
+        raise UsageError("a model and --shapes are both given: give one of them")
+    if load and out is None:
+        raise UsageError("--load writes checkpoints for a while: name a directory for them with --out DIR")
+    keeps = _numbers(keep, "--keep", float, lambda share: 0 < share <= 1, "shares above 0 and up to 1, such as 0.6,0.4")
+    widths = _numbers(bits, "--bits", int, lambda width: width in (16, 8, 4, 3, 2), "some of 16,8,4,3,2")
+    counts = _numbers(tokens or "", "--tokens", int, lambda count: count > 0, "whole numbers above 0, such as 1,2048")
+    if not keeps or not widths:
+        raise UsageError("nothing to measure: --keep and --bits name at least one number each")
+    if out is not None:
+        check_new_directory(out)
+
+    from cospadi.evaluation.speed import Settings
+    from cospadi.evaluation.speed import benchmark as run
+    from cospadi.report import ProgressDisplay
+    from cospadi.report.speed import print_speed, write_numbers, write_speed
+
+    quiet_transformers()
+    stdout, stderr = consoles()
+    settings = Settings(
+        model=model,
+        shapes=tuple(split(shapes)),
+        keeps=keeps,
+        bits=widths,
+        tokens=counts,
+        layers=layers,
+        prompt=prompt,
+        whole=whole,
+        load=load,
+        quick=quick,
+        device=device or "auto",
+        seed=seed or 0,
+    )
+
+    def keep_partial(found: dict[str, Any]) -> None:
+        if out is not None:
+            write_numbers(found, out)
+
+    with ProgressDisplay(stderr) as display:
+        data = run(settings, out=out, command=command_line(), progress=display.update, partial=keep_partial)
+    files = [] if out is None else write_speed(data, out)
+    if json_:
+        print_json(data)
+        return
+    print_speed(data, stdout)
+    if files:
+        kinds = ",".join(path.suffix.removeprefix(".") for path in files)
+        stdout.print(f"\nFiles: {files[0].with_suffix('')}.{{{kinds}}}", markup=False, soft_wrap=True)
+
+
+def _numbers(
+    text: str, option: str, kind: Callable[[str], Number], fits: Callable[[Number], bool], wanted: str
+) -> tuple[Number, ...]:
+    """Different numbers from a list with commas, in the order given.
+
+    Raises:
+        UsageError: if one is no number, or does not fit.
+    """
+    found: list[Number] = []
+    for word in split(text):
+        try:
+            value = kind(word)
+        except ValueError:
+            raise UsageError(f"{option} {word!r}: give {wanted}") from None
+        if not fits(value):
+            raise UsageError(f"{option} {word!r}: give {wanted}")
+        found.append(value)
+    return tuple(dict.fromkeys(found))
+
+
+def register(app: typer.Typer) -> Callable[..., None]:
+    """Add the command to the application."""
+    return app.command()(benchmark)

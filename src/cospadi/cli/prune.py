@@ -1,0 +1,138 @@
+"""`cospadi prune`: remove blocks, or a share of their width, without retraining."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cospadi.cli.common import (
+    CalibrationOption,
+    DeviceOption,
+    JsonOption,
+    LengthOption,
+    ModelArgument,
+    RecipeOption,
+    SamplesOption,
+    SeedOption,
+    SetOption,
+    UsageError,
+    command_line,
+    consoles,
+    pages_written,
+    parse_settings,
+    print_json,
+    quiet_transformers,
+)
+
+if TYPE_CHECKING:
+    from cospadi.recipe import Recipe
+
+
+def prune(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory: new, empty, or of the same run.")],
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="replaceme, uidl, shortgpt, sleb, laco, llm_streamline, slicegpt, llm_pruner, magnitude or random.",
+            show_default="replaceme",
+        ),
+    ] = None,
+    blocks: Annotated[int | None, typer.Option(help="How many blocks go.", show_default=False)] = None,
+    keep_blocks: Annotated[
+        float | None,
+        typer.Option(help="Instead: share of the blocks' bytes that stays: 0.75 keeps 75 %.", show_default=False),
+    ] = None,
+    recipe: RecipeOption = None,
+    set_: SetOption = None,
+    calibration: CalibrationOption = None,
+    samples: SamplesOption = None,
+    seq_len: LengthOption = None,
+    device: DeviceOption = None,
+    seed: SeedOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the sizes and stop.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget an earlier run in OUT.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Remove whole blocks (depth) or a share of their width; depth methods give stock checkpoints."""
+    if blocks is not None and keep_blocks is not None:
+        raise UsageError("--blocks and --keep-blocks are both given: give one of them")
+    section = {"source": calibration, "samples": samples, "seq_len": seq_len}
+    section = {key: value for key, value in section.items() if value is not None}
+    flags = {"device": device, "seed": seed, "calibration": section or None}
+    changes = {key: value for key, value in flags.items() if value is not None}
+    merged = _recipe(recipe, changes, method, blocks, keep_blocks, parse_settings(set_))
+    if dry_run:
+        _print_plan(model, merged, json_)
+        return
+    from cospadi.engine import prune as run
+    from cospadi.report import ProgressDisplay
+    from cospadi.report.depth import print_prune, write_depth
+
+    quiet_transformers()
+    stdout, stderr = consoles()
+    with ProgressDisplay(stderr) as display:
+        result = run(model, out, recipe=merged, fresh=fresh, progress=display.update, command=command_line())
+    if result.complete:
+        stderr.print(f"{out} was complete already, nothing was changed; --fresh prunes anew", markup=False)
+    if not result.complete or not pages_written(out):
+        write_depth(result.report, out)
+    if json_:
+        for line in result.report["warnings"]:
+            stderr.print(f"warning: {line}", markup=False, soft_wrap=True)
+        print_json(result.report | {"out": str(out)})
+        return
+    print_prune(result.report, stdout)
+    hint = f'Try:    cospadi generate {shlex.quote(str(out))} --prompt "Once upon a time"'
+    stdout.print(f"\nReport: {out / 'report.html'}\n{hint}", markup=False, soft_wrap=True)
+
+
+def _recipe(
+    path: Path | None,
+    changes: dict[str, Any],
+    method: str | None,
+    blocks: int | None,
+    keep_blocks: float | None,
+    options: dict[str, Any],
+) -> Recipe:
+    """The recipe of a file with the given flags laid over it.
+
+    Raises:
+        RecipeError: on an unknown key or a wrong value.
+        UsageError: if nothing says how much to prune.
+    """
+    from cospadi.recipe import Recipe, with_prune
+
+    base = Recipe.load(path) if path is not None else Recipe()
+    merged = with_prune(base.merged(changes, source="command line"), method, blocks, keep_blocks, options)
+    assert merged.prune is not None
+    if merged.prune.blocks is None and merged.prune.keep_blocks is None:
+        raise UsageError("say how much to prune: --blocks (such as 2) or --keep-blocks (such as 0.75)")
+    return merged
+
+
+def _print_plan(model: str, merged: Recipe, json_: bool) -> None:
+    from cospadi.engine.pruning import estimate_prune
+    from cospadi.report.text import arrow, human_bytes
+
+    quiet_transformers()
+    data = estimate_prune(model, merged)
+    if json_:
+        print_json(data)
+        return
+    sizes = arrow(human_bytes(data["bytes_before"]), human_bytes(data["bytes_after"]))
+    consoles()[0].print(
+        f"{data['model']} · {data['method']}: {data['blocks_before']} → {data['blocks_after']} blocks, {sizes} at 16 "
+        "bits a weight",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def register(app: typer.Typer) -> Callable[..., None]:
+    """Add the command to the application."""
+    return app.command()(prune)

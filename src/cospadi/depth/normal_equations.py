@@ -1,0 +1,108 @@
+"""Sums from which linear transforms follow in closed form: memory does not grow with the number of tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from cospadi.calibration.statistics import full_precision
+from cospadi.errors import NumericalError
+
+CHUNK_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class NormalEquations:
+    """Of min ‖M T − R‖² over T; M and R (tokens, d) are gone, their products stay.
+
+    Attributes:
+        gram: MᵀM / tokens, float64 (d, d), symmetric.
+        cross: MᵀR / tokens, float64 (d, d).
+        energy: ‖R‖² / tokens.
+        tokens: how many.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    energy: float
+    tokens: int
+
+    def __add__(self, other: NormalEquations) -> NormalEquations:
+        """Normal equations of both texts together."""
+        if not isinstance(other, NormalEquations):
+            return NotImplemented
+        tokens = self.tokens + other.tokens
+        mine, theirs = self.tokens / tokens, other.tokens / tokens
+        return NormalEquations(
+            mine * self.gram + theirs * other.gram,
+            mine * self.cross + theirs * other.cross,
+            mine * self.energy + theirs * other.energy,
+            tokens,
+        )
+
+    @cached_property
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (d,), ascending, and eigenvectors (d, d) of the gram."""
+        values, vectors = torch.linalg.eigh(self.gram)
+        return values.clamp_min(0), vectors
+
+    def loss(self, transform: Tensor) -> float:
+        """‖M T − R‖² / tokens.
+
+        Args:
+            transform: T (d, d).
+        """
+        wide = transform.to(self.gram)
+        square = torch.einsum("ij,ik,kj->", wide, self.gram, wide)
+        return max(0.0, float(square - 2 * (wide * self.cross).sum()) + self.energy)
+
+
+class Sums:
+    """Builds :class:`NormalEquations` from batches.
+
+    Products are float32 over at most 512 tokens (float64 of float64 rows), their sums float64.
+
+    Args:
+        width: d.
+        device: where the sums live.
+    """
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        self.gram = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self.cross = torch.zeros_like(self.gram)
+        self.energy = torch.zeros((), dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    @torch.no_grad()
+    def add(self, inputs: Tensor, targets: Tensor) -> None:
+        """Add rows of M and R, both (tokens, d), without padding."""
+        with full_precision():
+            for m, r in zip(torch.split(inputs, CHUNK_TOKENS), torch.split(targets, CHUNK_TOKENS), strict=True):
+                dtype = torch.float64 if m.dtype == torch.float64 else torch.float32
+                m, r = m.to(self.gram.device, dtype), r.to(self.gram.device, dtype)
+                self.gram += m.T @ m
+                self.cross += m.T @ r
+                self.energy += r.square().sum(dtype=torch.float64)
+        self.tokens += len(inputs)
+
+    def finish(self, name: str) -> NormalEquations:
+        """The sums per token.
+
+        Args:
+            name: of what was summed, for messages.
+
+        Raises:
+            NumericalError: if an activation was NaN or Inf, or so large that its square is.
+        """
+        if not bool(self.gram.isfinite().all() & self.cross.isfinite().all() & self.energy.isfinite()):
+            raise NumericalError(
+                f"{name}: NaN or Inf in its activations; the model overflows on this text (try bfloat16 or float32 "
+                "weights) or is damaged"
+            )
+        gram = (self.gram + self.gram.T) / 2 / self.tokens
+        return NormalEquations(
+            gram.cpu(), (self.cross / self.tokens).cpu(), float(self.energy) / self.tokens, self.tokens
+        )

@@ -1,0 +1,188 @@
+"""What can be cut out of a decoder layer by itself: attention heads with their keys and values, and MLP channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from cospadi.errors import ModelError
+from cospadi.model_view import ModelView, skeleton
+
+
+@dataclass(frozen=True)
+class Structures:
+    """The coupled structures of one kind in one block.
+
+    Structure i is the i-th of `count` equal parts of the readers' rows and of the writer's columns.
+
+    Attributes:
+        readers: dotted names within the block: of the attention its queries, keys and values; of an MLP gate and up.
+        writer: the linear layer that reads what they make.
+        count: how many structures.
+    """
+
+    readers: tuple[str, ...]
+    writer: str
+    count: int
+
+    def bytes_each(self, layer: nn.Module) -> int:
+        """Bytes of one structure's weights at 16 bits each."""
+        rows = sum(linear_of(layer, name).weight.numel() for name in self.readers)
+        return 2 * (rows + linear_of(layer, self.writer).weight.numel()) // self.count
+
+    def cut(self, layer: nn.Module, kept: Sequence[int]) -> None:
+        """Keep some structures of a block, in place."""
+        if len(kept) == self.count:
+            return
+        chosen = torch.tensor(list(kept))
+        for name in self.readers:
+            linear = linear_of(layer, name)
+            rows = _members(chosen, linear.out_features // self.count).to(linear.weight.device)
+            bias = None if linear.bias is None else linear.bias.detach()[rows]
+            _replace(layer, name, linear.weight.detach()[rows], bias)
+        linear = linear_of(layer, self.writer)
+        columns = _members(chosen, linear.in_features // self.count).to(linear.weight.device)
+        bias = None if linear.bias is None else linear.bias.detach()
+        _replace(layer, self.writer, linear.weight.detach()[:, columns], bias)
+
+
+@dataclass(frozen=True)
+class Units:
+    """What can be cut out of one block.
+
+    Attributes:
+        attention: groups of heads that share keys and values.
+        mlp: channels.
+    """
+
+    attention: Structures
+    mlp: Structures
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All linear layers concerned, within the block."""
+        return tuple(name for s in (self.attention, self.mlp) for name in (*s.readers, s.writer))
+
+
+def linear_of(module: nn.Module, name: str) -> nn.Linear:
+    """A linear layer by its name.
+
+    Raises:
+        TypeError: if the module of that name is none.
+    """
+    linear = module.get_submodule(name)
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"{name} is a {type(linear).__name__}, not nn.Linear")
+    return linear
+
+
+def _members(structures: Tensor, size: int) -> Tensor:
+    """Indices of the rows of some structures, each of `size` neighbours."""
+    return (structures[:, None] * size + torch.arange(size)).flatten()
+
+
+def _replace(layer: nn.Module, name: str, weight: Tensor, bias: Tensor | None) -> None:
+    old = linear_of(layer, name)
+    new = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    new.weight = nn.Parameter(weight.clone(), old.weight.requires_grad)
+    if bias is not None:
+        new.bias = nn.Parameter(bias.clone(), old.weight.requires_grad)
+    new.train(old.training)
+    layer.set_submodule(name, new)
+
+
+def block_units(view: ModelView) -> tuple[Units, ...]:
+    """Find heads and channels in every block by the shapes of its linear layers.
+
+    Siblings (linear layers with the same input) and the one linear layer after them make a branch. Three siblings in
+    a module that knows its ``head_dim`` are an attention; those as wide as what the last one reads are an MLP.
+
+    Args:
+        view: with linear groups.
+
+    Raises:
+        ModelError: if a block has no such two branches (fused projections, for example).
+    """
+    return tuple(_units(view, index) for index in range(len(view.layers)))
+
+
+def _units(view: ModelView, index: int) -> Units:
+    prefix = f"{view.layers_name}.{index}."
+    groups = view.of_layer(index)
+    found: dict[str, Structures] = {}
+    for group, after in zip(groups[::2], groups[1::2], strict=False):
+        readers = tuple(name.removeprefix(prefix) for name in group.modules)
+        if len(after.modules) == 1:
+            kind, count = _kind(view, index, readers, group.d_out, after.d_in)
+            found[kind] = Structures(readers, after.modules[0].removeprefix(prefix), count)
+    if len(groups) != 4 or set(found) != {"attention", "mlp"}:
+        names = "; ".join(group.name.removeprefix(prefix) for group in groups)
+        raise ModelError(
+            f"{type(view.model).__name__}: decoder layer {index} has no attention of separate queries, keys and values "
+            f"followed by an MLP (found: {names}), so its heads and channels cannot be cut; choose another method"
+        )
+    return Units(found["attention"], found["mlp"])
+
+
+def _kind(
+    view: ModelView, index: int, readers: tuple[str, ...], d_out: tuple[int, ...], middle: int
+) -> tuple[str, int]:
+    owner = view.layers[index].get_submodule(readers[0].rpartition(".")[0])
+    head = getattr(owner, "head_dim", None)
+    if isinstance(head, int) and len(readers) == 3:
+        keys = min(d_out)
+        whole = sorted(d_out)[:2] == [keys, keys] and max(d_out) == middle and keys % head == 0 and middle % keys == 0
+        return ("attention", keys // head) if whole else ("other", 0)
+    return ("mlp", middle) if set(d_out) == {middle} else ("other", 0)
+
+
+def describe_in_config(
+    model: PreTrainedModel, units: Sequence[Units], heads: Sequence[Sequence[int]], channels: Sequence[Sequence[int]]
+) -> None:
+    """Say in the configuration what stayed, where every block was cut alike and the configuration can say it.
+
+    Otherwise the configuration stays as it is, and the model needs native loading.
+
+    Args:
+        model: already cut.
+        units: what its blocks had.
+        heads: by block, head groups that stayed.
+        channels: by block, channels that stayed.
+    """
+    shares = {(u.attention.count, len(h), u.mlp.count, len(c)) for u, h, c in zip(units, heads, channels, strict=True)}
+    if len(shares) != 1:
+        return
+    groups_before, groups, channels_before, width = shares.pop()
+    configs = _configs(model)
+    before = [dict(vars(config)) for config in configs]
+    for config in configs:
+        for key, value in list(vars(config).items()):
+            if key == "num_attention_heads":
+                config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // value
+            if key in ("num_attention_heads", "num_key_value_heads") and isinstance(value, int):
+                setattr(config, key, value * groups // groups_before)
+            elif key in ("intermediate_size", "ffn_dim") and value == channels_before:
+                setattr(config, key, width)
+    if not _describes(model):
+        for config, values in zip(configs, before, strict=True):
+            vars(config).clear()
+            vars(config).update(values)
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    found: list[Any] = []
+    for config in (model.config, model.config.get_text_config()):
+        if not any(config is other for other in found):
+            found.append(config)
+    return found
+
+
+def _describes(model: PreTrainedModel) -> bool:
+    stock = skeleton(model.config)
+    shapes = [{name: tuple(p.shape) for name, p in m.named_parameters()} for m in (stock, model)]
+    return shapes[0] == shapes[1]

@@ -1,0 +1,197 @@
+"""Single groups of linear layers: ours, dense, two dense factors and an unstructured bitmask of the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from cospadi.errors import NumericalError
+from cospadi.evaluation.speed.shapes import Subject, Variant, anonymous, bitmask, low_rank, shape_of
+from cospadi.evaluation.speed.timing import Call, Timed, alternate, copies
+from cospadi.format import GroupSpec, MatrixSpec, Packed
+from cospadi.kernels import factored_linear, reference
+from cospadi.kernels.synthetic import random_packed
+from cospadi.model_view import LinearGroup, guard_memory
+
+DTYPE = torch.bfloat16
+FEW_TOKENS = 64  # beyond, weights are read once for so many tokens that caches no longer matter
+CHECKED_TOKENS = 16
+WORST_ERROR = 2e-2  # bfloat16 rounding gives a tenth of it
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One copy of a group's stored tensors."""
+
+    spec: GroupSpec
+    dictionary: Packed | None
+    codes: Packed
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(x D) S, (tokens, sum of d_out)."""
+        return factored_linear(x, self.dictionary, self.spec.dictionary, self.codes, self.spec.codes)
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        """X D alone, as it is handed to :meth:`combine`."""
+        assert self.dictionary is not None and self.spec.dictionary is not None
+        return _product(x, self.dictionary, self.spec.dictionary, self.spec.codes)
+
+    def combine(self, hidden: Tensor) -> Tensor:
+        """The product of coordinates with S alone."""
+        return _product(hidden, self.codes, self.spec.codes, None)
+
+    def clone(self) -> Stored:
+        """The same elsewhere in memory."""
+        dictionary = None if self.dictionary is None else _clone(self.dictionary)
+        return Stored(self.spec, dictionary, _clone(self.codes))
+
+
+def _clone(packed: Packed) -> Packed:
+    return {role: tensor.clone() for role, tensor in packed.items()}
+
+
+def _product(x: Tensor, packed: Packed, spec: MatrixSpec, reader: MatrixSpec | None) -> Tensor:
+    """One of the two products of the operation as it makes them itself on this device."""
+    if x.device.type == "cuda":
+        from cospadi.kernels.cuda import packed_linear
+
+        return packed_linear(x, packed, spec, DTYPE, reader)
+    return factored_linear(x, None, None, packed, spec)
+
+
+def random_stored(spec: GroupSpec, device: torch.device, seed: int) -> Stored:
+    """Random factors of a spec."""
+    dictionary = None
+    if spec.dictionary is not None:
+        dictionary = random_packed(spec.dictionary, DTYPE, device, seed)
+    return Stored(spec, dictionary, random_packed(spec.codes, DTYPE, device, seed + 1))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all measurements of single layers share."""
+
+    device: torch.device
+    rounds: int
+    seed: int
+    copied: float  # bytes a second of a large copy
+
+    def copies(self, spec: GroupSpec) -> list[Stored]:
+        """Enough copies of one random layer to empty the cache."""
+        first = random_stored(spec, self.device, self.seed)
+        return [first, *(first.clone() for _ in range(copies(spec.bytes, self.device) - 1))]
+
+    def dense(self, group: LinearGroup) -> list[Tensor]:
+        """Copies of a dense weight (sum of d_out, d_in)."""
+        weight = torch.randn(sum(group.d_out), group.d_in, device=self.device, dtype=DTYPE) * group.d_in**-0.5
+        return [weight, *(weight.clone() for _ in range(copies(group.dense_bytes, self.device) - 1))]
+
+
+def measure_layers(
+    subjects: Sequence[Subject], bench: Bench, ways: dict[str, list[Variant]], tokens: Sequence[int]
+) -> Iterator[list[dict[str, Any]]]:
+    """Rows for every different shape of every subject, a shape and share of bytes at a time.
+
+    Args:
+        subjects: models; equal shapes of several are measured once.
+        bench: device, rounds, seed.
+        ways: how each subject's layers are stored, by the subject's name.
+        tokens: rows of x.
+
+    Yields:
+        rows as `benchmark` describes them.
+    """
+    todo: dict[tuple[int, int], tuple[LinearGroup, dict[GroupSpec, Variant], list[str]]] = {}
+    for subject in subjects:
+        for group in {shape_of(g): g for g in reversed(subject.groups)}.values():
+            _, specs, names = todo.setdefault(shape_of(group), (group, {}, []))
+            names.append(subject.name)
+            for way in ways[subject.name]:
+                spec = way.of(group)
+                if spec is not None:
+                    specs.setdefault(anonymous(spec), way)
+    for group, specs, names in todo.values():
+        with guard_memory(f"measuring {group.name}", "name a smaller shape"):
+            weights = bench.dense(group)
+            for keep in dict.fromkeys(way.keep for way in specs.values()):
+                chosen = {spec: way for spec, way in specs.items() if way.keep == keep}
+                yield [row | {"shapes": names} for row in _share(group, chosen, weights, bench, tokens)]
+
+
+def _share(
+    group: LinearGroup, specs: dict[GroupSpec, Variant], weights: list[Tensor], bench: Bench, tokens: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    budget = max(spec.bytes for spec in specs)
+    unstructured = bitmask(group, budget)
+    rivals = {"low_rank": bench.copies(low_rank(group, budget))}
+    if unstructured is not None:
+        rivals["bitmask"] = bench.copies(unstructured)
+    ours = {spec: bench.copies(spec) for spec in specs}
+    for count in tokens:
+        x = torch.randn(count, group.d_in, device=bench.device, dtype=DTYPE)
+        errors = {spec: relative_error(stored[0], x) for spec, stored in ours.items()}
+        calls = _calls(x, weights, rivals, ours)
+        timed = alternate(calls, bench.device, bench.rounds)
+        for index, (spec, way) in enumerate(specs.items()):
+            yield _row(group, way, spec, count, index, timed, bench.copied) | {"error": errors[spec]}
+
+
+def _calls(
+    x: Tensor, weights: list[Tensor], rivals: dict[str, list[Stored]], ours: dict[GroupSpec, list[Stored]]
+) -> dict[str, list[Call]]:
+    """What is timed together for one x: every way on all copies, or on two where caches no longer matter."""
+    most = None if len(x) <= FEW_TOKENS else 2
+    calls: dict[str, list[Call]] = {"dense": [partial(linear, x, weight) for weight in weights[:most]]}
+    for name, stored in rivals.items():
+        calls[name] = [partial(layer, x) for layer in stored[:most]]
+    for index, stored in enumerate(ours.values()):
+        calls[f"ours {index}"] = [partial(layer, x) for layer in stored[:most]]
+        if len(x) == 1 and stored[0].dictionary is not None:
+            hidden = stored[0].coordinates(x)
+            calls[f"dictionary {index}"] = [partial(layer.coordinates, x) for layer in stored]
+            calls[f"codes {index}"] = [partial(layer.combine, hidden) for layer in stored]
+    return calls
+
+
+def _row(
+    group: LinearGroup, way: Variant, spec: GroupSpec, tokens: int, index: int, timed: dict[str, Timed], copied: float
+) -> dict[str, Any]:
+    mine, dense = timed[f"ours {index}"], timed["dense"]
+    rate = spec.bytes / mine.median
+    row: dict[str, Any] = {
+        "group": "+".join(name.rsplit(".", 1)[-1] for name in group.modules),
+        "d_in": group.d_in, "d_out": sum(group.d_out), "keep": way.keep, "bits": way.bits, "tokens": tokens,
+        "pattern": spec.codes.pattern, "atoms": None if spec.dictionary is None else spec.atoms, "bytes": spec.bytes,
+        "us": mine.median * 1e6, "dense_us": dense.median * 1e6, "of_dense": mine.over(dense),
+        "bytes_per_second": rate, "of_copy": rate / copied,
+    }  # fmt: skip
+    for name in ("low_rank", "bitmask"):
+        if name in timed:
+            row |= {f"{name}_us": timed[name].median * 1e6, f"{name}_of_dense": timed[name].over(dense)}
+    for name, stored in (("dictionary", spec.dictionary), ("codes", spec.codes)):
+        part = timed.get(f"{name} {index}")
+        if part is not None and stored is not None:
+            row |= {f"{name}_us": part.median * 1e6, f"{name}_of_copy": stored.bytes / part.median / copied}
+    return row
+
+
+def relative_error(stored: Stored, x: Tensor) -> float:
+    """Error of the operation against float64, over the first rows of x.
+
+    Raises:
+        NumericalError: if it is more than rounding explains: such a kernel's speed means nothing.
+    """
+    exact = reference(x[:CHECKED_TOKENS], stored.dictionary, stored.spec.dictionary, stored.codes, stored.spec.codes)
+    error = float((stored(x)[:CHECKED_TOKENS].double() - exact).norm() / exact.norm())
+    if not error < WORST_ERROR:
+        raise NumericalError(
+            f"the product of {len(x)} tokens with {replace(stored.spec, modules=('',) * len(stored.spec.modules))} is "
+            f"wrong by {error:.1e} on {x.device}; please report it"
+        )
+    return error

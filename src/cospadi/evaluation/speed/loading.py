@@ -1,0 +1,103 @@
+"""How long a saved checkpoint takes to load and what it takes on the device, compressed beside dense."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from cospadi.checkpoint import file_bytes, load, save
+from cospadi.errors import OutputError
+from cospadi.evaluation.speed.shapes import Subject, Variant
+from cospadi.evaluation.speed.whole import allocated, parameter_bytes, random_model
+from cospadi.model_view import guard_memory
+
+TURNS = 3
+
+
+def measure_loading(
+    subject: Subject,
+    variant: Variant,
+    device: torch.device,
+    seed: int,
+    out: Path,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Write a dense and a compressed checkpoint of random weights, load them in turn, and remove them.
+
+    The files were just written, so they come from the page cache where the memory suffices: what is measured is the
+    work of loading, not the disk.
+
+    Args:
+        subject: what model.
+        variant: how its groups are stored.
+        device: where to load to.
+        seed: of the weights.
+        out: an existing directory with room for both.
+        say: is told what is under way.
+
+    Returns:
+        ``file_bytes``, ``device_bytes``, median ``seconds`` of plain ``from_pretrained`` and ``checked_seconds`` of
+        `cospadi.load`, which compares checksums too; the same with ``dense_`` in front; ``of_dense`` of the seconds.
+
+    Raises:
+        OutputError: if there is no room.
+    """
+    row: dict[str, Any] = {"shape": subject.name, "keep": variant.keep, "bits": variant.bits, "variant": variant.label}
+    with tempfile.TemporaryDirectory(prefix=".load-", dir=out) as scratch:
+        folders = {"dense_": Path(scratch, "dense"), "": Path(scratch, "compressed")}
+        for prefix, way in (("dense_", None), ("", variant)):
+            say(f"writing {folders[prefix].name}")
+            with guard_memory(f"writing a checkpoint of {subject.name}", "ask for fewer layers (--layers)"):
+                model = random_model(subject, way, device, seed)
+                _require_room(out, parameter_bytes(model))
+                if way is None:
+                    model.save_pretrained(folders[prefix])
+                else:
+                    save(model, None, folders[prefix], [s for g in subject.groups if (s := way.of(g)) is not None])
+            del model
+            row[f"{prefix}file_bytes"] = file_bytes(folders[prefix])
+        seconds: dict[str, list[float]] = {"dense_seconds": [], "seconds": [], "checked_seconds": []}
+        for turn in range(TURNS):
+            say(f"loading, {turn + 1} of {TURNS}")
+            for prefix, folder in folders.items():
+                taken, row[f"{prefix}device_bytes"] = _load(folder, device, False)
+                seconds[f"{prefix}seconds"].append(taken)
+            seconds["checked_seconds"].append(_load(folders[""], device, True)[0])
+    row |= {name: median(times) for name, times in seconds.items()}
+    return row | {"of_dense": row["seconds"] / row["dense_seconds"]}
+
+
+def _require_room(out: Path, size: int) -> None:
+    free = shutil.disk_usage(out).free
+    if free < 1.05 * size:
+        raise OutputError(
+            f"{out}: {free / 1e9:.1f} GB are free, a checkpoint of {size / 1e9:.1f} GB is to be written: free some "
+            "space or ask for fewer layers (--layers)"
+        )
+
+
+def _load(folder: Path, device: torch.device, checked: bool) -> tuple[float, int | None]:
+    """Seconds of loading, and bytes on the device."""
+    gc.collect()
+    before = allocated(device)
+    begin = time.perf_counter()
+    place = None if device.type == "cpu" else {"": device}
+    if checked:
+        model = load(folder, device_map=place)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, device_map=place, local_files_only=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    taken = time.perf_counter() - begin
+    after = allocated(device)
+    del model
+    return taken, None if after is None or before is None else after - before

@@ -1,0 +1,185 @@
+"""A whole benchmark: layers, whole models, loading; one dictionary of plain numbers."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cospadi.engine.machine import device_name, resolve_device, versions
+from cospadi.errors import ResourceError
+from cospadi.evaluation.speed.layers import Bench, measure_layers
+from cospadi.evaluation.speed.loading import measure_loading
+from cospadi.evaluation.speed.shapes import METHOD, named_shape, of_model, shape_of, variants
+from cospadi.evaluation.speed.timing import CACHES_OVER, cache_bytes, copy_bandwidth
+from cospadi.evaluation.speed.whole import CACHE_TOKENS, SEEN_TOKENS, measure_model
+
+Progress = Callable[..., None]
+Results = dict[str, Any]
+
+ROUNDS, QUICK_ROUNDS = 11, 5
+PROMPT = 2048
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+        model: a model directory or hub id whose configuration is taken; None: `shapes`.
+        shapes: names of :data:`~cospadi.evaluation.speed.shapes.SHAPES`; the first is measured as a whole model too.
+            Empty: all that suit the device.
+        keeps: shares of the bytes to keep; ignored for a compressed checkpoint.
+        bits: of dictionary and values; ignored for a compressed checkpoint.
+        tokens: rows of x. Empty: what suits the device.
+        layers: decoder layers of the whole model; None for all.
+        prompt: tokens of a prefill. None: what suits the device.
+        whole: measure the whole model.
+        load: write and load checkpoints as well.
+        quick: fewer shapes, tokens and rounds by default.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        seed: of weights and inputs.
+    """
+
+    model: str | None = None
+    shapes: tuple[str, ...] = ()
+    keeps: tuple[float, ...] = (0.6, 0.4)
+    bits: tuple[int, ...] = (16, 8)
+    tokens: tuple[int, ...] = ()
+    layers: int | None = None
+    prompt: int | None = None
+    whole: bool = True
+    load: bool = False
+    quick: bool = False
+    device: str = "auto"
+    seed: int = 0
+
+    def filled(self, device: torch.device) -> Settings:
+        """With defaults that suit the device in place of what is empty."""
+        gpu = device.type == "cuda"
+        shapes = ("llama-3-8b", "llama-3.2-1b", "qwen3-8b") if gpu else ("smollm2-135m",)
+        tokens = (1, 4, 16, 2048) if gpu else (1, 16, 256)
+        return replace(
+            self,
+            shapes=() if self.model else self.shapes or (shapes[:1] if self.quick else shapes),
+            tokens=self.tokens or ((1, tokens[-1]) if self.quick else tokens),
+            prompt=self.prompt or (PROMPT if gpu else 256),
+        )
+
+
+def benchmark(
+    settings: Settings,
+    *,
+    out: Path | None = None,
+    command: str = "",
+    progress: Progress | None = None,
+    partial: Callable[[Results], None] = lambda _: None,
+) -> Results:
+    """Measure the speed of compressed layers and models on this machine.
+
+    Everything runs on random weights. Dense layers are bfloat16 products of PyTorch; ``low_rank`` is two of them and
+    ``bitmask`` an unstructured mask over an identity dictionary, both within the bytes of our factors.
+
+    Args:
+        settings: what to measure.
+        out: an existing directory, for the checkpoints of `settings.load`.
+        command: as it was typed.
+        progress: is called with phase, steps done, steps in all and a detail.
+        partial: is given the results so far after every step.
+
+    Returns:
+        ``device``, ``cpu``, ``versions``, ``command``, ``seed``, ``settings``, ``copy_bytes_per_second``; ``layers``:
+        a row a shape, keep, bits and number of tokens, with ``us``, ``dense_us``, ``low_rank_us``, ``bitmask_us``
+        (microseconds), ``…of_dense`` (median ratios of times), ``bytes_per_second``, ``of_copy`` and ``error``;
+        ``models``: a row a variant; ``loading``: a row a variant; ``kernels``: which kernel was chosen for which
+        product.
+
+    Raises:
+        RecipeError: on an unknown shape or device.
+        ModelError: if the model's configuration cannot be used.
+        BudgetError: if a keep is too small for a layer.
+        NumericalError: if a kernel is wrong.
+        ResourceError: if memory does not suffice.
+    """
+    device = resolve_device(settings.device)
+    settings = settings.filled(device)
+    report = progress or (lambda *_, **__: None)
+    layers = settings.layers
+    subjects = (
+        [of_model(settings.model, layers)] if settings.model else [named_shape(n, layers) for n in settings.shapes]
+    )
+    ways = {subject.name: variants(subject, settings.keeps, settings.bits) for subject in subjects}
+    torch.manual_seed(settings.seed)
+    rounds = QUICK_ROUNDS if settings.quick else ROUNDS
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        report("copy", 0, 1, "")
+        bench = Bench(device, rounds, settings.seed, copy_bandwidth(device, rounds))
+        results = _header(settings, device, command) | {"copy_bytes_per_second": bench.copied}
+        results |= {"rounds": rounds, "layers": [], "models": [], "loading": []}
+        total = len({(shape_of(g), w.keep) for s in subjects for g in s.groups for w in ways[s.name]})
+        for done, rows in enumerate(measure_layers(subjects, bench, ways, settings.tokens), 1):
+            results["layers"] += rows
+            report("layers", done, total, rows[0]["group"])
+            partial(_with_kernels(results, device))
+        first = subjects[0]
+        steps = len(ways[first.name]) + 1
+        if settings.whole:
+            counted = iter(range(steps))
+            results["models"] = measure_model(
+                first,
+                ways[first.name],
+                bench,
+                settings.prompt or PROMPT,
+                lambda label: report("model", next(counted), steps, label),
+            )
+            report("model", steps, steps, "")
+            partial(_with_kernels(results, device))
+        if settings.load:
+            if out is None:
+                raise ResourceError("loading needs a directory to write checkpoints to: name one with --out DIR")
+            for way in ways[first.name][:1]:
+                say = lambda label: report("load", 0, 1, label)  # noqa: E731
+                results["loading"].append(measure_loading(first, way, device, settings.seed, out, say))
+            report("load", 1, 1, "")
+    return _with_kernels(results, device)
+
+
+def _header(settings: Settings, device: torch.device, command: str) -> Results:
+    found = versions()
+    found |= {"cuda": torch.version.cuda or "–"}
+    try:
+        found["triton"] = version("triton")
+    except PackageNotFoundError:
+        found["triton"] = "–"
+    return {
+        "device": device_name(device),
+        "cpu": {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "versions": found,
+        "command": command,
+        "seed": settings.seed,
+        "settings": {
+            "model": settings.model, "shapes": list(settings.shapes), "keeps": list(settings.keeps),
+            "bits": list(settings.bits), "tokens": list(settings.tokens), "layers": settings.layers,
+            "prompt": settings.prompt, "quick": settings.quick,
+        },
+        "method": METHOD,
+        "cache_bytes": cache_bytes(device),
+        "rotated_bytes": CACHES_OVER[device.type] * cache_bytes(device),
+        "decode": {"cache_tokens": CACHE_TOKENS, "seen_tokens": SEEN_TOKENS},
+    }  # fmt: skip
+
+
+def _with_kernels(results: Results, device: torch.device) -> Results:
+    """The results with the kernels that were chosen so far."""
+    if device.type != "cuda":
+        return results
+    from cospadi.kernels import tuning
+
+    return results | {"kernels": {str(key): name for key, name in tuning.choices().items()}}

@@ -1,0 +1,226 @@
+"""What is measured: the configurations of a few well-known models, and how their layers are stored.
+
+Nothing is downloaded: a configuration is enough, since speed does not depend on what the weights are, only on that they
+are no zeros.
+"""
+
+from __future__ import annotations
+
+import difflib
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from cospadi.checkpoint import read_config
+from cospadi.depth.surgery import without_blocks
+from cospadi.errors import ModelError, RecipeError
+from cospadi.format import GroupSpec, MatrixSpec
+from cospadi.methods.base import GroupShape, get_method
+from cospadi.model_view import LinearGroup, ModelView, discover, discover_layers, is_compressed, open_config, skeleton
+
+METHOD = "pursuit"
+"""The method whose plan says how factors of a size are stored: the default of `cospadi compress`."""
+
+_LLAMA_3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+# Each from the config.json of the named repository on the hub.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3-8b": {  # meta-llama/Meta-Llama-3-8B
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "tie_word_embeddings": False,
+    },
+    "llama-3.2-1b": {  # meta-llama/Llama-3.2-1B
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
+        "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+        "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_parameters": _LLAMA_3_ROPE,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-8b": {  # Qwen/Qwen3-8B
+        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288,
+        "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        "max_position_embeddings": 40960, "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}, "tie_word_embeddings": False,
+    },
+    "smollm2-135m": {  # HuggingFaceTB/SmolLM2-135M
+        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+        "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model's configuration, and its own groups where it is a compressed checkpoint.
+
+    Attributes:
+        name: of the shape, or of the directory.
+        config: of the dense model, in bfloat16.
+        stored: the groups of a compressed checkpoint; empty for a dense model.
+    """
+
+    name: str
+    config: PreTrainedConfig
+    stored: tuple[GroupSpec, ...] = ()
+
+    @cached_property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        """The linear groups of the dense model."""
+        return discover(skeleton(self.config)).groups
+
+    def build(self) -> PreTrainedModel:
+        """The dense model on ``meta``."""
+        return skeleton(deepcopy(self.config))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to store the layers of a model.
+
+    Attributes:
+        label: for people.
+        keep: share of the bytes asked for; of a checkpoint, the share it has.
+        bits: of the dictionary and of the values; None for a checkpoint, which may mix them.
+        specs: how each group is stored, by the names of its modules.
+    """
+
+    label: str
+    keep: float
+    bits: int | None
+    specs: dict[tuple[str, ...], GroupSpec]
+
+    def of(self, group: LinearGroup) -> GroupSpec | None:
+        """How a group is stored; None where it is left alone."""
+        return self.specs.get(group.modules)
+
+
+def named_shape(name: str, layers: int | None = None) -> Subject:
+    """A subject of the table.
+
+    Args:
+        name: a key of :data:`SHAPES`.
+        layers: keep so many decoder layers; None for all.
+
+    Raises:
+        RecipeError: if the table has no such name.
+        ModelError: if the model has fewer layers.
+    """
+    if name not in SHAPES:
+        near = difflib.get_close_matches(name, SHAPES, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise RecipeError(f"there is no shape {name!r}{hint} (known: {', '.join(SHAPES)}; or name a model directory)")
+    settings = dict(SHAPES[name])
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    return Subject(name, _prepared(config, name, layers))
+
+
+def of_model(source: str | Path, layers: int | None = None) -> Subject:
+    """A subject from the configuration of a model directory or hub id; no weights are read.
+
+    Raises:
+        ModelError: if it cannot be read, is quantised by another package, or has fewer layers.
+        CheckpointError: if a compressed checkpoint describes itself wrongly.
+    """
+    config = open_config(source)
+    name = Path(source).name
+    quantisation = getattr(config, "quantization_config", None)
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+    if quantisation is not None and (method != "cospadi" or not is_compressed(config)):
+        raise ModelError(
+            f"{source}: its layers are stored by {method or 'another package'!r}, whose speed this command does not "
+            "measure; name a dense model or one that `cospadi compress` wrote"
+        )
+    stored = tuple(read_config(source)) if quantisation is not None else ()
+    if quantisation is not None:
+        del config.quantization_config
+    return Subject(name, _prepared(config, name, layers), stored)
+
+
+def _prepared(config: PreTrainedConfig, name: str, layers: int | None) -> PreTrainedConfig:
+    config.dtype = torch.bfloat16
+    if layers is None:
+        return config
+    view: ModelView = discover_layers(skeleton(config))
+    there = len(view.layers)
+    if layers > there:
+        raise ModelError(f"{name}: has {there} decoder layers, not {layers}; ask for at most as many")
+    if layers < there:
+        without_blocks(view, range(layers, there))
+    shortened: PreTrainedConfig = view.model.config
+    return shortened
+
+
+def variants(subject: Subject, keeps: tuple[float, ...], bits: tuple[int, ...]) -> list[Variant]:
+    """How the layers of a subject are stored: every keep with every number of bits, or as the checkpoint says.
+
+    Raises:
+        BudgetError: if a keep is too small for these layers.
+    """
+    if subject.stored:
+        known = {group.modules for group in subject.groups}
+        specs = {spec.modules: spec for spec in subject.stored if spec.modules in known}
+        if not specs:
+            raise ModelError(f"{subject.name}: none of its groups fits the groups of the model; copy it again")
+        share = sum(spec.bytes for spec in specs.values()) / sum(spec.dense_bytes for spec in specs.values())
+        return [Variant("as stored", share, None, specs)]
+    return [
+        Variant(
+            f"keep {keep:g}, {width} bits", keep, width, {g.modules: planned(g, keep, width) for g in subject.groups}
+        )
+        for keep in keeps
+        for width in bits
+    ]
+
+
+def planned(group: LinearGroup, keep: float, bits: int) -> GroupSpec:
+    """The spec that the default method makes of a group's share of bytes, both factors of `bits` bits.
+
+    Raises:
+        BudgetError: if the share is too small.
+    """
+    shape = GroupShape(group.modules, group.d_in, group.d_out)
+    return get_method(METHOD).spec(shape, int(keep * group.dense_bytes), {"dictionary_bits": bits, "value_bits": bits})
+
+
+def low_rank(group: LinearGroup, budget: int) -> GroupSpec:
+    """Two dense 16-bit factors within `budget` bytes.
+
+    Raises:
+        BudgetError: if rank one needs more.
+    """
+    return get_method("svd").spec(GroupShape(group.modules, group.d_in, group.d_out), budget, {})
+
+
+def bitmask(group: LinearGroup, budget: int) -> GroupSpec | None:
+    """The weights themselves, pruned without a pattern: 16-bit values and one mask bit a weight in `budget` bytes.
+
+    What MACKO (arXiv 2511.13061) multiplies, with a bitmask in place of its 4-bit gaps. None where the mask alone takes
+    more than the budget.
+    """
+    rows = sum(group.d_out)
+    mask = MatrixSpec(rows, group.d_in, "free", 1).tensors()["mask"][0][1] * 4
+    nonzeros = min(group.d_in, (budget // rows - mask) // 2)
+    if nonzeros < 1:
+        return None
+    return GroupSpec(group.modules, group.d_in, group.d_out, MatrixSpec(rows, group.d_in, "free", nonzeros))
+
+
+def shape_of(group: LinearGroup) -> tuple[int, int]:
+    """Inputs and all outputs: groups that agree in both are measured once."""
+    return group.d_in, sum(group.d_out)
+
+
+def anonymous(spec: GroupSpec) -> GroupSpec:
+    """The spec without the names of its modules, so that equal groups of different layers compare equal."""
+    return replace(spec, modules=tuple("" for _ in spec.modules))

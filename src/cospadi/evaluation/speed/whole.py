@@ -1,0 +1,186 @@
+"""Whole models with random weights: a decode step, the prefill of a prompt, the memory they take."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, StaticCache
+
+from cospadi.checkpoint import install_packed, replace_modules
+from cospadi.evaluation.speed.layers import Bench, Stored, random_stored
+from cospadi.evaluation.speed.shapes import Subject, Variant, anonymous
+from cospadi.evaluation.speed.timing import Call, Timed, alternate
+from cospadi.format import GroupSpec
+from cospadi.model_view import guard_memory
+
+CACHE_TOKENS = 1024
+SEEN_TOKENS = 512
+"""Positions that a decode step attends to; the rest of the cache takes the steps that are timed."""
+_REMEDY = "name a smaller shape or fewer layers (--layers)"
+
+
+@torch.no_grad()
+def random_model(subject: Subject, variant: Variant | None, device: torch.device, seed: int) -> PreTrainedModel:
+    """A model with random weights, made where it will run and in the form it will have.
+
+    Compressed layers are never dense on the way. Groups stored alike hold the same numbers, each in memory of its own.
+
+    Args:
+        subject: what model.
+        variant: how its groups are stored; None for the dense model.
+        device: where.
+        seed: of all weights.
+
+    Returns:
+        the model in evaluation mode, nothing to be trained.
+    """
+    model = subject.build()
+    specs = [] if variant is None else [spec for g in subject.groups if (spec := variant.of(g)) is not None]
+    replace_modules(model, specs)
+    model.to_empty(device=device)
+    model.tie_weights()
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+        if parameter.is_floating_point() and parameter.ndim > 1:
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        else:
+            parameter.fill_(1 if name.endswith("weight") and parameter.is_floating_point() else 0)
+    initialise: Callable[[nn.Module], None] = model._init_weights
+    for module in model.modules():
+        if next(module.buffers(recurse=False), None) is not None:
+            initialise(module)  # what is computed and not stored, such as rotary frequencies
+    made: dict[GroupSpec, Stored] = {}
+    for spec in specs:
+        stored = made.setdefault(anonymous(spec), random_stored(anonymous(spec), device, seed))
+        install_packed(model, spec, stored.dictionary, stored.codes)
+    model.train(False)
+    return model
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Bytes of all weights, shared ones once."""
+    return sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
+
+
+def allocated(device: torch.device) -> int | None:
+    """Bytes of tensors on a GPU; None on a CPU, which does not count them."""
+    if device.type != "cuda":
+        return None
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated(device)
+
+
+class Decoder:
+    """One step of decoding after another, on a cache of fixed size, always for the same next token.
+
+    The mask is made once, so that nothing in a step depends on values and a CUDA graph can hold it; as many positions
+    are attended to as there would be in the middle of a conversation.
+    """
+
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+        self.model = model
+        self.cache = StaticCache(config=model.config, max_cache_len=CACHE_TOKENS)
+        self.token = torch.ones(1, 1, dtype=torch.long, device=device)
+        self.position = torch.full((1, 1), SEEN_TOKENS, device=device)
+        self.mask: Tensor | None = None
+        if not any(self.cache.is_sliding):
+            self.mask = (torch.arange(CACHE_TOKENS, device=device) <= SEEN_TOKENS).view(1, 1, 1, -1)
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """Logits (1, 1, vocabulary) of the next token."""
+        output = self.model(
+            self.token,
+            attention_mask=self.mask,
+            position_ids=self.position,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        logits: Tensor = output.logits
+        return logits
+
+
+@torch.no_grad()
+def _prefill(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    logits: Tensor = model(tokens, use_cache=False, logits_to_keep=1).logits
+    return logits
+
+
+def measure_model(
+    subject: Subject,
+    variants: Sequence[Variant],
+    bench: Bench,
+    prompt: int,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[dict[str, Any]]:
+    """Decode step, prefill and memory of a model in every variant, each timed in turn with the dense model.
+
+    Args:
+        subject: what model.
+        variants: how its groups are stored.
+        bench: device, rounds, seed.
+        prompt: tokens of a prefill.
+        say: is told which variant is under way.
+
+    Returns:
+        a row for the dense model, with None for the keep, then one a variant.
+    """
+    device = bench.device
+    with guard_memory(f"measuring {subject.name} as a whole", _REMEDY):
+        say("dense")
+        before = allocated(device)
+        dense = random_model(subject, None, device, bench.seed)
+        rows = [
+            _memory(dense, before, device) | {"shape": subject.name, "variant": "dense", "keep": None, "bits": None}
+        ]
+        for variant in variants:
+            say(variant.label)
+            before = allocated(device)
+            model = random_model(subject, variant, device, bench.seed)
+            with torch.no_grad():
+                model(torch.ones(1, 1, dtype=torch.long, device=device), use_cache=False)  # siblings are joined now
+            row = _memory(model, before, device) | {"shape": subject.name, "variant": variant.label}
+            row |= {"keep": variant.keep, "bits": variant.bits}
+            rows.append(row | _times(dense, model, bench, prompt))
+            del model
+        for row in rows:
+            row |= {"layers": dense.config.get_text_config().num_hidden_layers, "prompt": prompt}
+    return rows
+
+
+def _memory(model: PreTrainedModel, before: int | None, device: torch.device) -> dict[str, Any]:
+    after = allocated(device)
+    device_bytes = None if after is None or before is None else after - before
+    return {"weight_bytes": parameter_bytes(model), "device_bytes": device_bytes}
+
+
+def _times(dense: PreTrainedModel, model: PreTrainedModel, bench: Bench, prompt: int) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    tokens = torch.randint(0, dense.config.get_text_config().vocab_size, (1, prompt)).to(bench.device)
+    for mode in ("decode_graph", "decode_eager", "prefill"):
+        if mode == "decode_graph" and bench.device.type != "cuda":
+            continue
+        calls: dict[str, list[Call]] = {}
+        for name, one in (("dense", dense), ("ours", model)):
+            calls[name] = [partial(_prefill, one, tokens) if mode == "prefill" else Decoder(one, bench.device).step]
+        rounds = bench.rounds if mode == "prefill" else 2 * bench.rounds
+        timed = alternate(calls, bench.device, rounds, graphs=mode == "decode_graph")
+        row |= _summary(mode, timed)
+    return row
+
+
+def _summary(mode: str, timed: dict[str, Timed]) -> dict[str, float]:
+    ours, dense = timed["ours"], timed["dense"]
+    return {
+        f"{mode}_ms": ours.median * 1e3,
+        f"dense_{mode}_ms": dense.median * 1e3,
+        f"{mode}_of_dense": ours.over(dense),
+    }

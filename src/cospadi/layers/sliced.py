@@ -1,0 +1,124 @@
+"""Decoder layers whose residual stream changes its basis and width between sublayers (SliceGPT, arXiv 2401.15024)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cospadi.layers.tensors import GUARD, GUARD_DTYPE, GUARD_SHAPE
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """Names of the children of a decoder layer that computes ``x + mixer(norm(x))``, then ``x + mlp(norm(x))``.
+
+    Attributes:
+        mixer_norm: normalisation before the attention.
+        mixer: the attention.
+        mlp_norm: normalisation before the MLP.
+        mlp: the MLP.
+    """
+
+    mixer_norm: str
+    mixer: str
+    mlp_norm: str
+    mlp: str
+
+
+class SlicedNorm(nn.Module):
+    """RMS normalisation of a vector that was wider: ``y = x / sqrt(Σx²/full_width + eps)``, without a weight.
+
+    What was cut away counts as zero in the mean (SliceGPT, section 3). The weight lies in the matrices that read y.
+    Sums are float32, or float64 for float64 inputs.
+    """
+
+    def __init__(self, width: int, full_width: int, eps: float) -> None:
+        super().__init__()
+        self.width, self.full_width, self.eps = width, full_width, eps
+        self.register_parameter(GUARD, None)
+
+    def add_guard(self, device: torch.device | str | None = None) -> None:
+        """Hold one byte under the name of the weight: readers that do not know the format stop at its shape."""
+        self.register_parameter(GUARD, nn.Parameter(torch.zeros(GUARD_SHAPE, dtype=GUARD_DTYPE, device=device), False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension (…, width); the dtype stays."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = wide.square().sum(-1, keepdim=True) / self.full_width
+        return (wide * torch.rsqrt(mean + self.eps)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Width, width before, eps."""
+        return f"{self.width} of {self.full_width}, eps={self.eps}"
+
+
+class SlicedBlock(nn.Module):
+    """A decoder layer with linear maps on its residual paths.
+
+    Never built by itself: :func:`make_sliced` gives an existing decoder layer a subclass of this class and of its own,
+    so that whatever looks for its class (hidden states, device maps, gradient checkpointing) finds it.
+    """
+
+    parts: BlockParts
+    mixer_shortcut: nn.Linear
+    mlp_shortcut: nn.Linear
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """Attention and MLP, each added to its shortcut of the residual stream.
+
+        Args:
+            hidden_states: (…, width of the incoming basis).
+            **kwargs: for the attention.
+
+        Returns:
+            (…, width of the outgoing basis).
+        """
+        parts = self.parts
+        out = getattr(self, parts.mixer)(getattr(self, parts.mixer_norm)(hidden_states), **kwargs)
+        mixed = out[0] if isinstance(out, tuple) else out
+        hidden_states = self.mixer_shortcut(hidden_states) + mixed
+        normed = getattr(self, parts.mlp_norm)(hidden_states)
+        result: Tensor = self.mlp_shortcut(hidden_states) + getattr(self, parts.mlp)(normed)
+        return result
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        # classes made at run time cannot be found by name: pickles and copies make them again
+        return _bare, (type(self).__mro__[2],), self.__dict__
+
+
+def _bare(kind: type[nn.Module]) -> nn.Module:
+    key: Any = kind
+    made = _subclass(key)
+    block: nn.Module = made.__new__(made)
+    return block
+
+
+@cache
+def _subclass(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (SlicedBlock, kind), {"__module__": kind.__module__})
+
+
+def make_sliced(block: nn.Module, parts: BlockParts, norms: tuple[SlicedNorm, SlicedNorm], width_out: int) -> None:
+    """Turn a decoder layer into a sliced one, in place; the shortcuts' weights are unset.
+
+    Its linear layers must be replaced separately.
+
+    Args:
+        block: a decoder layer.
+        parts: its children.
+        norms: they take the place of its norms; their widths are those of the residual stream.
+        width_out: of its output.
+    """
+    like = next(p for p in block.parameters() if p.is_floating_point())
+    setattr(block, parts.mixer_norm, norms[0])
+    setattr(block, parts.mlp_norm, norms[1])
+    kind: Any = type(block)
+    block.__class__ = _subclass(kind)
+    assert isinstance(block, SlicedBlock)
+    block.parts = parts
+    block.mixer_shortcut = nn.Linear(norms[0].width, norms[1].width, False, like.device, like.dtype)
+    block.mlp_shortcut = nn.Linear(norms[1].width, width_out, False, like.device, like.dtype)

@@ -1,0 +1,271 @@
+"""What people see of a pruned model: the heat map of all pairs of blocks with the cut, page, card and summary."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from cospadi.errors import ResourceError
+from cospadi.report import plots
+from cospadi.report.console import _facts as print_facts
+from cospadi.report.console import _heading as print_heading
+from cospadi.report.console import _warnings as print_warnings
+from cospadi.report.files import write_atomic
+from cospadi.report.html import _code, _facts, _section, _table, _warnings, _yaml, inline_svg
+from cospadi.report.model_card import ASSETS, _bullets, _fenced, _front_matter, inline
+from cospadi.report.model_card import _facts as card_facts
+from cospadi.report.model_card import _section as card_section
+from cospadi.report.model_card import _table as card_table
+from cospadi.report.style import CSS
+from cospadi.report.text import (
+    arrow,
+    error_text,
+    human_bytes,
+    human_count,
+    human_seconds,
+    mapping,
+    moment,
+    number,
+    percent,
+    publishable,
+    sequence,
+)
+from cospadi.report.view import Fact, calibration_facts, model_facts, model_name, perplexity_fact, warnings_of
+from cospadi.report.write import report_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+HEAT_MAP = "distances.png"
+_STOCK = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "."  # this folder, or its id on the hub
+model = AutoModelForCausalLM.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained(path)
+"""
+_MEASURES = {"cosine": "mean cosine distance over all tokens", "angular": "angular distance of the last token"}
+
+
+def removed_text(report: Mapping[str, Any]) -> str:
+    """The removed blocks in words: ``4-6, 9``."""
+    parts = []
+    for run in sequence(mapping(report.get("prune")).get("runs")):
+        first, stop = run
+        parts.append(str(first) if stop - first == 1 else f"{first}-{stop - 1}")
+    return ", ".join(parts)
+
+
+def depth_headlines(report: Mapping[str, Any]) -> list[Fact]:
+    """The few numbers that come first."""
+    times = mapping(report.get("seconds"))
+    asked = percent(report.get("keep_requested"))
+    removed = removed_text(report)
+    blocks = f"{report.get('blocks_before')} → {report.get('blocks_after')}" if removed else ""
+    facts = [
+        Fact("Blocks", blocks, f"removed: {removed}, counted from 0"),
+        Fact(
+            "Blocks' matrices",
+            arrow(human_bytes(report.get("bytes_before")), human_bytes(report.get("bytes_after"))),
+            "at 16 bits a weight",
+        ),
+        Fact("Bytes kept", percent(report.get("keep_actual")), "" if asked == "–" else f"{asked} asked for"),
+        Fact("Parameters", arrow(human_count(report.get("parameters_before")), human_count(report.get("parameters")))),
+        Fact(
+            "Whole checkpoint",
+            arrow(human_bytes(report.get("file_bytes_before")), human_bytes(report.get("file_bytes"))),
+            "files on disk",
+        ),
+        perplexity_fact(mapping(report.get("evaluation"))),
+        Fact("Time", human_seconds(times.get("total")), ""),
+    ]
+    return [fact for fact in facts if fact.value not in ("", "–")]
+
+
+def run_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """A row for every removed run: blocks, what took their place, distance, error of the transform."""
+    told = mapping(report.get("prune"))
+    transforms = {tuple(sequence(item.get("removed"))): item for item in sequence(told.get("transforms"))}
+    distances = sequence(mapping(report.get("distances")).get("cosine"))
+    rows = []
+    for first, stop in sequence(told.get("runs")):
+        transform = mapping(transforms.get(tuple(range(first, stop))))
+        place = "a linear block" if transform and not transform.get("into") else str(transform.get("into") or "nothing")
+        distance = number(distances[first][stop]) if len(distances) > stop else None
+        rows.append(
+            [
+                str(first) if stop - first == 1 else f"{first}-{stop - 1}",
+                place,
+                "–" if distance is None else f"{distance:.4f}",
+                error_text(transform.get("error")),
+            ]
+        )
+    return rows
+
+
+def heat_map(report: Mapping[str, Any], measure: str = "cosine") -> Figure:
+    """Distances between the hidden states of all pairs of depths; the chosen cut is outlined.
+
+    Args:
+        report: the content of ``report.json``.
+        measure: ``cosine`` or ``angular``.
+
+    Raises:
+        ResourceError: without matplotlib.
+    """
+    figure, axes = plots._figure()
+    figure.set_size_inches(6.4, 5.4)
+    axes.set_position((0.1, 0.1, 0.76, 0.76))
+    plots._title(figure, "Distance between depths", f"{_MEASURES[measure]}; outlined: the cut")
+    distances = sequence(mapping(report.get("distances")).get(measure))
+    if len(distances) < 2:
+        plots._nothing(axes)
+        return figure
+    from matplotlib.patches import Rectangle
+
+    count = len(distances) - 1
+    # rows: the first block that would go; columns: the last one that would; below the diagonal nothing
+    values = [[float(value) for value in row[1:]] for row in distances[:-1]]
+    cells = [
+        [value if column >= row else math.nan for column, value in enumerate(line)] for row, line in enumerate(values)
+    ]
+    # the embedding is often far from everything: it shall not wash out the others
+    seen = [value for line in cells[1 if count > 2 else 0 :] for value in line if not math.isnan(value)]
+    top = max(seen) or 1.0
+    edges = [place - 0.5 for place in range(count + 1)]
+    mesh = axes.pcolormesh(edges, edges, cells, cmap="cividis", vmax=top)
+    if count <= 12:
+        for row, line in enumerate(cells):
+            for column, value in enumerate(line[row:], row):
+                colour = "#1f2320" if value > 0.55 * top else "#fdfdfd"
+                axes.text(column, row, f"{value:.2f}", color=colour, fontsize=7, ha="center", va="center")
+    for first, stop in sequence(mapping(report.get("prune")).get("runs")):
+        axes.add_patch(Rectangle((stop - 1.5, first - 0.5), 1, 1, fill=False, edgecolor=plots.PALETTE[1], lw=2.5))
+    axes.invert_yaxis()
+    axes.set_aspect("equal")
+    plots._layer_ticks(axes, range(count))
+    axes.set_yticks(axes.get_xticks())
+    axes.set_xlabel("last block of the run", color=plots.MUTED, fontsize=9)
+    axes.set_ylabel("first block of the run", color=plots.MUTED, fontsize=9)
+    bar = figure.colorbar(mesh, ax=axes, fraction=0.04, pad=0.02, extend="max")
+    bar.ax.tick_params(colors=plots.MUTED, labelsize=8)
+    return figure
+
+
+def depth_page(report: Mapping[str, Any]) -> str:
+    """The report page: one file without scripts or links to elsewhere."""
+    report = publishable(report)
+    title = f"{model_name(report)}, pruned by cospadi"
+    lead = " · ".join(
+        str(part)
+        for part in ("pruned by cospadi", f"method {report.get('method')}", moment(report.get("created")))
+        if part
+    )
+    cards = "".join(
+        f'<div><dt>{escape(fact.label)}</dt><dd class="value">{escape(fact.value)}</dd>'
+        f'<dd class="note">{escape(fact.note)}</dd></div>\n'
+        for fact in depth_headlines(report)
+    )
+    columns = [("removed blocks", False), ("in their place", False), ("cosine distance", True), ("error", True)]
+    rows = [[escape(cell) for cell in row] for row in run_rows(report)]
+    remark = (
+        '<p class="remark">Error: squared error of the transform on the calibration text, against plain removal.</p>\n'
+    )
+    sections = [
+        _warnings(warnings_of(report)),
+        _section("The cut", remark + _table(columns, rows) if rows else ""),
+        _section("All pairs of blocks", _figures(report)),
+        _section("Recipe", _code(_yaml(report.get("recipe")))),
+        _section("Calibration text", _facts(calibration_facts(report))),
+        _section("Run", _facts(model_facts(report))),
+        _section("Command", _code(str(report.get("command") or ""))),
+    ]
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
+        f'<h1>{escape(model_name(report))}</h1>\n<p class="lead">{escape(lead)}</p>\n<dl class="cards">\n{cards}</dl>\n'
+        + "".join(sections)
+        + "</main>\n</body>\n</html>\n"
+    )
+
+
+def _figures(report: Mapping[str, Any]) -> str:
+    try:
+        return "".join(
+            f'<figure role="img" aria-label="{label} of all pairs of depths">\n'
+            f"{inline_svg(heat_map(report, measure), measure)}</figure>\n"
+            for measure, label in _MEASURES.items()
+        )
+    except ResourceError as error:
+        return f'<p class="lead">No plots here: {escape(str(error))}</p>\n'
+
+
+def depth_card(report: Mapping[str, Any], picture: bool = True) -> str:
+    """The model card: Markdown with YAML front matter.
+
+    Args:
+        report: the content of ``report.json``.
+        picture: whether the heat map lies in ``assets``.
+    """
+    report = publishable(report)
+    name, method = inline(model_name(report)), inline(str(report.get("method")))
+    stock = bool(report.get("stock"))
+    how = "It is an ordinary checkpoint of its architecture: it needs no other package." if stock else (
+        "It has layers that its architecture does not know: loading it needs the package cospadi."
+    )  # fmt: skip
+    rows = [[fact.label, fact.value, fact.note] for fact in depth_headlines(report)]
+    columns = ["removed blocks", "in their place", "cosine distance", "error against plain removal"]
+    image = f"![Distances of all pairs of depths; the cut is outlined]({ASSETS}/{HEAT_MAP})" if picture else ""
+    parts = [
+        _front_matter(report).replace("- compression", "- pruning"),
+        f"# {name}, pruned by cospadi",
+        f"This is {name} made smaller with the method {method}, without retraining. {how}",
+        card_table(["", "", ""], rows),
+        "## How to load",
+        _fenced(_STOCK if stock else f"import cospadi  # registers the format\n{_STOCK}", "python"),
+        _bullets("Warnings of the run", warnings_of(report)),
+        card_section("The cut", card_table(columns, run_rows(report), numbers_from=2)),
+        image,
+        card_section("Recipe", _fenced(_yaml(report.get("recipe")), "yaml")),
+        card_section("Calibration text", card_facts(calibration_facts(report))),
+        card_section("Run", card_facts(model_facts(report))),
+        card_section("Command", _fenced(str(report.get("command") or ""), "bash")),
+    ]
+    return "\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n"
+
+
+def write_depth(report: Mapping[str, Any], out_dir: str | os.PathLike[str]) -> dict[str, Path]:
+    """Write ``report.json``, ``report.html``, ``README.md`` and the heat map in ``assets/``.
+
+    Without matplotlib the page and the card come without plots.
+
+    Raises:
+        OutputError: if a file cannot be written.
+    """
+    out = Path(out_dir)
+    files = {"report.json": write_atomic(out / "report.json", report_json(report))}
+    with suppress(ResourceError):
+        files[f"{ASSETS}/{HEAT_MAP}"] = plots.save(heat_map(report), out / ASSETS / HEAT_MAP)
+    files["report.html"] = write_atomic(out / "report.html", depth_page(report))
+    files["README.md"] = write_atomic(out / "README.md", depth_card(report, f"{ASSETS}/{HEAT_MAP}" in files))
+    return files
+
+
+def print_prune(report: Mapping[str, Any], console: Console) -> None:
+    """The end of ``cospadi prune``: what was cut, the bytes, the warnings."""
+    print_heading(console, model_name(report), report.get("method"))
+    print_facts(console, depth_headlines(report))
+    transforms = [row for row in run_rows(report) if row[1] != "nothing"]
+    for removed, place, _, error in transforms:
+        console.print(f"Blocks {removed} became {place}, error {error} of plain removal's", style="dim", markup=False)
+    print_warnings(console, report)

@@ -1,0 +1,86 @@
+"""Coefficients of a dictionary of matrices: from a small network while training, and how they make a weight.
+
+MASA (arXiv 2508.04581): W_l = Σ_s c_ls A_s. While training, c_l is the output of a three-layer perceptron, shared by
+all blocks, for a trainable embedding of block l. Afterwards only C (layers, atoms) is needed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import initialization as init
+
+
+class CoefficientNetwork(nn.Module):
+    """One embedding per block and a three-layer perceptron that all blocks share: c_l = MLP(e_l).
+
+    The activation is ReLU. Without biases, as at initialisation, the perceptron is then positively homogeneous, and an
+    embedding can be scaled so that its coefficients have exactly unit norm (see `initialise`).
+
+    Args:
+        layers: L, blocks.
+        atoms: S, coefficients per block.
+        embedding_size: width of an embedding.
+        hidden_size: width of both hidden layers.
+    """
+
+    def __init__(self, layers: int, atoms: int, embedding_size: int, hidden_size: int) -> None:
+        super().__init__()
+        # Parameters of this module itself: transformers would not call the initialisation of a module without any.
+        self.embedding = nn.Parameter(torch.empty(layers, embedding_size))
+        self.first_weight = nn.Parameter(torch.empty(hidden_size, embedding_size))
+        self.first_bias = nn.Parameter(torch.empty(hidden_size))
+        self.second_weight = nn.Parameter(torch.empty(hidden_size, hidden_size))
+        self.second_bias = nn.Parameter(torch.empty(hidden_size))
+        self.last_weight = nn.Parameter(torch.empty(atoms, hidden_size))
+        self.last_bias = nn.Parameter(torch.empty(atoms))
+
+    def forward(self, layer: int) -> Tensor:
+        """Coefficients of one block.
+
+        Args:
+            layer: index of the block.
+
+        Returns:
+            (atoms,), in the dtype of the parameters.
+        """
+        hidden = functional.relu(functional.linear(self.embedding[layer], self.first_weight, self.first_bias))
+        hidden = functional.relu(functional.linear(hidden, self.second_weight, self.second_bias))
+        return functional.linear(hidden, self.last_weight, self.last_bias)
+
+    def table(self) -> Tensor:
+        """Coefficients of all blocks (layers, atoms), each exactly as `forward` gives them."""
+        return torch.stack([self(layer) for layer in range(len(self.embedding))])
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Random weights and embeddings such that ‖c_l‖ = 1 for every block.
+
+        With atoms of independent entries of variance σ² the entries of W_l then have variance ‖c_l‖² σ² = σ², as those
+        of a dense layer. Does nothing if a parameter was read from a checkpoint.
+        """
+        if any(getattr(parameter, "_is_hf_initialized", False) for parameter in self.parameters()):
+            return
+        for weight in (self.first_weight, self.second_weight, self.last_weight):
+            init.normal_(weight, std=math.sqrt(2 / weight.shape[1]))
+        for bias in (self.first_bias, self.second_bias, self.last_bias):
+            init.zeros_(bias)
+        init.normal_(self.embedding)
+        self.embedding.div_(self.table().norm(dim=1, keepdim=True).clamp_min(1e-6))
+
+
+def compose(coefficients: Tensor, atoms: Tensor) -> Tensor:
+    """A weight from its coefficients: Σ_s c_s A_s (arXiv 2508.04581).
+
+    Args:
+        coefficients: (S,).
+        atoms: (S, d_out, d_in).
+
+    Returns:
+        (d_out, d_in), in the dtype of the atoms.
+    """
+    weight: Tensor = torch.tensordot(coefficients.to(atoms.dtype), atoms, 1)
+    return weight

@@ -1,0 +1,42 @@
+"""A vision transformer for classification whose attention matrices are combinations of shared matrices."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import nn
+from transformers.models.vit.modeling_vit import ViTForImageClassification, ViTModel
+
+from cospadi.sharing.attention import share_attention
+from cospadi.sharing.configuration import MasaViTConfig
+from cospadi.sharing.shared_model import SharedAttentionModel
+
+
+class MasaViTModel(SharedAttentionModel, ViTModel):
+    """The encoder. Shared matrices lie in ``shared_attention``; biases are each layer's own.
+
+    Args:
+        config: of the model.
+        add_pooling_layer: whether a pooling layer follows, as in ``ViTModel``.
+    """
+
+    config_class = MasaViTConfig
+
+    def __init__(self, config: MasaViTConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__(config, add_pooling_layer=add_pooling_layer)
+        self.shared_attention = share_attention([cast(nn.Module, layer.attention) for layer in self.layers], config)
+        self.post_init()
+
+
+class MasaViTForImageClassification(SharedAttentionModel, ViTForImageClassification):
+    """The classifier."""
+
+    config_class = MasaViTConfig
+
+    def __init__(self, config: MasaViTConfig) -> None:
+        # past ViTForImageClassification, which would build (and initialise) a dense encoder only to drop it
+        super(ViTForImageClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.vit = MasaViTModel(config, add_pooling_layer=False)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels else nn.Identity()
+        self.post_init()

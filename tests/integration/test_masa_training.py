@@ -1,0 +1,245 @@
+"""Training models with shared attention: with transformers' Trainer, and with the examples."""
+
+import json
+import lzma
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from cospadi.errors import CalibrationError, RecipeError
+from cospadi.sharing import MasaConfig, MasaForCausalLM
+from tiny import byte_tokenizer, tiny_text, token_ids
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "masa"
+QUICK = ["--tiny", "--tokens", "640", "--sequence", "16", "--batch", "4", "--validation", "300", "--hidden", "24"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def examples():
+    sys.path.insert(0, str(EXAMPLES))
+    yield
+    sys.path.remove(str(EXAMPLES))
+    for name in ("data", "train", "vision"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A compressed text file and a tokenizer, as the example takes them."""
+    folder = tmp_path_factory.mktemp("text")
+    byte_tokenizer().save_pretrained(folder / "tokenizer")
+    with lzma.open(folder / "text.jsonl.xz", "wt", encoding="utf-8") as file:
+        for seed in range(60):
+            file.write(json.dumps({"text": tiny_text(60, seed=seed)}) + "\n")
+    return ["--data", str(folder / "text.jsonl.xz"), "--tokenizer", str(folder / "tokenizer")]
+
+
+def tiny_masa(**fields):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 257, "hidden_size": 24, "intermediate_size": 44, "num_hidden_layers": 6}
+    return MasaForCausalLM(MasaConfig(**sizes, num_attention_heads=4, tie_word_embeddings=True, **fields))
+
+
+def trainer(directory, **options):
+    ids = token_ids(16, 12)
+    rows = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+    settings = {"learning_rate": 1e-2, "weight_decay": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 2}
+    arguments = TrainingArguments(
+        directory, per_device_train_batch_size=8, use_cpu=True, report_to=[], disable_tqdm=True, **settings, **options
+    )
+    return Trainer(tiny_masa(), arguments, train_dataset=rows)
+
+
+def test_trainer_in_bfloat16_learns_and_its_checkpoint_loads(tmp_path):
+    run = trainer(tmp_path, max_steps=15, bf16=True, save_strategy="no", logging_steps=5)
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert losses[0] > 5 and losses[-1] < losses[0] - 0.3
+    run.model.fold()
+    run.save_model(tmp_path / "m")
+    loaded, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "m"), token_ids(2, 12)
+    assert loaded.config.folded
+    with torch.no_grad():
+        trained = run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False).eval()
+        assert torch.equal(loaded(ids).logits, trained(ids).logits)
+
+
+FRESH = """
+import sys
+{first}
+{imported} as Auto
+if Auto.__name__ == "AutoConfig":
+    print(type(Auto.from_pretrained(sys.argv[1])).__name__)
+else:
+    import torch
+    from safetensors.torch import load_file
+    wanted, model = load_file(sys.argv[1] + "/wanted.safetensors"), Auto.from_pretrained(sys.argv[1])
+    with torch.no_grad():
+        assert torch.equal(model(wanted["ids"]).logits, wanted["logits"])
+    print(type(model).__name__)
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "imported", "name"),
+    [
+        ("", "from transformers import AutoModelForCausalLM", "MasaForCausalLM"),
+        ("import torch", "from transformers import AutoModelForCausalLM", "MasaForCausalLM"),
+        ("", "from transformers import AutoConfig", "MasaConfig"),
+    ],
+    ids=["model", "model-after-torch", "config"],
+)
+def test_a_fresh_process_loads_it_without_importing_the_package(tmp_path, first, imported, name):
+    model, ids = tiny_masa().eval(), token_ids(2, 12)
+    model.fold()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        save_file({"ids": ids, "logits": model(ids).logits}, tmp_path / "wanted.safetensors")
+    code = FRESH.format(first=first, imported=imported)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=sys.prefix, env=environment)
+    assert done.stdout.strip() == name, done.stderr
+
+
+def test_trainer_resumes_to_the_same_weights(tmp_path):
+    whole = trainer(tmp_path / "whole", max_steps=6, save_strategy="no")
+    whole.train()
+    trainer(tmp_path / "parts", max_steps=6, save_steps=3).train()
+    resumed = trainer(tmp_path / "parts", max_steps=6, save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-3"))
+    for (name, one), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_example_trains_every_design_and_writes_one_table(text, tmp_path, capsys):
+    import train
+
+    rows = train.main([*QUICK, *text, "--out", str(tmp_path)])
+    assert [row["design"] for row in rows] == list(train.DESIGNS)
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["rows"] == rows and written["settings"]["hidden"] == 24
+    removed = {row["design"]: row["attention_removed"] for row in rows}
+    assert removed["dense"] == 0 and removed["sequential"] == removed["repeat"] == pytest.approx(2 / 3)
+    assert removed["low_rank_third"] == pytest.approx(1 / 3) and removed["low_rank_sixth"] == pytest.approx(2 / 3)
+    assert removed["masa_qkvo"] == pytest.approx(1 - 2 * (24 * 24 + 6) / (6 * 24 * 24))
+    assert all(row["tokens"] == 640 and 5 < row["perplexity"] < 400 for row in rows)
+    shown = capsys.readouterr().out
+    assert all(design in shown for design in train.DESIGNS)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "masa_qkvo-0" / "model")
+    attention = sum(p.numel() for name, p in model.named_parameters() if "shared_attention" in name)
+    assert attention == rows[-1]["attention_parameters"] and model.config.folded
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "masa_qkvo-0" / "model")) == 257
+    before = (tmp_path / "dense-0" / "result.json").stat().st_mtime_ns
+    assert train.main([*QUICK, *text, "--out", str(tmp_path)]) == rows  # nothing is trained again
+    assert (tmp_path / "dense-0" / "result.json").stat().st_mtime_ns == before
+    with pytest.raises(RecipeError, match=r"other settings \(rate 0.003, now 0.1"):
+        train.main([*QUICK, *text, "--out", str(tmp_path), "--rate", "0.1"])
+
+
+def test_example_resumes_to_the_same_model(text, tmp_path):
+    import train
+    from data import prepare
+
+    options = train.parse([*QUICK, *text, "--out", str(tmp_path)])
+    sizes = {name: getattr(options, name) or value for name, value in train.TINY.items()}
+    settings = train.Settings(data=options.data, tokenizer="", precision="no", compiled=False, **sizes)
+    tokenizer = byte_tokenizer()
+    parts = prepare(options.data, tokenizer, tmp_path / "tokens", limit=640, validation=300)
+    common = (settings, tokenizer, parts)
+    accelerator = Accelerator(cpu=True)
+    assert settings.steps == 10
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    whole = train.train("masa_qkvo", 3, *common, tmp_path / "whole", accelerator, 1e9)
+    assert train.train("masa_qkvo", 3, *common, tmp_path / "parts", accelerator, 1e9, stop_at=4) is None
+    assert (tmp_path / "parts" / "state.safetensors").exists()
+    resumed = train.train("masa_qkvo", 3, *common, tmp_path / "parts", accelerator, 1e9)
+    assert not (tmp_path / "parts" / "state.safetensors").exists()
+    assert resumed["perplexity"] == whole["perplexity"]
+    other = train.train("masa_qkvo", 4, *common, tmp_path, accelerator, 1e9)
+    assert other["perplexity"] != whole["perplexity"]
+
+
+def test_tokens_are_those_of_the_documents(text, tmp_path):
+    from data import Batches, prepare
+
+    tokenizer = byte_tokenizer()
+    train, held = prepare(text[1], tokenizer, tmp_path, limit=2000, validation=100)
+    documents = [[*tokenizer(tiny_text(60, seed=seed)).input_ids, 256] for seed in range(60)]
+    stream = [token for index, document in enumerate(documents) if index not in (0, 50) for token in document]
+    assert np.fromfile(train.path, train.dtype).tolist() == stream[:2000] and train.count == 2000
+    assert np.fromfile(held.path, held.dtype).tolist() == (documents[0] + documents[50])[:100]
+    with pytest.raises(RecipeError, match="holds the tokens of"):
+        prepare(text[1], tokenizer, tmp_path, limit=1000, validation=100)
+    blocks = train.blocks(30)
+    assert blocks.shape == (66, 30) and blocks[1].tolist() == stream[30:60]
+    batches = Batches(blocks, 8, seed=1)
+    seen = torch.cat([batches(step) for step in range(8)])
+    assert len({tuple(row) for row in seen.tolist()}) == 64  # no block twice in an epoch
+    halves = [Batches(blocks, 8, 1, (rank, 2))(5).tolist() for rank in (0, 1)]
+    assert sorted(halves[0] + halves[1]) == sorted(batches(5).tolist())
+    assert not torch.equal(batches(8), batches(0)) and torch.equal(batches(5), Batches(blocks, 8, 1)(5))
+    with pytest.raises(CalibrationError, match="do not fill a batch"):
+        Batches(blocks, 100, 0)
+    with pytest.raises(CalibrationError, match="do not fill one block"):
+        train.blocks(5000)
+
+
+def test_unreadable_data(tmp_path):
+    from data import documents
+
+    (tmp_path / "a.jsonl.xz").write_bytes(b"no xz")
+    with pytest.raises(CalibrationError, match="cannot be read"):
+        list(documents(str(tmp_path / "a.jsonl.xz"), 10))
+    with pytest.raises(CalibrationError, match="are read compressed"):
+        list(documents(str(tmp_path / "a.csv.xz"), 10))
+    with lzma.open(tmp_path / "b.jsonl.xz", "wt") as file:
+        file.write('{"text": "x"}\n{"other": 1}\n')
+    with pytest.raises(CalibrationError, match="line 2 has no field 'text'"):
+        list(documents(str(tmp_path / "b.jsonl.xz"), 10))
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    import train
+
+    sizes = dict.fromkeys(("hidden", "layers", "heads", "inner", "validation"), 1)
+    settings = train.Settings(
+        "", "", **sizes, tokens=10_000, sequence=10, batch=10, rate=2.0, precision="no", compiled=False
+    )
+    rates = [train.learning_rate(step, settings) for step in range(settings.steps)]
+    assert len(rates) == 100 and max(rates) == rates[9] == 2.0 and rates[0] == 0.2
+    assert rates[55] == pytest.approx(1.0) and 0 < rates[-1] < 0.01
+
+
+def test_vision_example_beats_chance(tmp_path):
+    pytest.importorskip("sklearn")
+    import vision
+
+    arguments = ["--designs", "dense", "masa_qkvo", "--seeds", "0", "--epochs", "4", "--layers", "3", "--hidden", "32"]
+    out = tmp_path / "deep" / "digits.json"
+    rows = vision.main([*arguments, "--batch", "32", "--rate", "4e-3", "--device", "cpu", "--out", str(out)])
+    assert json.loads(out.read_text())["rows"] == rows
+    assert all(row["accuracy"] > 0.3 for row in rows)
+    assert rows[1]["attention_parameters"] == 4 * (32 * 32 + 3) and rows[0]["attention_parameters"] == 12 * 32 * 32
+    assert rows[0]["parameters"] - rows[1]["parameters"] == 4 * (2 * 32 * 32 - 3)
+
+
+def test_shifted_images_are_moved_by_at_most_one_pixel():
+    import vision
+
+    images = torch.zeros(200, 1, 8, 8)
+    images[:, 0, 4, 3] = 1
+    moved = vision.shifted(images, torch.Generator().manual_seed(0))
+    places = {tuple(place) for place in moved[:, 0].nonzero()[:, 1:].tolist()}
+    assert moved.shape == images.shape and moved.sum() == 200
+    assert places == {(row, column) for row in (3, 4, 5) for column in (2, 3, 4)}

@@ -1,0 +1,57 @@
+"""Coefficients: the network against a float64 reference, its initialisation, and composition."""
+
+import pytest
+import torch
+
+from cospadi.sharing.coefficients import CoefficientNetwork, compose
+
+
+def network(layers=7, atoms=3, embedding=10, hidden=12, seed=0):
+    torch.manual_seed(seed)
+    built = CoefficientNetwork(layers, atoms, embedding, hidden)
+    built.initialise()
+    return built
+
+
+def test_is_a_three_layer_perceptron_of_the_block_embedding():
+    net = network().double()
+    with torch.no_grad():
+        for bias in (net.first_bias, net.second_bias, net.last_bias):
+            bias.normal_()
+    for layer in range(7):
+        hidden = (net.first_weight @ net.embedding[layer] + net.first_bias).clamp_min(0)
+        hidden = (net.second_weight @ hidden + net.second_bias).clamp_min(0)
+        torch.testing.assert_close(net(layer), net.last_weight @ hidden + net.last_bias)
+    assert torch.equal(net.table(), torch.stack([net(layer) for layer in range(7)]))
+
+
+@pytest.mark.parametrize("atoms", [1, 2, 8])
+def test_every_block_starts_with_coefficients_of_unit_norm(atoms):
+    for seed in range(5):
+        table = network(layers=12, atoms=atoms, embedding=64, hidden=64, seed=seed).table()
+        torch.testing.assert_close(table.norm(dim=1), torch.ones(12), rtol=0, atol=1e-4)
+    assert (table[0] - table[1]).abs().max() > 1e-3 or atoms == 1  # blocks differ
+
+
+def test_values_read_from_a_checkpoint_are_not_initialised_again():
+    net = network()
+    before = {name: value.clone() for name, value in net.named_parameters()}
+    net.last_bias._is_hf_initialized = True
+    net.initialise()
+    assert all(torch.equal(value, before[name]) for name, value in net.named_parameters())
+
+
+def test_compose_is_the_weighted_sum_of_atoms():
+    atoms, coefficients = torch.randn(4, 5, 6, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    wanted = sum(c * a for c, a in zip(coefficients, atoms, strict=True))
+    torch.testing.assert_close(compose(coefficients, atoms), wanted)
+    assert compose(coefficients, atoms.bfloat16()).dtype == torch.bfloat16
+    torch.testing.assert_close(compose(coefficients, atoms.bfloat16()).double(), wanted, rtol=0.05, atol=0.05)
+
+
+def test_gradients_reach_atoms_and_network():
+    net, atoms = network().double(), torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a: compose(net(2), a), (atoms,))
+    compose(net(2), atoms).square().sum().backward()
+    assert net.embedding.grad[2].abs().max() > 0 and net.embedding.grad[1].abs().max() == 0
+    assert net.first_weight.grad.abs().max() > 0
