@@ -34,8 +34,9 @@ def test_grams_are_those_of_the_full_forward(tmp_path, architecture):
         assert found.tokens == 65
         for name in group.modules:  # siblings really have the same input
             expected = accumulate(seen[name])
-            torch.testing.assert_close(found.gram, expected.gram, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(found.abs_sum, expected.abs_sum, rtol=1e-5, atol=1e-5)
+            # another batch size, other float32 roundings in the layers before: relative to the largest entry
+            for ours, theirs in ((found.gram, expected.gram), (found.abs_sum, expected.abs_sum)):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=3e-5 * float(theirs.abs().max()))
 
 
 def test_whitened_error_is_the_output_error(tmp_path):
