@@ -12,18 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cospadi.checkpoint.checks import QUANT_METHOD, FileTensors, check_group, check_headers, parse_config
@@ -33,8 +25,9 @@ from cospadi.checkpoint.convert import (
     replace_by_dense,
     replace_modules,
 )
-from cospadi.checkpoint.headers import Entry, read_header
+from cospadi.checkpoint.headers import Entry
 from cospadi.checkpoint.linear_blocks import register_linear_blocks
+from cospadi.checkpoint.native import NativeQuantizer, headers_of, mark, register_format
 from cospadi.checkpoint.width_quantizer import register_width
 from cospadi.format import GroupSpec
 from cospadi.layers import FactoredLinear
@@ -59,10 +52,8 @@ class CospadiConfig(QuantizationConfigMixin):
         self.groups: list[dict[str, Any]] = data["groups"]
 
 
-class CospadiQuantizer(HfQuantizer):
+class CospadiQuantizer(NativeQuantizer):
     """Builds factored layers before the weights are read, and checks and freezes them afterwards."""
-
-    requires_calibration = True  # a dense model is compressed by `cospadi compress`, not on the fly while loading
 
     def __init__(self, config: CospadiConfig, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
@@ -73,12 +64,9 @@ class CospadiQuantizer(HfQuantizer):
         self, model: PreTrainedModel, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         groups = parse_config(self.quantization_config.to_dict())
-        # Not every version of transformers says which files it will read; where it does, damage is named early.
-        files = [Path(file) for file in kwargs.get("checkpoint_files") or () if str(file).endswith(".safetensors")]
-        for file in files:
-            self._entries |= read_header(file)
-        if files:
-            check_headers(self._entries, groups, files[0].parent)
+        self._entries, directory = headers_of(kwargs)
+        if directory is not None:
+            check_headers(self._entries, groups, directory)
         here = _named_as_in(model, groups)
         replace_modules(model, here, dtype if isinstance(dtype, torch.dtype) else None)
         self._groups = list(zip(groups, here, strict=True))
@@ -111,25 +99,6 @@ class CospadiQuantizer(HfQuantizer):
         model.config._is_quantized = False
         return model
 
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether `save_pretrained` may be called: always."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Whether adapters may be trained on top."""
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        """Whether the factors themselves may be trained."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """Whether `torch.compile` may be used."""
-        return True
-
 
 def _named_as_in(model: PreTrainedModel, groups: Sequence[GroupSpec]) -> Sequence[GroupSpec]:
     """Groups under the module names of this model.
@@ -151,10 +120,7 @@ def register() -> None:
     """Make transformers know the formats. May be called any number of times."""
     register_width()
     register_linear_blocks()
-    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(QUANT_METHOD)(CospadiConfig)
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(QUANT_METHOD)(CospadiQuantizer)
+    register_format(QUANT_METHOD, CospadiConfig, CospadiQuantizer)
 
 
 def attach(model: PreTrainedModel, groups: Sequence[GroupSpec]) -> None:
@@ -169,12 +135,4 @@ def attach(model: PreTrainedModel, groups: Sequence[GroupSpec]) -> None:
     register()
     place_guard(model, groups)
     config = CospadiConfig(**quantization_config(groups))
-    model.config.quantization_config = config
-    model.config._is_quantized = True
-    marks = {
-        "hf_quantizer": CospadiQuantizer(config, pre_quantized=True),
-        "is_quantized": True,
-        "quantization_method": QUANT_METHOD,
-    }
-    for name, value in marks.items():
-        setattr(model, name, value)
+    mark(model, QUANT_METHOD, config, CospadiQuantizer)

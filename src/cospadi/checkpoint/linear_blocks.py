@@ -13,15 +13,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from cospadi.checkpoint.native import NativeQuantizer, mark, register_format
 from cospadi.errors import CheckpointError
 from cospadi.layers.linear_block import LinearBlock
 
@@ -60,10 +54,8 @@ def _checked(version: object, blocks: object) -> list[dict[str, Any]]:
     return [{key: block[key] for key in _KEYS} for block in blocks]
 
 
-class LinearBlocksQuantizer(HfQuantizer):
+class LinearBlocksQuantizer(NativeQuantizer):
     """Builds linear blocks before the weights are read; see `cospadi.checkpoint.hf_quantizer` for the hooks."""
-
-    requires_calibration = True
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None, **kwargs: Any
@@ -86,30 +78,10 @@ class LinearBlocksQuantizer(HfQuantizer):
             block["name"] = name  # saved again, the tensors have the names that the modules have here
         return model
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        return model
-
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether `save_pretrained` may be called: always."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Whether the model may be trained."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """Whether `torch.compile` may be used."""
-        return True
-
 
 def register_linear_blocks() -> None:
     """Make transformers know the format. May be called any number of times."""
-    if LINEAR_BLOCKS_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(LINEAR_BLOCKS_METHOD)(LinearBlocksConfig)
-    if LINEAR_BLOCKS_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(LINEAR_BLOCKS_METHOD)(LinearBlocksQuantizer)
+    register_format(LINEAR_BLOCKS_METHOD, LinearBlocksConfig, LinearBlocksQuantizer)
 
 
 def attach_linear_blocks(model: PreTrainedModel) -> None:
@@ -121,11 +93,4 @@ def attach_linear_blocks(model: PreTrainedModel) -> None:
         if isinstance(m, LinearBlock)
     ]
     config = LinearBlocksConfig(format_version=FORMAT_VERSION, blocks=blocks)
-    model.config.quantization_config = config
-    marks = {
-        "hf_quantizer": LinearBlocksQuantizer(config, pre_quantized=True),
-        "is_quantized": True,
-        "quantization_method": LINEAR_BLOCKS_METHOD,
-    }
-    for name, value in marks.items():
-        setattr(model, name, value)
+    mark(model, LINEAR_BLOCKS_METHOD, config, LinearBlocksQuantizer)

@@ -5,19 +5,11 @@ Like `hf_quantizer`, nothing here needs the model classes of transformers at imp
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from cospadi.checkpoint.headers import Entry, read_header
+from cospadi.checkpoint.native import NativeQuantizer, headers_of, mark, register_format
 from cospadi.checkpoint.width import (
     WIDTH_METHOD,
     WidthSpec,
@@ -50,47 +42,19 @@ class WidthConfig(QuantizationConfigMixin):
         self.blocks: dict[str, Any] = data["blocks"]
 
 
-class WidthQuantizer(HfQuantizer):
+class WidthQuantizer(NativeQuantizer):
     """Gives a model its own shapes before the weights are read."""
-
-    requires_calibration = True  # a whole model is pruned by `cospadi prune`, not on the fly while loading
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         spec = parse_width(self.quantization_config.to_dict())
-        # Not every version of transformers says which files it will read; where it does, damage is named early.
-        files = [Path(file) for file in kwargs.get("checkpoint_files") or () if str(file).endswith(".safetensors")]
-        entries: dict[str, Entry] = {}
-        for file in files:
-            entries |= read_header(file)
-        if files:
-            check_width_headers(entries, spec, files[0].parent)
+        entries, directory = headers_of(kwargs)
+        if directory is not None:
+            check_width_headers(entries, spec, directory)
         here = _named_as_in(model, spec)
         narrow(model, here)
         if here != spec:  # saved again, the tensors will have the names that the modules have here
             self.quantization_config = WidthConfig(**here.to_dict())
         return model
-
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        return model
-
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether `save_pretrained` may be called: always."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Whether adapters may be trained on top."""
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        """Whether the weights themselves may be trained."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """Whether `torch.compile` may be used."""
-        return True
 
 
 def _named_as_in(model: PreTrainedModel, spec: WidthSpec) -> WidthSpec:
@@ -110,10 +74,7 @@ def _named_as_in(model: PreTrainedModel, spec: WidthSpec) -> WidthSpec:
 
 def register_width() -> None:
     """Make transformers know the format. May be called any number of times."""
-    if WIDTH_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(WIDTH_METHOD)(WidthConfig)
-    if WIDTH_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(WIDTH_METHOD)(WidthQuantizer)
+    register_format(WIDTH_METHOD, WidthConfig, WidthQuantizer)
 
 
 def attach_width(model: PreTrainedModel) -> PreTrainedModel:
@@ -140,13 +101,5 @@ def attach_width(model: PreTrainedModel) -> PreTrainedModel:
         assert isinstance(norm, SlicedNorm)
         norm.add_guard(next(model.get_submodule(name).parameters()).device)
     config = WidthConfig(**spec.to_dict())
-    model.config.quantization_config = config
-    model.config._is_quantized = True
-    marks: dict[str, Any] = {
-        "hf_quantizer": WidthQuantizer(config, pre_quantized=True),
-        "is_quantized": True,
-        "quantization_method": WIDTH_METHOD,
-    }
-    for name, value in marks.items():
-        setattr(model, name, value)
+    mark(model, WIDTH_METHOD, config, WidthQuantizer)
     return model

@@ -11,19 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cospadi.checkpoint.checksums import check_checksums, write_checksums
-from cospadi.checkpoint.headers import Entry, read_header
 from cospadi.checkpoint.hf_quantizer import _named_as_in
 from cospadi.checkpoint.load import load
+from cospadi.checkpoint.native import NativeQuantizer, headers_of, mark, register_format
 from cospadi.checkpoint.publish import staged
 from cospadi.errors import CheckpointError, OutputError
 from cospadi.sharing.shared_checkpoint import (
@@ -67,22 +60,16 @@ class CospadiMasaConfig(QuantizationConfigMixin):
         return getattr(self, "compose", False)
 
 
-class CospadiMasaQuantizer(HfQuantizer):
+class CospadiMasaQuantizer(NativeQuantizer):
     """Builds layers of shared atoms before the weights are read; freezes or composes them afterwards."""
-
-    requires_calibration = True  # a dense model is compressed by `cospadi compress`, not on the fly while loading
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         specs = parse_shared(self.quantization_config.to_dict())
-        entries: dict[str, Entry] = {}
-        # Not every version of transformers says which files it will read; where it does, damage is named early.
-        files = [Path(file) for file in kwargs.get("checkpoint_files") or () if str(file).endswith(".safetensors")]
-        for file in files:
-            entries |= read_header(file)
-        if files:
-            check_shared_headers(entries, specs, files[0].parent)
+        entries, directory = headers_of(kwargs)
+        if directory is not None:
+            check_shared_headers(entries, specs, directory)
         here = cast(Sequence[SharedSpec], _named_as_in(model, cast(Any, specs)))
         replace_shared(model, here, dtype if isinstance(dtype, torch.dtype) else None)
         if tuple(here) != specs:  # saved again, the tensors will have the names that the modules have here
@@ -105,32 +92,10 @@ class CospadiMasaQuantizer(HfQuantizer):
         model.config._is_quantized = False
         return model
 
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether `save_pretrained` may be called: always."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Whether adapters may be trained on top."""
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        """Whether the factors themselves may be trained."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """Whether `torch.compile` may be used."""
-        return True
-
 
 def register() -> None:
     """Make transformers know the format. May be called any number of times."""
-    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(QUANT_METHOD)(CospadiMasaConfig)
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(QUANT_METHOD)(CospadiMasaQuantizer)
+    register_format(QUANT_METHOD, CospadiMasaConfig, CospadiMasaQuantizer)
 
 
 def attach_shared(model: PreTrainedModel, specs: Sequence[SharedSpec]) -> None:
@@ -144,15 +109,7 @@ def attach_shared(model: PreTrainedModel, specs: Sequence[SharedSpec]) -> None:
     """
     register()
     config = CospadiMasaConfig(**shared_config(specs))
-    model.config.quantization_config = config
-    model.config._is_quantized = True
-    marks = {
-        "hf_quantizer": CospadiMasaQuantizer(config, pre_quantized=True),
-        "is_quantized": True,
-        "quantization_method": QUANT_METHOD,
-    }
-    for name, value in marks.items():
-        setattr(model, name, value)
+    mark(model, QUANT_METHOD, config, CospadiMasaQuantizer)
 
 
 def save_shared(
