@@ -1,27 +1,16 @@
 """What the methods with an identity dictionary have in common: plans and the way from weights to stored codes."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from cospadi.format import Factors, GroupSpec, MatrixSpec, Stored
 from cospadi.methods.base import GroupShape, Problem
+from cospadi.methods.ranges import FactorBits, Natural, PruningPattern
 from cospadi.methods.sizing import largest
-from cospadi.solvers.projection import parse_pattern
 from cospadi.solvers.quantise import Quantised, quantise_rows
-
-
-def _known_pattern(pattern: str) -> str:
-    if pattern and parse_pattern(pattern) is None:
-        raise ValueError("pruning takes a pattern n:m, or none")
-    return pattern
-
-
-GroupSize = Annotated[int, Field(ge=0)]
-Pattern = Annotated[str, AfterValidator(_known_pattern)]
 
 
 def identity_spec(shape: GroupShape, **codes: object) -> GroupSpec:
@@ -44,7 +33,7 @@ def integer_plan(
     budget: int,
     *,
     bits: Literal[0, 2, 3, 4, 8] = 0,
-    group: GroupSize = 64,
+    group: Natural = 64,
     symmetric: bool | None = None,
 ) -> GroupSpec:
     """The most bits a weight within the budget, and for these the smallest groups.
@@ -68,7 +57,7 @@ def integer_plan(
 
 
 def pruning_plan(
-    shape: GroupShape, budget: int, *, pattern: Pattern = "", bits: Literal[2, 3, 4, 8, 16] = 16, group: GroupSize = 64
+    shape: GroupShape, budget: int, *, pattern: PruningPattern = "", bits: FactorBits = 16, group: Natural = 64
 ) -> GroupSpec:
     """The densest pattern n:32 within the budget, or the pattern asked for.
 

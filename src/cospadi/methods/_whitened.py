@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cospadi.format import Factors, GroupSpec, Stored
 from cospadi.methods.base import GroupShape, Problem
+from cospadi.methods.ranges import AtomsPerNonzero
 from cospadi.methods.sizing import largest, sparse_dictionary_plan
 
 
@@ -36,7 +37,7 @@ def stored(dictionary: Tensor, codes: Tensor, losses: Sequence[float], scale: fl
     return Factors(codes=Stored(codes.T.contiguous()), dictionary=Stored(dictionary.T.contiguous()), info=info)
 
 
-def complete_dictionary_plan(shape: GroupShape, budget: int, *, rho: float = 2.0) -> GroupSpec:
+def complete_dictionary_plan(shape: GroupShape, budget: int, *, rho: AtomsPerNonzero = 2.0) -> GroupSpec:
     """Like CoSpaDi's plan, for methods whose dictionary has at most d_in atoms.
 
     Where s = k/rho asks for more than d_in atoms, there are d_in of them and the rest of the budget goes to

@@ -6,12 +6,13 @@ from cospadi.errors import CalibrationError
 from cospadi.format import Factors, GroupSpec
 from cospadi.methods._low_rank import dense_factors, stacked
 from cospadi.methods.base import Problem, method
+from cospadi.methods.ranges import NonNegative
 from cospadi.methods.sizing import low_rank_plan
 from cospadi.solvers.low_rank import weighted
 
 
 @method("asvd", paper="arXiv 2312.05821", plan=low_rank_plan, needs=("mean_abs",))
-def asvd(problem: Problem, spec: GroupSpec, *, alpha: float = 0.5) -> Factors:
+def asvd(problem: Problem, spec: GroupSpec, *, alpha: NonNegative = 0.5) -> Factors:
     """SVD with every input row scaled by a power of its mean absolute activation.
 
     Minimises ‖diag(a^α) (W − D S)‖_F with a_i = mean |x_i|.

@@ -3,7 +3,10 @@
 A method is one decorated function; its keyword-only arguments, and those of its plan, are its options::
 
     @method("svd_llm", paper="arXiv 2403.07378", plan=low_rank_plan)
-    def svd_llm(problem: Problem, spec: GroupSpec, *, ridge: float = 1e-6) -> Factors: ...
+    def svd_llm(problem: Problem, spec: GroupSpec, *, ridge: NonNegative = 1e-6) -> Factors: ...
+
+The type of an option says what values it may have, see `cospadi.methods.ranges`; other values are refused before
+anything is read.
 
 Third parties register theirs through the entry-point group ``cospadi.methods``: an entry names a module whose import
 runs the decorators.
@@ -24,6 +27,7 @@ from torch import Tensor
 
 from cospadi.errors import BudgetError, NumericalError, RecipeError
 from cospadi.format import Factors, GroupSpec
+from cospadi.methods.ranges import range_text
 
 Grouping = Literal["matrix", "siblings", "cross_layer", "pairs"]
 
@@ -100,8 +104,19 @@ class Method:
         try:
             return dict(self.options(**options))
         except ValidationError as error:
-            first = error.errors()[0]
-            raise RecipeError(f"method {self.name!r}, option {first['loc'][0]!r}: {first['msg']}") from None
+            raise RecipeError(f"method {self.name!r}, {self._problem(error)}") from None
+
+    def _problem(self, error: ValidationError) -> str:
+        """Option, value and what is allowed instead."""
+        first = error.errors()[0]
+        key, given = str(first["loc"][0]), first["input"]
+        allowed = range_text(self.options.model_fields[key].metadata)
+        if first["type"] == "finite_number":
+            return f"option {key!r} cannot be {given}: it must be a finite number"
+        if allowed and first["type"].startswith(("greater", "less")):
+            return f"option {key!r} cannot be {given}: it must be {allowed}"
+        reason = first["msg"].removeprefix("Value error, ")
+        return f"option {key!r} cannot be {given!r}: {reason[:1].lower()}{reason[1:]}"
 
     def spec(self, shape: GroupShape, budget: int, options: dict[str, Any]) -> GroupSpec:
         """The largest spec of this method within `budget` bytes.
@@ -164,7 +179,7 @@ def method(
             for key, parameter in inspect.signature(function, eval_str=True).parameters.items():
                 if parameter.kind is parameter.KEYWORD_ONLY:
                     fields[key] = (parameter.annotation, parameter.default)
-        options = create_model(f"{name}_options", __config__=ConfigDict(extra="forbid"), **fields)
+        options = create_model(f"{name}_options", __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
         summary = (inspect.getdoc(solve) or "").split("\n", 1)[0]
         _METHODS[name] = Method(name, summary, paper, grouping, plan, solve, options, frozenset(needs), compresses)
         return solve

@@ -3,12 +3,13 @@
 from cospadi.format import Factors, GroupSpec
 from cospadi.methods._low_rank import dense_factors, module_codes, ridged_cholesky, stacked
 from cospadi.methods.base import Problem, method
+from cospadi.methods.ranges import NonNegative
 from cospadi.methods.sizing import low_rank_plan
 from cospadi.solvers.low_rank import whitened
 
 
 @method("basis_sharing", paper="arXiv 2410.03765", plan=low_rank_plan, grouping="cross_layer")
-def basis_sharing(problem: Problem, spec: GroupSpec, *, ridge: float = 1e-6, update: bool = True) -> Factors:
+def basis_sharing(problem: Problem, spec: GroupSpec, *, ridge: NonNegative = 1e-6, update: bool = True) -> Factors:
     """One whitened basis for the same projection of neighbouring layers; each layer has its own coefficients.
 
     The weights stand side by side, their inputs' Grams are added, L is the root of the sum: SVD of L [W₁ … W_g].

@@ -3,12 +3,13 @@
 from cospadi.format import Factors, GroupSpec
 from cospadi.methods._whitened import complete_dictionary_plan, mean_gram, stacked, stored
 from cospadi.methods.base import Problem, method
+from cospadi.methods.ranges import Natural
 from cospadi.solvers.procrustes import procrustes
 from cospadi.solvers.whitening import cholesky_whitening
 
 
 @method("compot", paper="COMPOT, arXiv 2602.15200", plan=complete_dictionary_plan, grouping="matrix")
-def compot(problem: Problem, spec: GroupSpec, *, rounds: int = 20) -> Factors:
+def compot(problem: Problem, spec: GroupSpec, *, rounds: Natural = 20) -> Factors:
     """Sparse codes over a dictionary that is orthonormal in whitened space, both steps in closed form.
 
     Starts from the leading singular vectors of the whitened weights. The dictionary has at most d_in atoms; a larger

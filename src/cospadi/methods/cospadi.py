@@ -5,12 +5,15 @@ from typing import Literal
 from cospadi.format import Factors, GroupSpec
 from cospadi.methods._whitened import mean_gram, stacked, stored
 from cospadi.methods.base import GroupShape, Problem, method
+from cospadi.methods.ranges import AtomsPerNonzero, Below1, Count
 from cospadi.methods.sizing import sparse_dictionary_plan
 from cospadi.solvers.ksvd import ksvd
 from cospadi.solvers.whitening import cholesky_whitening
 
 
-def cospadi_plan(shape: GroupShape, budget: int, *, rho: float = 2.0, value_bits: Literal[14, 16] = 16) -> GroupSpec:
+def cospadi_plan(
+    shape: GroupShape, budget: int, *, rho: AtomsPerNonzero = 2.0, value_bits: Literal[14, 16] = 16
+) -> GroupSpec:
     """Eq. 10: 16-bit dictionary, 16-bit values, one mask bit per code; k atoms and s = k/rho non-zeros.
 
     With 14-bit values (bfloat16 without its two lowest mantissa bits) and rho = 2 this is Eq. 11.
@@ -23,9 +26,9 @@ def cospadi(
     problem: Problem,
     spec: GroupSpec,
     *,
-    rounds: int = 60,
-    power_iterations: int = 8,
-    tolerance: float = 0.0,
+    rounds: Count = 60,
+    power_iterations: Count = 8,
+    tolerance: Below1 = 0.0,
     whiten: bool = True,
     update: Literal["ksvd", "mod"] = "ksvd",
 ) -> Factors:

@@ -8,6 +8,7 @@ from torch import Tensor
 from cospadi.format import Factors, GroupSpec
 from cospadi.methods._whitened import mean_gram, stacked, stored
 from cospadi.methods.base import GroupShape, Problem, method
+from cospadi.methods.ranges import AtomsPerNonzero, Below1, Count, Natural, NonNegative
 from cospadi.methods.sizing import sparse_dictionary_plan
 from cospadi.solvers.htp import dense_codes, htp
 from cospadi.solvers.ksvd import random_atoms
@@ -18,7 +19,7 @@ from cospadi.solvers.sylvester import Pencil, diagonalise, shared_update, sylves
 Part = tuple[Tensor, Tensor]  # W_i and G_i
 
 
-def geopair_plan(shape: GroupShape, budget: int, *, rho: float = 2.5) -> GroupSpec:
+def geopair_plan(shape: GroupShape, budget: int, *, rho: AtomsPerNonzero = 2.5) -> GroupSpec:
     """16-bit dictionary and values, one mask bit per code; k atoms and s = k/rho non-zeros."""
     return sparse_dictionary_plan(shape, budget, rho=rho)
 
@@ -85,11 +86,11 @@ def geopair(
     problem: Problem,
     spec: GroupSpec,
     *,
-    rounds: int = 20,
-    htp_steps: int = 2,
-    cg_iterations: int = 10,
-    cg_tolerance: float = 1e-5,
-    ridge: float = 1e-6,
+    rounds: Natural = 20,
+    htp_steps: Count = 2,
+    cg_iterations: Natural = 10,
+    cg_tolerance: Below1 = 1e-5,
+    ridge: NonNegative = 1e-6,
 ) -> Factors:
     """Shared dictionary under distinct Grams: codes by hard-thresholding pursuit, dictionary by a Sylvester equation.
 

@@ -3,6 +3,7 @@
 from cospadi.format import Factors, GroupSpec
 from cospadi.methods._identity import integer_plan, module_rows, stacked_rows
 from cospadi.methods.base import Problem, method
+from cospadi.methods.ranges import Natural, NonNegative
 from cospadi.solvers.quantise import quantise_rows
 from cospadi.solvers.rescale import rescaled
 
@@ -12,11 +13,11 @@ def gptq(
     problem: Problem,
     spec: GroupSpec,
     *,
-    damping: float = 0.01,
-    search: int = 30,
-    shifts: int = 0,
-    sweeps: int = 2,
-    rescale: int = 0,
+    damping: NonNegative = 0.01,
+    search: Natural = 30,
+    shifts: Natural = 0,
+    sweeps: Natural = 2,
+    rescale: Natural = 0,
 ) -> Factors:
     """Integers with group scales, each rounding error made good by the weights not yet rounded.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cospadi.format import Factors, GroupSpec, MatrixSpec, Stored
 from cospadi.methods.base import GroupShape, Problem, method
+from cospadi.methods.ranges import AtomsPerNonzero, CodePattern, Count, FactorBits, Natural, NonNegative, ValueBits
 from cospadi.methods.sizing import sparse_dictionary_plan
 from cospadi.solvers.pursuit import (
     gradient_steps,
@@ -37,11 +38,11 @@ def pursuit_plan(
     shape: GroupShape,
     budget: int,
     *,
-    rho: float = 2.0,
-    pattern: str = "auto",
-    dictionary_bits: int = 16,
-    value_bits: int = 16,
-    group: int = 64,
+    rho: AtomsPerNonzero = 2.0,
+    pattern: CodePattern = "auto",
+    dictionary_bits: FactorBits = 16,
+    value_bits: ValueBits = 16,
+    group: Natural = 64,
 ) -> GroupSpec:
     """The most atoms within the budget.
 
@@ -90,11 +91,11 @@ def solve(
     problem: Problem,
     spec: GroupSpec,
     *,
-    rounds: int = 50,
-    steps: int = 4,
-    ridge: float = 1e-4,
-    refits: int = 3,
-    clip_search: int = 8,
+    rounds: Count = 50,
+    steps: Count = 4,
+    ridge: NonNegative = 1e-4,
+    refits: Natural = 3,
+    clip_search: Natural = 8,
 ) -> Factors:
     """Sparse dictionary shared by siblings, fast accelerated pursuit, balanced codes, 16 to 2 bits.
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from cospadi.format import Factors, GroupSpec
 from cospadi.methods._whitened import complete_dictionary_plan, mean_gram, stacked, stored
 from cospadi.methods.base import Problem, method
+from cospadi.methods.ranges import Natural, NonNegative, Positive
 from cospadi.solvers.mod import mod_update, unit_atoms
 from cospadi.solvers.procrustes import leading_directions
 from cospadi.solvers.projection import largest_per_column
@@ -47,10 +48,10 @@ def rocket(
     problem: Problem,
     spec: GroupSpec,
     *,
-    importance_power: float = 0.5,
-    ridge: float = 1e-3,
-    refine_steps: int = 0,
-    learning_rate: float = 1e-3,
+    importance_power: NonNegative = 0.5,
+    ridge: NonNegative = 1e-3,
+    refine_steps: Natural = 0,
+    learning_rate: Positive = 1e-3,
 ) -> Factors:
     """Eigenbasis of the whitened weights, codes thresholded by importance, dictionary refitted once.
 

@@ -3,11 +3,12 @@
 from cospadi.format import Factors, GroupSpec
 from cospadi.methods._identity import integer_plan, module_rows, stacked_rows
 from cospadi.methods.base import Problem, method
+from cospadi.methods.ranges import Natural
 from cospadi.solvers.quantise import quantise_rows
 
 
 @method("rtn", plan=integer_plan)
-def rtn(problem: Problem, spec: GroupSpec, *, search: int = 0) -> Factors:
+def rtn(problem: Problem, spec: GroupSpec, *, search: Natural = 0) -> Factors:
     """Integers with group scales, every weight rounded to the nearest.
 
     Args:

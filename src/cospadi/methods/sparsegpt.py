@@ -3,12 +3,13 @@
 from cospadi.format import Factors, GroupSpec
 from cospadi.methods._identity import module_rows, pruned_rows, pruning_plan, stacked_rows
 from cospadi.methods.base import Problem, method
+from cospadi.methods.ranges import Natural, NonNegative
 from cospadi.solvers.prune import sparsegpt as prune
 
 
 @method("sparsegpt", paper="arXiv 2301.00774", plan=pruning_plan)
 def sparsegpt(
-    problem: Problem, spec: GroupSpec, *, damping: float = 0.01, reorder: bool = True, sweeps: int = 2
+    problem: Problem, spec: GroupSpec, *, damping: NonNegative = 0.01, reorder: bool = True, sweeps: Natural = 2
 ) -> Factors:
     """Keeps n of every m weights; each pruned weight is made good for by weights not yet decided.
 

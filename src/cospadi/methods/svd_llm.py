@@ -3,12 +3,15 @@
 from cospadi.format import Factors, GroupSpec, Stored
 from cospadi.methods._low_rank import dense_factors, module_codes, ridged_cholesky, stacked
 from cospadi.methods.base import Problem, method
+from cospadi.methods.ranges import NonNegative
 from cospadi.methods.sizing import low_rank_plan
 from cospadi.solvers.low_rank import whitened
 
 
 @method("svd_llm", paper="arXiv 2403.07378", plan=low_rank_plan)
-def svd_llm(problem: Problem, spec: GroupSpec, *, ridge: float = 1e-6, sequential_update: bool = False) -> Factors:
+def svd_llm(
+    problem: Problem, spec: GroupSpec, *, ridge: NonNegative = 1e-6, sequential_update: bool = False
+) -> Factors:
     """SVD of the whitened weights: the rank-r product of least output error.
 
     With LᵀL = G, minimises ‖L (W − D S)‖_F; dropping a singular value costs exactly that much output error.
