@@ -3,6 +3,7 @@
 from cospadi.model_view.devices import guard_memory, move, placed
 from cospadi.model_view.discover import discover, discover_layers
 from cospadi.model_view.loading import is_compressed, open_config, open_model, open_tokenizer, skeleton
+from cospadi.model_view.positions import check_length
 from cospadi.model_view.replay import LayerReplay
 from cospadi.model_view.view import LinearGroup, ModelView, check_weights, embedding_weight
 
@@ -10,6 +11,7 @@ __all__ = [
     "LayerReplay",
     "LinearGroup",
     "ModelView",
+    "check_length",
     "check_weights",
     "discover",
     "discover_layers",

@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ QUANT_METHODS = ("cospadi", "cospadi_width", "cospadi_depth", "cospadi_masa")
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _LONGEST_CAUSE = 240
+HUB_TIMEOUT = 5.0
+"""Seconds until a hub that says nothing is given up."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -74,7 +78,7 @@ def open_tokenizer(source: str | Path, *, revision: str | None = None) -> PreTra
         ModelError: if there is none or it cannot be read.
     """
     options = _where(source, revision)
-    if "local_files_only" in options and not any(_inside(options, name).is_file() for name in _TOKENIZER_FILES):
+    if _is_directory(options) and not any(_inside(options, name).is_file() for name in _TOKENIZER_FILES):
         raise ModelError(f"{source}: has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); copy the model's there")
     with _explained(source, "its tokenizer cannot be read"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**options)
@@ -103,7 +107,7 @@ def open_model(source: str | Path, *, revision: str | None = None) -> tuple[PreT
     if is_compressed(config):
         _require_plugin(source)
     options = _where(source, revision)
-    if "local_files_only" in options:
+    if _is_directory(options):
         _check_files(_inside(options))
     remedy = "use a machine with more memory"
     with _explained(source, "cannot read its weights"), guard_memory(f"loading {source}", remedy):
@@ -175,7 +179,58 @@ def _where(source: str | Path, revision: str | None) -> dict[str, Any]:
         raise ModelError(f"{source}: is a file; give the directory that holds config.json and the weights")
     if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
         raise ModelError(f"{source}: there is no such directory")
+    kept = _kept(source, revision or "main")
+    if kept is not None:
+        return {"pretrained_model_name_or_path": kept, "local_files_only": True, "trust_remote_code": False}
     return {"pretrained_model_name_or_path": source, "revision": revision or "main", "trust_remote_code": False}
+
+
+@cache
+def _kept(name: str, revision: str) -> str | None:
+    """Ask the hub for a model, once and not for long: transformers would try for half a minute.
+
+    Returns:
+        None if it is there; if the hub cannot be reached or is not to be asked, the model's directory in the local
+        cache.
+
+    Raises:
+        ModelError: if there is no such model, or none can be fetched.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if constants.HF_HUB_OFFLINE:
+        why = "HF_HUB_OFFLINE switches the hub off"
+    else:
+        try:
+            get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=HUB_TIMEOUT)
+            return None
+        except GatedRepoError:
+            raise ModelError(f"{name}: the hub wants you to accept its licence and log in (`hf auth login`)") from None
+        except RevisionNotFoundError:
+            raise ModelError(f"{name}: the hub has no revision {revision!r} of it") from None
+        except RepositoryNotFoundError:
+            raise ModelError(
+                f"{name}: there is no such directory, and no such model on the hub (or it is private: `hf auth login`)"
+            ) from None
+        except HfHubHTTPError as error:
+            status = error.response.status_code if error.response is not None else 0
+            if 400 <= status < 500:
+                raise ModelError(f"{name}: the hub's model has no readable config.json (HTTP {status})") from None
+            why = f"the hub does not answer (HTTP {status})"
+        except Exception as error:  # whatever the HTTP library of the installed version raises
+            why = f"the hub cannot be reached ({type(error).__name__})"
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    if isinstance(config, str):
+        return str(Path(config).parent)  # by its name, parts of transformers would go on asking the hub
+    raise ModelError(
+        f"{name}: is neither a local directory nor a hub model that can be reached ({why}); check the name"
+    )
+
+
+def _is_directory(options: dict[str, Any]) -> bool:
+    """Whether `_where` found a local directory rather than a hub id."""
+    return Path(options["pretrained_model_name_or_path"]).is_dir()
 
 
 def _inside(options: dict[str, Any], name: str = "") -> Path:

@@ -1,12 +1,15 @@
 import json
 import shutil
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
+from huggingface_hub import errors
 from transformers import T5Config
 
 from cospadi.errors import ModelError
-from cospadi.model_view import is_compressed, open_config, open_model, skeleton
+from cospadi.model_view import is_compressed, loading, open_config, open_model, skeleton
 from tiny import ARCHITECTURES, byte_tokenizer, save_tiny, tiny_config, tiny_model
 
 
@@ -179,3 +182,78 @@ def test_tokenizer_is_exact_and_has_an_end():
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert bytes(ids) == text.encode() and tokenizer.decode(ids) == text
     assert tokenizer.eos_token_id == 256 and len(tokenizer) == 257
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that answers as `answer` says: an exception, or None for a model that is there. Lists what it was asked."""
+
+    class Hub:
+        answer: Exception | None = ConnectionError("no route")
+        asked: ClassVar[list[tuple[str, float]]] = []
+
+    def metadata(url, *, timeout):
+        Hub.asked.append((url, timeout))
+        if Hub.answer is not None:
+            raise Hub.answer
+
+    Hub.asked.clear()
+    loading._kept.cache_clear()
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", metadata)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    yield Hub
+    loading._kept.cache_clear()
+
+
+def http_error(kind, status):
+    return kind("told", response=SimpleNamespace(status_code=status, headers={}, request=None))
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once_and_not_for_long(hub):
+    message = refusal("nobody/nothing-of-that-name")
+    assert "neither a local directory nor a hub model" in message and "cannot be reached (ConnectionError)" in message
+    assert len(hub.asked) == 1
+    url, timeout = hub.asked[0]
+    assert url.endswith("/nobody/nothing-of-that-name/resolve/main/config.json") and timeout <= 5
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (http_error(errors.RepositoryNotFoundError, 404), "no such model on the hub"),
+        (http_error(errors.RevisionNotFoundError, 404), "no revision 'main'"),
+        (http_error(errors.GatedRepoError, 403), "accept its licence"),
+        (http_error(errors.RemoteEntryNotFoundError, 404), "no readable config.json (HTTP 404)"),
+        (http_error(errors.HfHubHTTPError, 503), "does not answer (HTTP 503)"),
+    ],
+)
+def test_what_the_hub_says_is_told_in_one_line(hub, answer, words):
+    hub.answer = answer
+    assert words in refusal("nobody/nothing-of-that-name", open_config)
+    assert len(hub.asked) == 1
+
+
+def test_a_hub_that_is_switched_off_is_not_asked(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE" in refusal("nobody/nothing-of-that-name")
+    assert hub.asked == []
+
+
+def test_without_the_hub_a_cached_model_opens(hub, monkeypatch, tmp_path, saved):
+    snapshot = tmp_path / "cache" / "models--some--tiny" / "snapshots" / "abc"
+    shutil.copytree(saved, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    model, tokenizer = open_model("some/tiny")
+    assert len(tokenizer) == 257
+    expected = tiny_model(dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert len(hub.asked) == 1
+
+
+def test_a_model_on_the_hub_is_left_to_transformers(hub):
+    hub.answer = None
+    assert "local_files_only" not in loading._where("some/tiny", None)
+    assert loading._where("some/tiny", "v2")["revision"] == "v2"
+    assert [url.split("/resolve/")[1] for url, _ in hub.asked] == ["main/config.json", "v2/config.json"]
