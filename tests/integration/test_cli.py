@@ -510,6 +510,8 @@ def test_json_of_every_command(tmp_path):
     dry = one_object(quick("--dry-run", "--json"))
     assert not Path("out").exists()
     estimate = one_object(command("estimate", "tiny", "--recipe", "quick.yaml", "--json"))
+    for told in (estimate, dry):  # seconds are guessed from what the machine does at the moment
+        assert told.pop("seconds")["total"] > 0
     assert estimate == dry
     for key in ("keep_requested", "keep_actual", "bytes_before", "bytes_after", "parameters"):
         assert estimate[key] == report[key], key

@@ -191,6 +191,8 @@ def compare(
     if save:
         _write_pages(data, out)
     if json_:
+        for line in data["warnings"]:
+            stderr.print(f"warning: {line}", markup=False, soft_wrap=True)
         print_json(data | {"files": {kind: path.name for kind, path in files.items()}})
     else:
         _print(data, list(files.values()), stdout)
@@ -236,6 +238,8 @@ def _print(data: dict[str, Any], files: list[Path], console: Console) -> None:
             size = "" if row["keep"] is None else f" at {row['keep']:g}"
             line = f"{row['method']}{size}: {row['reason']}"
             console.print(line, style="yellow", markup=False, soft_wrap=True)
+    for line in data["warnings"]:
+        console.print(f"warning: {line}", style="yellow", markup=False, soft_wrap=True)
     console.print(f"Perplexity on {data['text']}, measured {data['measured']}.", style="dim", markup=False)
     names = ",".join(path.suffix.removeprefix(".") for path in files)
     console.print(f"\nFiles: {files[0].with_suffix('')}.{{{names}}}", markup=False, soft_wrap=True)

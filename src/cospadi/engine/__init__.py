@@ -1,6 +1,7 @@
 """Plan, run, journal: from a recipe to a checkpoint."""
 
-from cospadi.engine.plan import Estimate, Plan, PlannedGroup, estimate, make_plan
+from cospadi.engine.estimation import Estimate, estimate
+from cospadi.engine.plan import Plan, PlannedGroup, make_plan
 from cospadi.engine.prune_run import PruneResult, prune
 from cospadi.engine.run import Result, compress
 

@@ -1,24 +1,22 @@
-"""The plan: who gets how many bytes, from shapes alone. It is what `--dry-run` and `estimate` print."""
+"""The plan: who gets how many bytes, from shapes alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from cospadi.engine.grouping import arranged
-from cospadi.engine.pruning import prune_skeleton
 from cospadi.engine.selection import chosen_modules, narrowed, restricted
 from cospadi.engine.shared import PlannedShared, plan_from_shapes
 from cospadi.engine.target import side_bytes
 from cospadi.errors import BudgetError, RecipeError
 from cospadi.format import GroupSpec
 from cospadi.methods import GroupShape, Method, get_method
-from cospadi.model_view import LinearGroup, ModelView, discover, open_config, skeleton
+from cospadi.model_view import LinearGroup, ModelView
 from cospadi.recipe import Recipe, parse_size
 from cospadi.sharing.shared_linear import METHOD as MASA
 
@@ -203,40 +201,6 @@ def _keep_for_target(
     return keep
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What `cospadi estimate` prints."""
-
-    model: str
-    architecture: str
-    parameters: int
-    plan: Plan
-    memory_bytes: int
-    flops: float
-    removed_bytes: int = 0
-    """Of linear layers in blocks that are pruned first; shares count against the whole."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for `--json` and for the console."""
-        plan = self.plan
-        before = plan.bytes_before + self.removed_bytes
-        return {
-            "model": self.model,
-            "architecture": self.architecture,
-            "parameters": self.parameters,
-            "keep_requested": plan.keep_requested * plan.bytes_before / before,
-            "keep_actual": plan.bytes_after / before,
-            "bytes_before": before,
-            "bytes_after": plan.bytes_after,
-            "other_bytes": plan.other_bytes,
-            "file_bytes_before": before + plan.other_bytes,
-            "file_bytes": plan.bytes_after + plan.other_bytes,
-            "peak_memory_bytes": self.memory_bytes,
-            "flops": self.flops,
-            "groups": [*(group_row(g) for g in plan.groups), *(g.row() for g in plan.shared)],
-        }
-
-
 def group_row(group: PlannedGroup) -> dict[str, Any]:
     """A group as it stands in reports."""
     spec = group.spec
@@ -252,57 +216,3 @@ def group_row(group: PlannedGroup) -> dict[str, Any]:
         "bytes": spec.bytes,
         "bytes_before": spec.dense_bytes,
     }
-
-
-def estimate(source: str | Path, recipe: Recipe) -> Estimate:
-    """Sizes, layer table, memory and work, from the configuration alone: no weights are read.
-
-    Args:
-        source: local directory or hub id.
-        recipe: `keep` or `target_size`, method and options.
-
-    Raises:
-        ModelError: if there is no configuration, or the architecture is not supported.
-        BudgetError: if the size cannot be reached.
-    """
-    config = open_config(source)
-    model = skeleton(config)
-    view = discover(model)
-    parameters, removed = model.num_parameters(), 0
-    if recipe.prune is not None:
-        view, recipe, removed = prune_skeleton(view, recipe)
-    plan = make_plan(view, recipe)
-    return Estimate(
-        model=Path(str(source)).name,
-        architecture=(config.architectures or [type(model).__name__])[0],
-        parameters=parameters,
-        plan=plan,
-        memory_bytes=_memory(view, plan, recipe),
-        flops=_flops(view, plan, recipe),
-        removed_bytes=removed,
-    )
-
-
-def _memory(view: ModelView, plan: Plan, recipe: Recipe) -> int:
-    """Peak host memory: the model, the hidden states of the calibration text, one layer's Grams, one group's solve."""
-    hidden = int(getattr(view.model.config, "hidden_size", max(g.d_in for g in view.groups)))
-    states = recipe.calibration.samples * recipe.calibration.seq_len * hidden * 4
-    grams = max(sum(8 * g.d_in**2 for g in view.groups if g.layer == layer) for layer in {g.layer for g in view.groups})
-    solve = max(
-        [
-            *(4 * (4 * g.spec.atoms * g.spec.codes.rows + 3 * g.spec.d_in * g.spec.codes.rows) for g in plan.groups),
-            *(g.working_bytes for g in plan.shared),
-        ]
-    )
-    return (
-        plan.bytes_before + plan.other_bytes + states + max(grams, solve + 24 * max(g.d_in for g in view.groups) ** 2)
-    )
-
-
-def _flops(view: ModelView, plan: Plan, recipe: Recipe) -> float:
-    """Floating-point operations of calibration (forward pass and Grams) and of the default solver's rounds."""
-    tokens = recipe.calibration.samples * recipe.calibration.seq_len
-    forward = sum(2.0 * tokens * g.d_in * (sum(g.d_out) + g.d_in) for g in view.groups)
-    rounds = 30 * 5
-    solve = sum(2.0 * rounds * g.spec.codes.rows * g.spec.atoms**2 for g in plan.groups)
-    return forward + solve + sum(g.work for g in plan.shared)

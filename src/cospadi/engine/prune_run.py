@@ -22,9 +22,9 @@ from cospadi.depth import Evidence, Tokens, block_bytes
 from cospadi.engine.journal import Journal, check_output, disk_errors, write_durably
 from cospadi.engine.machine import device_name, memory_errors, peak_memory, resolve_device, versions, widened
 from cospadi.engine.pruning import check_section, decide
-from cospadi.engine.run import Progress, _Run, _silent
+from cospadi.engine.run import Progress, Run, silent
 from cospadi.errors import CalibrationError, CheckpointError, ModelError, NumericalError, OutputError
-from cospadi.model_view import ModelView, discover_layers, is_compressed, open_model
+from cospadi.model_view import ModelView, check_length, discover_layers, is_compressed, open_model
 from cospadi.recipe import Prune, Recipe, with_prune
 
 _RECIPE_KEYS = {"prune", "calibration", "device", "seed"}
@@ -103,7 +103,7 @@ def prune(
         )
     merged = with_prune(base.merged(changes), method, blocks, keep_blocks, options)
     with memory_errors():
-        return _PruneRun(str(model), Path(out), merged, texts, progress or _silent, command).prune(fresh)
+        return PruneRun(str(model), Path(out), merged, texts, progress or silent, command).prune(fresh)
 
 
 def check_matrices(view: ModelView) -> None:
@@ -122,8 +122,11 @@ def check_matrices(view: ModelView) -> None:
                 )
 
 
-class _PruneRun(_Run):
-    """A run that only prunes."""
+class PruneRun(Run):
+    """A run that only prunes.
+
+    What subclasses may replace is `read_model`, `read_tokens`, `make_evidence` and `write_checkpoint`.
+    """
 
     def prune(self, fresh: bool) -> PruneResult:
         """Everything from reading the model to writing the report."""
@@ -141,8 +144,8 @@ class _PruneRun(_Run):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             self.progress("read", 0, 1, "text and model")
-            model, tokenizer, view = self._open()
-            blocks = self._tokens(tokenizer)
+            model, tokenizer, view = self.read_model()
+            blocks = self.read_tokens(tokenizer)
             self.progress("read", 1, 1)
             fingerprint = self._fingerprint(model, blocks, device) | {"prune": True}
             with Journal(self.out, fingerprint, fresh=fresh) as journal:
@@ -162,11 +165,13 @@ class _PruneRun(_Run):
                 journal.finish()
         return PruneResult(self.out, report)
 
-    def _open(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelView]:
+    def read_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelView]:
+        """The dense model, its tokenizer, and a view of its decoder layers; errors as in a compression."""
         self.documents  # noqa: B018 - read first: that is quick, and it is where most mistakes are
         model, tokenizer = open_model(self.source)
         if is_compressed(model.config):
             raise ModelError(f"{self.source} is already compressed by cospadi: prune the dense model instead")
+        check_length(model, self.recipe.calibration.seq_len)
         view = discover_layers(model)
         check_matrices(view)
         return model, tokenizer, view
@@ -182,7 +187,7 @@ class _PruneRun(_Run):
     ) -> dict[str, Any]:
         """Decide, cut, save; what the report says of it."""
         before = _sizes(view)
-        evidence = self._evidence(view, blocks, device)
+        evidence = self.make_evidence(view, blocks, device)
         begun = time.perf_counter()
         with widened(evidence.view.model, device):
             pairs = evidence.pairs
@@ -192,7 +197,7 @@ class _PruneRun(_Run):
         self.seconds["prune"] = time.perf_counter() - begun - self.seconds["calibrate"]
         after = _sizes(ModelView(model, view.layers_name, (), view.extra_outputs))
         saving = time.perf_counter()
-        files = self._write(model, tokenizer)
+        files = self.write_checkpoint(model, tokenizer)
         self.seconds["save"] = time.perf_counter() - saving
         memory, found = peak_memory(), versions()
         return {
@@ -226,10 +231,11 @@ class _PruneRun(_Run):
             "calibration": blocks.report | {"sha256": blocks.sha256},
         }
 
-    def _evidence(self, view: ModelView, blocks: TokenBlocks, device: torch.device) -> Evidence:
+    def make_evidence(self, view: ModelView, blocks: TokenBlocks, device: torch.device) -> Evidence:
+        """What pruning methods may ask of the model and the text."""
         return Evidence(view, Tokens(blocks.ids), device, self.recipe.seed, self.progress)
 
-    def _write(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    def write_checkpoint(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
         """Save the checkpoint; its weight files' bytes."""
         self.progress("save", 0, 1, self.out.name)
         with disk_errors(self.out), staged(self.out) as staging:

@@ -38,7 +38,7 @@ from cospadi.engine.selection import chosen_modules, restricted
 from cospadi.engine.shared import PlannedShared, factorise_shared, final_shared_plan, install_plan
 from cospadi.errors import CalibrationError, ModelError
 from cospadi.methods import get_method
-from cospadi.model_view import ModelView, check_weights, discover, is_compressed, open_model
+from cospadi.model_view import ModelView, check_length, check_weights, discover, is_compressed, open_model
 from cospadi.recipe import Recipe
 from cospadi.sharing.shared_checkpoint_hf import save_shared
 
@@ -46,7 +46,7 @@ Progress = Callable[..., None]
 """Called as progress(phase, done, total, detail="", error=None)."""
 
 
-def _silent(*_: object) -> None:
+def silent(*_: object) -> None:
     """Report nothing."""
 
 
@@ -118,11 +118,24 @@ def compress(
         changes["method"] = method
     merged = base.merged(changes)
     with memory_errors():
-        return _Run(str(model), Path(out), merged, texts, progress or _silent, command).go(fresh)
+        return Run(str(model), Path(out), merged, texts, progress or silent, command).go(fresh)
 
 
-class _Run:
-    """The steps of one run, in order; each leaves what the next one needs."""
+class Run:
+    """The steps of one run, in order; each leaves what the next one needs.
+
+    A comparison takes the steps one by one: what subclasses may replace is `read_model`, `read_tokens`,
+    `collect_statistics`, `save_checkpoint` and `make_report`. The order of steps, the journal and the factorisation
+    stay those of :meth:`go`.
+
+    Args:
+        source: of the model: local directory or hub id.
+        out: the output directory.
+        recipe: of the run.
+        texts: calibration documents, where they are not to be read from the recipe's source.
+        progress: called as progress(phase, done, total, detail, error).
+        command: the command line, for the report.
+    """
 
     def __init__(
         self, source: str, out: Path, recipe: Recipe, texts: list[str] | None, progress: Progress, command: str
@@ -155,9 +168,9 @@ class _Run:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             self.progress("read", 0, 1, "text and model")
-            model, tokenizer, view = self._open()
+            model, tokenizer, view = self.read_model()
             plan = self._planned(view) if self.recipe.prune is None else None
-            blocks = self._tokens(tokenizer)
+            blocks = self.read_tokens(tokenizer)
             self.progress("read", 1, 1)
             with Journal(self.out, self._fingerprint(model, blocks, device), fresh=fresh) as journal:
                 finished = journal.report()
@@ -168,7 +181,7 @@ class _Run:
                 self.seconds["read"] = time.perf_counter() - begun
                 if plan is None:
                     view, plan = self._prune(view, blocks, device)
-                self._collect(view, blocks, device, journal)
+                self.collect_statistics(view, blocks, device, journal)
                 if "fisher" in method.needs:
                     self._collect_fisher(view, blocks, device)
                 allocating = time.perf_counter()
@@ -179,10 +192,10 @@ class _Run:
                     resumed, rows, layers = self._with_feedback(view, plan, blocks, device, journal)
                 else:
                     (resumed, rows), layers = self._factorise(view, plan, device, journal), []
-                self._save(model, tokenizer, plan, journal)
+                self.save_checkpoint(model, tokenizer, plan, journal)
                 self.notes = list(dict.fromkeys(str(w.message) for w in caught if w.category is UserWarning))
                 self.seconds["total"] = time.perf_counter() - begun
-                report = self._report(model, plan, rows, blocks, device) | ({"layers": layers} if layers else {})
+                report = self.make_report(model, plan, rows, blocks, device) | ({"layers": layers} if layers else {})
                 report |= self._of_the_whole(plan)
                 # The report is last: where it is, the run is done.
                 write_durably(self.out / "recipe.yaml", self.asked.to_yaml().encode())
@@ -190,11 +203,18 @@ class _Run:
                 journal.finish()
         return Result(self.out, report, resumed)
 
-    def _open(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelView]:
+    def read_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelView]:
+        """The dense model, its tokenizer, and a view of the linear groups that the recipe compresses.
+
+        Raises:
+            ModelError: if the model cannot be read, or is compressed already.
+            CalibrationError: if the text cannot be read, or the model has no positions for its sequences.
+        """
         self.documents  # noqa: B018 - read first: that is quick, and it is where most mistakes are
         model, tokenizer = open_model(self.source)
         if is_compressed(model.config):
             raise ModelError(f"{self.source} is already compressed by cospadi: compress the dense model instead")
+        check_length(model, self.recipe.calibration.seq_len)
         view = discover(model)
         check_weights(view)
         return model, tokenizer, restricted(view, chosen_modules(view, self.recipe))
@@ -234,7 +254,8 @@ class _Run:
         options = self.recipe.calibration
         return read_texts(self.texts if self.texts is not None else str(options.source), field=options.field)
 
-    def _tokens(self, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
+    def read_tokens(self, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
+        """The calibration text in blocks of tokens."""
         options = self.recipe.calibration
         return token_blocks(
             self.documents, tokenizer, samples=options.samples, seq_len=options.seq_len, seed=self.recipe.seed
@@ -254,7 +275,8 @@ class _Run:
             "versions": {"cospadi": found["cospadi"], "torch": found["torch"]},
         }
 
-    def _collect(self, view: ModelView, blocks: TokenBlocks, device: torch.device, journal: Journal) -> None:
+    def collect_statistics(self, view: ModelView, blocks: TokenBlocks, device: torch.device, journal: Journal) -> None:
+        """Leave the statistics of every group's input in `self.store`, and what that took in `self.seconds`."""
         begun = time.perf_counter()
         self.store = StatisticsStore(journal.statistics, {"tokens": blocks.sha256, "model": self.name})
         with widened(view.model, device):
@@ -324,7 +346,10 @@ class _Run:
             found.layers,
         )
 
-    def _save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, journal: Journal) -> None:
+    def save_checkpoint(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, journal: Journal
+    ) -> None:
+        """Put the finished groups of the journal into the model and write the checkpoint."""
         begun = time.perf_counter()
         self.progress("save", 0, 1, self.out.name)
         if plan.shared:
@@ -342,7 +367,7 @@ class _Run:
         self.progress("save", 1, 1)
         self.seconds["save"] = time.perf_counter() - begun
 
-    def _report(
+    def make_report(
         self,
         model: PreTrainedModel,
         plan: Plan,
@@ -350,6 +375,15 @@ class _Run:
         blocks: TokenBlocks,
         device: torch.device,
     ) -> dict[str, Any]:
+        """The content of ``report.json``, as plain data.
+
+        Args:
+            model: as it was saved.
+            plan: that was carried out.
+            rows: of the groups, with their errors.
+            blocks: the calibration text.
+            device: where the run worked.
+        """
         memory = peak_memory()
         found = versions()
         # Compressed layers are counted at 16 bits a weight on both sides; the rest in the model's own dtype.

@@ -40,7 +40,7 @@ from cospadi.evaluation.comparison_row import PruneRow, RowRun, Shared, workplac
 from cospadi.evaluation.entries import Entry, make_entries
 from cospadi.evaluation.tasks import find_tasks, require_lm_eval
 from cospadi.evaluation.yardstick import ARITHMETIC, Yardstick
-from cospadi.model_view import LinearGroup, check_weights, discover, is_compressed, open_model
+from cospadi.model_view import LinearGroup, check_length, check_weights, discover, is_compressed, open_model
 from cospadi.recipe import Recipe
 
 Progress = Callable[..., None]
@@ -105,6 +105,7 @@ def compare(
         factorise), ``evaluate_seconds, error`` (relative output error on the calibration text), ``peak_memory_bytes,
         peak_device_bytes`` (of factorising, with the model), ``texts, tasks, warnings, directory``; a row that could
         not be made has ``reason`` and no perplexity. ``references``: rows of plain quantisation. ``measured``: how.
+        ``warnings``: what to know before rows are compared.
 
     Raises:
         CospadiError: see `cospadi.errors`; what befalls a single row is told in its ``reason`` instead.
@@ -167,6 +168,7 @@ def _shared(
     model, tokenizer = open_model(source)
     if is_compressed(model.config):
         raise ModelError(f"{source} is already compressed by cospadi: compare on the dense model")
+    check_length(model, base.calibration.seq_len)
     view = discover(model)
     check_weights(view)
     view = restricted(view, {name for entry in entries for name in chosen_modules(view, entry.recipe)})
@@ -223,8 +225,9 @@ class _Comparison:
         """Measure the dense model and every row."""
         common = self._common(shared)
         whole = discover(shared.model)
-        chosen = {chosen_modules(whole, entry.recipe) for entry in entries}
-        modules = chosen.pop() if len(chosen) == 1 else whole.module_names
+        chosen = {entry.method: chosen_modules(whole, entry.recipe) for entry in entries}
+        same = len(set(chosen.values())) == 1
+        modules = next(iter(chosen.values())) if same else whole.module_names
         groups = [narrowed(group, modules) for group in whole.groups]
         dense = self._once(common | {"row": "dense", "of": modules}, lambda: self._dense(shared, groups))
         rows: list[dict[str, Any]] = []
@@ -241,6 +244,7 @@ class _Comparison:
             "rows": rows,
             "references": references,
             "measured": ARITHMETIC[self.yardstick.arithmetic],
+            "warnings": [] if same else [_different(chosen, len(whole.module_names))],
             "text": next(iter(self.yardstick.texts)),
             "seq_len": self.yardstick.seq_len,
             "max_blocks": self.yardstick.max_blocks,
@@ -309,6 +313,23 @@ class _Comparison:
         if entry.keep is None:
             row["keep"] = round(row["keep_actual"], 4)
         return row | ({"directory": entry.slug} if save else {})
+
+
+def _different(chosen: Mapping[str, Sequence[str]], count: int) -> str:
+    """What to know where rows compress different layers.
+
+    Args:
+        chosen: names of the linear layers by method.
+        count: of all linear layers.
+    """
+    by_size: dict[tuple[str, ...], list[str]] = {}
+    for method, modules in chosen.items():
+        by_size.setdefault(tuple(modules), []).append(method)
+    told = "; ".join(f"{', '.join(names)}: {len(modules)} of {count}" for modules, names in by_size.items())
+    return (
+        f"not all rows compress the same linear layers ({told}), and keep counts against those of its row: "
+        "give --only, such as --only self_attn, or compare the bytes of the whole model"
+    )
 
 
 def _labelled(

@@ -23,8 +23,8 @@ from cospadi.engine.factorise import rebuild
 from cospadi.engine.journal import Journal
 from cospadi.engine.machine import device_name, versions, widened
 from cospadi.engine.plan import Plan
-from cospadi.engine.prune_run import _PruneRun
-from cospadi.engine.run import _Run
+from cospadi.engine.prune_run import PruneRun
+from cospadi.engine.run import Run
 from cospadi.engine.shared import shared_weights
 from cospadi.evaluation.yardstick import Yardstick, peak, reset_peak
 from cospadi.model_view import ModelView
@@ -86,7 +86,7 @@ class Shared:
         return store
 
 
-class RowRun(_Run):
+class RowRun(Run):
     """A run whose model, tokens and statistics are lent, and whose result is measured before (or without) saving.
 
     It works on a copy of the model, so whatever the engine does to its weights, the next row begins with the dense
@@ -141,21 +141,27 @@ class RowRun(_Run):
             **self.row,
         }
 
-    def _open(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelView]:
+    def read_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelView]:
+        """A copy of the shared model, whose peak memory counts from here on."""
         reset_peak(self.shared.device)
         model = copy.deepcopy(self.shared.model)
         return model, self.shared.tokenizer, replace(self.shared.view, model=model)
 
-    def _tokens(self, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
+    def read_tokens(self, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
+        """The shared text."""
         return self.shared.blocks
 
-    def _collect(self, view: ModelView, blocks: TokenBlocks, device: torch.device, journal: Journal) -> None:
+    def collect_statistics(self, view: ModelView, blocks: TokenBlocks, device: torch.device, journal: Journal) -> None:
+        """The shared statistics, or those of a model that was pruned first."""
         if self.pruned:  # the shared statistics are those of the whole model
-            super()._collect(view, blocks, device, journal)
+            super().collect_statistics(view, blocks, device, journal)
         else:
             self.store = self.shared.store(self.progress)
 
-    def _save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, journal: Journal) -> None:
+    def save_checkpoint(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, journal: Journal
+    ) -> None:
+        """Measure what the journal's groups stand for; write them if the comparison keeps its checkpoints."""
         self.peak = peak(self.shared.device)
         begun = time.perf_counter()
         self.row = self.yardstick.measure(
@@ -163,7 +169,7 @@ class RowRun(_Run):
         )
         self.row["evaluate_seconds"] = time.perf_counter() - begun
         if self.write:
-            super()._save(model, tokenizer, plan, journal)
+            super().save_checkpoint(model, tokenizer, plan, journal)
 
     def _weights(self, plan: Plan, journal: Journal, device: torch.device) -> dict[str, Tensor]:
         """The weights that the packed factors of a finished run stand for, as ``nn.Linear`` holds them."""
@@ -187,7 +193,7 @@ class RowRun(_Run):
         row = self.yardstick.measure(model, self.shared.tokenizer, self.shared.device, self.progress)
         return row | {"evaluate_seconds": time.perf_counter() - begun}
 
-    def _report(
+    def make_report(
         self,
         model: PreTrainedModel,
         plan: Plan,
@@ -195,8 +201,9 @@ class RowRun(_Run):
         blocks: TokenBlocks,
         device: torch.device,
     ) -> dict[str, Any]:
+        """The report of a run, or as much of it as the row needs where nothing is written."""
         if self.write:
-            return super()._report(model, plan, rows, blocks, device) | self.peak
+            return super().make_report(model, plan, rows, blocks, device) | self.peak
         return {
             "keep_actual": plan.keep_actual,
             "bytes_before": plan.bytes_before,
@@ -211,7 +218,7 @@ class RowRun(_Run):
         }
 
 
-class PruneRow(_PruneRun):
+class PruneRow(PruneRun):
     """A row of a pruning method: model, tokens and distances are lent, the result is measured.
 
     Args: see :class:`RowRun`.
@@ -254,21 +261,25 @@ class PruneRow(_PruneRun):
             **self.row,
         }
 
-    def _open(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelView]:
+    def read_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelView]:
+        """A copy of the shared model, whose peak memory counts from here on."""
         reset_peak(self.shared.device)
         model = copy.deepcopy(self.shared.model)
         return model, self.shared.tokenizer, replace(self.shared.view, model=model)
 
-    def _tokens(self, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
+    def read_tokens(self, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
+        """The shared text."""
         return self.shared.blocks
 
-    def _evidence(self, view: ModelView, blocks: TokenBlocks, device: torch.device) -> Evidence:
+    def make_evidence(self, view: ModelView, blocks: TokenBlocks, device: torch.device) -> Evidence:
+        """The evidence that all pruning rows share."""
         return self.shared.evidence(self.recipe.seed, self.progress)
 
-    def _write(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    def write_checkpoint(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+        """Measure the pruned model; write it if the comparison keeps its checkpoints."""
         self.peak = peak(self.shared.device)
         self._measure(model)
-        return super()._write(model, tokenizer) if self.save else None
+        return super().write_checkpoint(model, tokenizer) if self.save else None
 
     def _measure(self, model: PreTrainedModel) -> None:
         begun = time.perf_counter()

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cospadi.calibration.blocks import encode, join
 from cospadi.calibration.texts import Progress, Texts, read_texts
 from cospadi.errors import CalibrationError, NumericalError
-from cospadi.model_view import embedding_weight, guard_memory, placed
+from cospadi.model_view import check_length, embedding_weight, guard_memory, placed
 
 LOGITS_AT_A_TIME = 2**26
 LOSS_AT_A_TIME = 2**24
@@ -67,7 +67,7 @@ def perplexity(
         progress: called as progress(blocks done, blocks, source of the text).
 
     Raises:
-        CalibrationError: if the text cannot be read or does not fill one block.
+        CalibrationError: if the text cannot be read or does not fill one block, or the model has no positions for it.
         NumericalError: if the loss is NaN or Inf.
         ResourceError: if the memory does not suffice.
     """
@@ -75,6 +75,7 @@ def perplexity(
         raise CalibrationError(f"perplexity needs blocks of at least 2 tokens, not {seq_len}")
     if max_blocks is not None and max_blocks < 1:
         raise CalibrationError(f"max_blocks must be at least 1, not {max_blocks}")
+    check_length(model, seq_len)
     texts = read_texts(source)
     documents = encode(texts, tokenizer)
     end = tokenizer.eos_token_id

@@ -13,10 +13,10 @@ from typing import Any
 from cospadi.errors import ResourceError
 from cospadi.report import plots
 from cospadi.report.files import write_atomic
-from cospadi.report.html import _facts, _section, _table, inline_svg
+from cospadi.report.html import html_facts, html_section, html_table, html_warnings, inline_svg
 from cospadi.report.style import CSS
 from cospadi.report.text import human_bytes, human_seconds, integer_text, number, percent, perplexity_text, publishable
-from cospadi.report.view import Fact, calibration_facts, model_facts, model_name, share
+from cospadi.report.view import Fact, calibration_facts, model_facts, model_name, share, warnings_of
 from cospadi.report.write import report_json
 
 COLUMNS = (
@@ -116,12 +116,13 @@ def comparison_page(comparison: Mapping[str, Any]) -> str:
     title = escape(f"{model_name(comparison)}: methods compared")
     lead = escape(" · ".join(str(part) for part in ("by cospadi", *parts) if part))
     sections = [
-        _section("Quality against bytes", _figure(comparison)),
-        _section("Rows", _remark(comparison) + _row_table(all_rows(comparison), dense)),
-        _section("Not made", _reasons(all_rows(comparison))),
-        _section("Tasks", _task_table(comparison)),
-        _section("Calibration text", _facts(calibration_facts(comparison))),
-        _section("Run", _facts([*model_facts(run), Fact("Command", str(comparison.get("command") or ""))])),
+        html_warnings(warnings_of(comparison)),
+        html_section("Quality against bytes", _figure(comparison)),
+        html_section("Rows", _remark(comparison) + _row_table(all_rows(comparison), dense)),
+        html_section("Not made", _reasons(all_rows(comparison))),
+        html_section("Tasks", _task_table(comparison)),
+        html_section("Calibration text", html_facts(calibration_facts(comparison))),
+        html_section("Run", html_facts([*model_facts(run), Fact("Command", str(comparison.get("command") or ""))])),
     ]
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
@@ -161,7 +162,7 @@ def _row_table(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> s
     ]  # fmt: skip
     lines = [_cells(dict(dense, method="dense", keep_actual=1.0), None)]
     lines += [_cells(row, reference) for row in sorted(rows, key=_order)]
-    return _table(columns, lines)
+    return html_table(columns, lines)
 
 
 def _order(row: Mapping[str, Any]) -> tuple[float, float]:
@@ -208,7 +209,7 @@ def _task_table(comparison: Mapping[str, Any]) -> str:
             lines.append([escape(str(row["method"])), percent(row.get("keep")), *(_score(row, name) for name in names)])
     examples = {name: rows[0].get("tasks", {}).get(name, {}).get("samples") for name in names}
     remark = ", ".join(f"{escape(name)} {integer_text(count)}" for name, count in examples.items())
-    return f'<p class="remark">Accuracy ± standard error. Examples: {remark}.</p>\n' + _table(columns, lines)
+    return f'<p class="remark">Accuracy ± standard error. Examples: {remark}.</p>\n' + html_table(columns, lines)
 
 
 def _score(row: Mapping[str, Any], task: str) -> str:

@@ -128,8 +128,9 @@ def print_estimate(estimate: Mapping[str, Any], console: Console) -> None:
     Args:
         estimate: keys as in a report, as far as they are known before a run: ``model``, ``architecture``,
             ``parameters``, ``method``, ``keep_requested``, ``keep_actual``, ``bytes_before``, ``bytes_after``,
-            ``file_bytes_before``, ``file_bytes``, ``groups``, ``peak_memory_bytes``, ``seconds`` (a number, or phases
-            with ``total``), ``device``, ``warnings``.
+            ``file_bytes_before``, ``file_bytes``, ``groups``, ``peak_memory_bytes``, ``memory`` (by part),
+            ``seconds`` (a number, or phases with ``total``, which is None where it cannot be guessed), ``device``,
+            ``warnings``.
         console: where to print.
     """
     rows = read_groups(estimate)
@@ -140,6 +141,11 @@ def print_estimate(estimate: Mapping[str, Any], console: Console) -> None:
     times = estimate.get("seconds")
     seconds = times.get("total") if isinstance(times, Mapping) else times
     device = f"on {estimate['device']}" if estimate.get("device") else ""
+    process = (estimate.get("memory") or {}).get("process")
+    own = f"{human_bytes(process)} of it Python with its libraries" if process else device
+    took = human_seconds(seconds)
+    if isinstance(times, Mapping) and seconds is None and times.get("calibrate") is not None:
+        took = f"{DASH} (calibration alone {human_seconds(times['calibrate'])})"
     _heading(console, model_name(estimate), estimate.get("method"), "estimate")
     whole = arrow(human_bytes(estimate.get("file_bytes_before")), human_bytes(estimate.get("file_bytes")))
     _facts(
@@ -150,8 +156,8 @@ def print_estimate(estimate: Mapping[str, Any], console: Console) -> None:
             Fact("Compressed layers", arrow(human_bytes(before), human_bytes(after))),
             Fact("Bytes kept", percent(keep), "" if asked == DASH else f"{asked} asked for"),
             Fact("Whole checkpoint", whole),
-            Fact("Memory, about", human_bytes(estimate.get("peak_memory_bytes")), device),
-            Fact("Time, about", human_seconds(seconds), device),
+            Fact("Memory, about", human_bytes(estimate.get("peak_memory_bytes")), own),
+            Fact("Time, about", took, device),
         ],
     )
     kinds = by_kind(rows)

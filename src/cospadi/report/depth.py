@@ -18,7 +18,7 @@ from cospadi.report.console import _facts as print_facts
 from cospadi.report.console import _heading as print_heading
 from cospadi.report.console import _warnings as print_warnings
 from cospadi.report.files import write_atomic
-from cospadi.report.html import _code, _facts, _section, _table, _warnings, _yaml, inline_svg
+from cospadi.report.html import html_code, html_facts, html_section, html_table, html_warnings, inline_svg, yaml_text
 from cospadi.report.model_card import ASSETS, _bullets, _fenced, _front_matter, inline
 from cospadi.report.model_card import _facts as card_facts
 from cospadi.report.model_card import _section as card_section
@@ -179,13 +179,13 @@ def depth_page(report: Mapping[str, Any]) -> str:
         '<p class="remark">Error: squared error of the transform on the calibration text, against plain removal.</p>\n'
     )
     sections = [
-        _warnings(warnings_of(report)),
-        _section("The cut", remark + _table(columns, rows) if rows else ""),
-        _section("All pairs of blocks", _figures(report)),
-        _section("Recipe", _code(_yaml(report.get("recipe")))),
-        _section("Calibration text", _facts(calibration_facts(report))),
-        _section("Run", _facts(model_facts(report))),
-        _section("Command", _code(str(report.get("command") or ""))),
+        html_warnings(warnings_of(report)),
+        html_section("The cut", remark + html_table(columns, rows) if rows else ""),
+        html_section("All pairs of blocks", _figures(report)),
+        html_section("Recipe", html_code(yaml_text(report.get("recipe")))),
+        html_section("Calibration text", html_facts(calibration_facts(report))),
+        html_section("Run", html_facts(model_facts(report))),
+        html_section("Command", html_code(str(report.get("command") or ""))),
     ]
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
@@ -236,7 +236,7 @@ def depth_card(report: Mapping[str, Any], picture: bool = True) -> str:
         _bullets("Warnings of the run", warnings_of(report)),
         card_section("The cut", card_table(columns, run_rows(report), numbers_from=2)),
         image,
-        card_section("Recipe", _fenced(_yaml(report.get("recipe")), "yaml")),
+        card_section("Recipe", _fenced(yaml_text(report.get("recipe")), "yaml")),
         card_section("Calibration text", card_facts(calibration_facts(report))),
         card_section("Run", card_facts(model_facts(report))),
         card_section("Command", _fenced(str(report.get("command") or ""), "bash")),

@@ -59,14 +59,14 @@ def page(report: Mapping[str, Any]) -> str:
     report = publishable(report)
     title = f"{model_name(report)}, compressed by cospadi"
     sections = [
-        _warnings(warnings_of(report)),
-        _section("By layer", _figures(report)),
-        _section("By kind of projection", _kind_table(by_kind(read_groups(report)))),
-        _section("Groups", _group_table(read_groups(report))),
-        _section("Recipe", _code(_yaml(report.get("recipe")))),
-        _section("Calibration text", _facts(calibration_facts(report))),
-        _section("Run", _facts(model_facts(report))),
-        _section("Command", _code(str(report.get("command") or ""))),
+        html_warnings(warnings_of(report)),
+        html_section("By layer", _figures(report)),
+        html_section("By kind of projection", _kind_table(by_kind(read_groups(report)))),
+        html_section("Groups", _group_table(read_groups(report))),
+        html_section("Recipe", html_code(yaml_text(report.get("recipe")))),
+        html_section("Calibration text", html_facts(calibration_facts(report))),
+        html_section("Run", html_facts(model_facts(report))),
+        html_section("Command", html_code(str(report.get("command") or ""))),
     ]
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
@@ -86,15 +86,18 @@ def _lead(report: Mapping[str, Any]) -> str:
     return f'<p class="lead">{escape(" · ".join(str(part) for part in parts if part))}</p>\n'
 
 
-def _section(title: str, content: str) -> str:
+def html_section(title: str, content: str) -> str:
+    """A section with its heading; nothing where there is no content."""
     return f"<section>\n<h2>{title}</h2>\n{content}</section>\n" if content else ""
 
 
-def _code(text: str) -> str:
+def html_code(text: str) -> str:
+    """Text as it is; nothing where it is blank."""
     return f"<pre><code>{escape(text.rstrip())}</code></pre>\n" if text.strip() else ""
 
 
-def _yaml(value: object) -> str:
+def yaml_text(value: object) -> str:
+    """A value as YAML; nothing for an empty one."""
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=88) if value else ""
 
 
@@ -108,7 +111,8 @@ def _cards(facts: Sequence[Fact]) -> str:
     return f'<dl class="cards">\n{"".join(cards)}</dl>\n' if cards else ""
 
 
-def _facts(facts: Sequence[Fact]) -> str:
+def html_facts(facts: Sequence[Fact]) -> str:
+    """A list of labels, values and notes."""
     items = [
         f"<dt>{escape(fact.label)}</dt><dd>{escape(fact.value)}"
         + (f' <span class="note">{escape(fact.note)}</span>' if fact.note else "")
@@ -118,12 +122,13 @@ def _facts(facts: Sequence[Fact]) -> str:
     return f'<dl class="facts">\n{"".join(items)}</dl>\n' if items else ""
 
 
-def _warnings(warnings: Sequence[str]) -> str:
+def html_warnings(warnings: Sequence[str]) -> str:
+    """A box of warnings; nothing where there are none."""
     items = "".join(f"<li>{escape(text)}</li>\n" for text in warnings)
     return f'<div class="warnings" role="note">\n<ul>\n{items}</ul>\n</div>\n' if items else ""
 
 
-def _table(columns: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str]]) -> str:
+def html_table(columns: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str]]) -> str:
     """A table of cells that are HTML already; a column is its title and whether it holds numbers."""
     css = [' class="n"' if numeric else "" for _, numeric in columns]
     head = "".join(f'<th scope="col"{c}>{escape(title)}</th>' for (title, _), c in zip(columns, css, strict=True))
@@ -155,7 +160,7 @@ def _kind_table(kinds: Sequence[KindRow]) -> str:
         ]
         for kind in kinds
     ]
-    return _table(columns, rows)
+    return html_table(columns, rows)
 
 
 def _bar(error: float | None, longest: float) -> str:
@@ -192,7 +197,7 @@ def _group_table(groups: Sequence[GroupRow]) -> str:
         '<p class="remark">Error: relative error of the outputs on the calibration text. '
         "Bits: of a dictionary value / of a code value.</p>\n"
     )
-    table = remark + _table(columns, rows)
+    table = remark + html_table(columns, rows)
     state = " open" if len(rows) <= _OPEN_ROWS else ""
     return f"<details{state}>\n<summary>{len(rows)} groups</summary>\n{table}</details>\n"
 

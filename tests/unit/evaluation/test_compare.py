@@ -275,3 +275,26 @@ def test_peak_memory_of_a_row_does_not_hold_that_of_earlier_ones(monkeypatch):
 def test_texts_are_told_apart_by_their_documents():
     one, two = (comparison_row.Yardstick({"t": read_texts(d)}) for d in (["ab", "c"], ["a", "bc"]))
     assert one.fingerprint() != two.fingerprint()
+
+
+def test_rows_that_compress_different_layers_are_told_apart(go):
+    assert go("same", methods=["svd", "svd_llm"])["warnings"] == []
+    found = go("differ", methods=["masa", "svd"], keeps=[0.7], references=["rtn"])
+    assert len(found["warnings"]) == 1
+    for word in ("masa: 12 of 21", "svd, rtn: 21 of 21", "--only"):
+        assert word in found["warnings"][0]
+    rows = {row["method"]: row for row in found["rows"]}
+    assert rows["masa"]["bytes_before"] < rows["svd"]["bytes_before"] == found["dense"]["bytes"]
+    alike = go("only", methods=["masa", "svd"], keeps=[0.7], recipe=RECIPE.merged({"only": ["self_attn"]}))
+    assert alike["warnings"] == []
+    assert len({row["bytes_before"] for row in alike["rows"]} | {alike["dense"]["bytes"]}) == 1
+
+
+def test_learned_positions_must_suffice(tmp_path):
+    learned = save_tiny(tmp_path / "opt", "opt", max_position_embeddings=40)
+    settings = {"methods": ["svd"], "keeps": [0.8], "text": TEXT, "calibration": CALIBRATION, "references": ()}
+    with pytest.raises(CalibrationError, match="--seq-len 40"):
+        compare(learned, tmp_path / "out", recipe=RECIPE, seq_len=32, **settings)
+    fitting = RECIPE.merged({"calibration": {"seq_len": 32}})
+    with pytest.raises(CalibrationError, match="--seq-len 40"):
+        compare(learned, tmp_path / "out", recipe=fitting, seq_len=64, **settings)

@@ -68,6 +68,12 @@ def test_page_escapes_orders_and_stands_alone(data):
     )
 
 
+def test_page_tells_warnings(data):
+    assert 'class="warnings"' not in comparison_page(data)
+    page = comparison_page(data | {"warnings": ["not the <same> layers"]})
+    assert "not the &lt;same&gt; layers" in page and 'class="warnings"' in page
+
+
 def test_files_are_strict_and_tell_no_paths(data, tmp_path):
     data["rows"][0]["perplexity"] = math.inf
     files = write_comparison(data, tmp_path / "new")

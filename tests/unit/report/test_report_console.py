@@ -13,6 +13,7 @@ from cospadi.report import (
     print_inspect,
     print_summary,
 )
+from cospadi.report.text import DASH
 
 
 def printed(show, *args, width=80, **kwargs) -> str:
@@ -46,6 +47,20 @@ def test_estimate_adds_up_what_is_not_given(report):
     assert fits(text) and "…" not in text
     for word in ("63.7 → 40.7 MB", "1 min 30 s", "on cpu", "3.00 GB", "non-zeros", "svd_llm", "502"):
         assert word in text
+
+
+def test_estimate_says_what_is_unknown_and_what_python_takes(report):
+    estimate = {
+        "model": "m", "groups": report["groups"], "device": "cpu", "peak_memory_bytes": 1.1e9,
+        "memory": {"process": 450e6, "model": 650e6}, "seconds": {"calibrate": 182.0, "factorise": None, "total": None},
+    }  # fmt: skip
+    text = printed(print_estimate, estimate)
+    assert fits(text) and f"{DASH} (calibration alone 3 min 02 s)" in text
+    assert "450 MB of it Python" in text and "1.10 GB" in text
+    estimate["seconds"] = {"calibrate": None, "total": None}
+    assert "Time" not in printed(print_estimate, estimate)
+    estimate["seconds"] = {"calibrate": 10.0, "total": 31.0}
+    assert "31.0 s" in printed(print_estimate, estimate)
 
 
 def test_inspect_has_a_line_for_every_group(report):
