@@ -55,6 +55,9 @@ class Refine(_Strict):
     )
     probe: float = Field(0.15, gt=0, le=1, description="Share of the steps spent on every learning rate that is tried.")
     patience: int = Field(4, ge=1, description="Tenths of a run without improvement after which it ends.")
+    output_steps: int = Field(
+        0, ge=0, description="Adam steps on all layers together afterwards, towards the original model's predictions."
+    )
 
 
 class Prune(_Strict):

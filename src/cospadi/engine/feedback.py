@@ -20,6 +20,7 @@ from cospadi.engine.factorise import measure, rebuild, solve
 from cospadi.engine.journal import Journal
 from cospadi.engine.machine import derived_seed
 from cospadi.engine.plan import Plan, PlannedGroup
+from cospadi.engine.predictions import refine_predictions
 from cospadi.engine.refine import block_error, refine_layer
 from cospadi.engine.streams import Moments, Streams, anchored_error, anchored_target
 from cospadi.errors import RecipeError
@@ -40,11 +41,13 @@ class Outcome:
     Attributes:
         groups: numbers of every group, in the order of the plan.
         layers: numbers of every decoder layer.
+        predictions: numbers of the refinement towards the predictions, if there was one.
         resumed: groups taken over from an interrupted run.
     """
 
     groups: list[dict[str, Any]] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
+    predictions: dict[str, Any] = field(default_factory=dict)
     resumed: int = 0
 
 
@@ -110,17 +113,23 @@ class LayerByLayer:
         self.fisher = fisher or {}
         self.view, self.plan, self.recipe, self.store, self.ids = view, plan, recipe, store, ids
         self.device, self.journal, self.dtype, self.progress = device, journal, dtype, progress
+        self.originals: dict[int, tuple[Tensor, ...]] = {}
 
     def go(self) -> Outcome:
         """Work on all layers, or on those that an interrupted run left."""
         outcome = Outcome(groups=[{} for _ in self.plan.groups])
         count = len(self.view.layers)
         unfinished = [index for index in range(count) if not self.journal.has(self._entry(index))]
-        streams = Streams(self.view, self.ids, self.device) if unfinished else None
+        refine = self.recipe.refine
+        predictions = refine is not None and refine.output_steps > 0
+        # what the original layers make of the text is known only as long as it has been followed through all of them
+        pending = predictions and not self.journal.has(self._entry(count))
+        last = count - 1 if pending else max(unfinished, default=-1)
+        streams = Streams(self.view, self.ids, self.device) if last >= 0 else None
         for index in range(count):
             layer = _Layer(index, {i: g for i, g in enumerate(self.plan.groups) if g.layer == index})
             targets = None
-            if streams is not None and index <= unfinished[-1]:
+            if streams is not None and index <= last:
                 targets = streams.run(index, streams.original)
             if index in unfinished and streams is not None and targets is not None:
                 self._report(outcome, index, count)
@@ -129,16 +138,59 @@ class LayerByLayer:
             else:
                 self._read(layer)
                 outcome.resumed += len(layer.planned)
+            if predictions:  # errors are counted against the original weights, which are about to go
+                self.originals |= {i: self._weights(group, "cpu") for i, group in layer.planned.items()}
             self._apply(layer)
-            if streams is not None and targets is not None and index < unfinished[-1]:
-                streams.original, streams.compressed = targets, streams.run(index, streams.compressed)
+            if streams is not None and targets is not None:
+                streams.original = targets
+                if index < max(unfinished, default=-1):
+                    streams.compressed = streams.run(index, streams.compressed)
             for i, info in layer.infos.items():
                 outcome.groups[i] = info
             outcome.layers.append({"layer": index} | layer.info)
+        final = None if streams is None else streams.original
         if streams is not None:
             streams.close()
         self._report(outcome, count, count)
+        if predictions:
+            outcome.predictions = self._predictions(outcome, final if pending else None)
         return outcome
+
+    def _predictions(self, outcome: Outcome, targets: Tensor | None) -> dict[str, Any]:
+        """Refine all groups together, or take over what an interrupted run found; they replace the groups' entries.
+
+        Args:
+            outcome: gets the errors of the groups as they are now.
+            targets: output of the original model's last layer; None: the entry exists.
+        """
+        entry = self._entry(len(self.view.layers))
+        specs = [group.spec for group in self.plan.groups]
+        if targets is not None and self.recipe.refine is not None:
+            before = [self.journal.read(i)[0] for i in range(len(specs))]
+            tuned, info = refine_predictions(
+                self.view,
+                list(zip(specs, before, strict=True)),
+                self.ids,
+                targets,
+                self.recipe.refine,
+                seed=derived_seed(self.recipe.seed, "refine predictions"),
+                device=self.device,
+                dtype=self.dtype,
+                progress=self.progress,
+            )
+            flat = {f"{i} {key}": tensor for i, packed in enumerate(tuned) for key, tensor in packed.items()}
+            self.journal.write(entry, flat, info)
+        found, info = self.journal.read(entry)
+        packed: list[dict[str, Tensor]] = [{} for _ in specs]
+        for name, tensor in found.items():
+            number, key = name.split(" ", 1)
+            packed[int(number)][key] = tensor
+        for i, group in enumerate(self.plan.groups):
+            outcome.groups[i] |= self._measure(
+                group, packed[i], None, tuple(w.to(self.device) for w in self.originals.pop(i))
+            )
+            self.journal.write(i, packed[i], outcome.groups[i])
+        return info
 
     def _entry(self, layer: int) -> int:
         return len(self.plan.groups) + layer
@@ -182,8 +234,8 @@ class LayerByLayer:
     def _on_device(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {key: tensor.to(self.device) for key, tensor in tensors.items()}
 
-    def _weights(self, group: PlannedGroup) -> tuple[Tensor, ...]:
-        return tuple(self.view.weight(name).to(self.device).float() for name in group.spec.modules)
+    def _weights(self, group: PlannedGroup, device: torch.device | str | None = None) -> tuple[Tensor, ...]:
+        return tuple(self.view.weight(name).to(device or self.device, copy=True).float() for name in group.spec.modules)
 
     def _factorise(self, group: PlannedGroup, moments: Moments | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
         begun = time.perf_counter()
@@ -203,9 +255,22 @@ class LayerByLayer:
         tensors = {key: tensor.cpu() for key, tensor in packed.items()}
         return tensors, self._measure(group, tensors, moments) | {"seconds": time.perf_counter() - begun}
 
-    def _measure(self, group: PlannedGroup, packed: dict[str, Tensor], moments: Moments | None) -> dict[str, Any]:
-        """Errors against the original model; with `moments`, also that of the output in the compressed one."""
-        weights, packed = self._weights(group), self._on_device(packed)
+    def _measure(
+        self,
+        group: PlannedGroup,
+        packed: dict[str, Tensor],
+        moments: Moments | None,
+        original: tuple[Tensor, ...] | None = None,
+    ) -> dict[str, Any]:
+        """Errors against the original model; with `moments`, also that of the output in the compressed one.
+
+        Args:
+            group: which.
+            packed: its tensors.
+            moments: of its input in both streams.
+            original: its weights, where the model no longer holds them.
+        """
+        weights, packed = original or self._weights(group), self._on_device(packed)
         gram = self.store.load(group.source).mean_gram.to(self.device)
         info: dict[str, Any] = measure(weights, packed, group.spec, (gram,))
         if moments is not None:

@@ -146,6 +146,7 @@ class Run:
         self.name = Path(os.path.abspath(folder)).name if folder.is_dir() else source  # noqa: PTH100 - "." has a name too
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
+        self.predictions: dict[str, Any] = {}
         self.fisher: dict[str, Tensor] = {}
         self.asked = recipe
         self.pruned: dict[str, Any] = {}
@@ -196,6 +197,7 @@ class Run:
                 self.notes = list(dict.fromkeys(str(w.message) for w in caught if w.category is UserWarning))
                 self.seconds["total"] = time.perf_counter() - begun
                 report = self.make_report(model, plan, rows, blocks, device) | ({"layers": layers} if layers else {})
+                report |= {"predictions": self.predictions} if self.predictions else {}
                 report |= self._of_the_whole(plan)
                 # The report is last: where it is, the run is done.
                 write_durably(self.out / "recipe.yaml", self.asked.to_yaml().encode())
@@ -337,6 +339,8 @@ class Run:
             view, plan, self.recipe, self.store, blocks.ids, device, journal, dtype, self.progress, self.fisher
         ).go()
         refining = sum(layer.get("refine", {}).get("seconds", 0.0) for layer in found.layers)
+        refining += found.predictions.get("seconds", 0.0)
+        self.predictions = found.predictions
         self.seconds["factorise"] = time.perf_counter() - begun - refining
         if self.recipe.refine is not None:
             self.seconds["refine"] = refining
