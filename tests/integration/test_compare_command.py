@@ -132,7 +132,6 @@ def test_texts_are_needed(run):
 
 
 def test_evaluate_with_tasks(files, tmp_path):
-    pytest.importorskip("lm_eval")
     words = [word[:4] for word in tiny_text(800, seed=5).split()]
     records = [{"task": "t", "good": " ".join(words[i : i + 3]), "bad": words[i + 9]} for i in range(6)]
     path = tmp_path / "minimal.jsonl"

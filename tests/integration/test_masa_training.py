@@ -222,7 +222,6 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 
 
 def test_vision_example_beats_chance(tmp_path):
-    pytest.importorskip("sklearn")
     import vision
 
     arguments = ["--designs", "dense", "masa_qkvo", "--seeds", "0", "--epochs", "4", "--layers", "3", "--hidden", "32"]

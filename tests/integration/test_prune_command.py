@@ -84,7 +84,6 @@ def test_the_command_writes_a_whole_checkpoint_with_all_its_pages(model, tmp_pat
 
 
 def test_the_heat_map_outlines_the_cut(model, tmp_path, flags):
-    pytest.importorskip("matplotlib")
     from cospadi.report.depth import heat_map
 
     out = tmp_path / "out"

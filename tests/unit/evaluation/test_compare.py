@@ -245,7 +245,6 @@ def test_a_compressed_model_is_refused(source, go, tmp_path):
 
 
 def test_tasks_are_scored_for_every_row(go, tmp_path):
-    pytest.importorskip("lm_eval")
     words = [word[:4] for word in tiny_text(800, seed=5).split()]
     pairs = [
         {"task": "t", "good": " ".join(words[i : i + 3]), "bad": " ".join(words[i + 9 : i + 12])} for i in range(8)

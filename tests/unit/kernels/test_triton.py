@@ -1,16 +1,17 @@
 """Runs interpreted.py: the interpreter must be chosen before anything in the process imports Triton."""
 
 import os
+import platform
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 
 @pytest.mark.skipif(
-    find_spec("triton") is None, reason="Triton is not installed; its interpreter runs the kernels here"
+    sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"),
+    reason="there is no Triton for this machine; its interpreter runs the kernels here",
 )
 def test_kernels_in_the_interpreter():
     tests = Path(__file__).with_name("interpreted.py")

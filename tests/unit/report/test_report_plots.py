@@ -8,8 +8,6 @@ from cospadi.errors import ResourceError
 from cospadi.report import bytes_per_layer, error_per_layer, quality_against_bytes
 from cospadi.report.plots import render, save, spread_labels
 
-pytest.importorskip("matplotlib")
-
 
 def texts(figure) -> list[str]:
     return [text.get_text() for text in [*figure.texts, *figure.axes[0].texts]]

@@ -1,6 +1,7 @@
 import json
 import math
 
+import numpy
 import pytest
 
 from cospadi.report.text import (
@@ -100,7 +101,6 @@ def test_commands_and_warnings_lose_paths_but_keep_the_rest():
 
 
 def test_values_become_strict_json():
-    numpy = pytest.importorskip("numpy")
     value = {"a": math.nan, 3: {1.5, 2.5}, "n": numpy.float32(0.5), "i": numpy.int64(7), "o": object, "t": (1, None)}
     clean = publishable(value)
     assert json.loads(json.dumps(clean, allow_nan=False)) == clean
