@@ -1,5 +1,6 @@
 """Collecting the statistics of every linear group's input, one decoder layer at a time."""
 
+import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
 
@@ -43,6 +44,9 @@ def collect(
         batch: sequences at a time; None: as many as stay within 16k tokens.
         progress: called as progress(layers done, layers, name of the layer).
 
+    Warns:
+        UserWarning: if there are fewer tokens than inputs of a layer: its Gram is then singular.
+
     Raises:
         NumericalError: on NaN or Inf in a layer's input (names the layer).
         OutputError: if the statistics cannot be written.
@@ -50,6 +54,13 @@ def collect(
     """
     if ids.ndim != 2 or not len(ids):
         raise CalibrationError(f"calibration needs token ids (sequences, length), not {tuple(ids.shape)}")
+    widest = max((group.d_in for group in view.groups), default=0)
+    if ids.numel() < widest:  # also where all is in the store: the report of a resumed run shall say it too
+        warnings.warn(
+            f"{ids.numel()} calibration tokens are fewer than the {widest} inputs of the widest layer: its errors "
+            "on other text may be far larger than those reported; give more --samples",
+            stacklevel=2,
+        )
     layers = range(len(view.layers))
     missing = [index for index in layers if index not in store]
     if not missing:

@@ -101,7 +101,7 @@ class StatisticsStore:
         free = shutil.disk_usage(self.directory).free
         if need > free:
             raise OutputError(
-                f"{self.directory}: the calibration statistics need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+                f"{self.directory}: the calibration statistics need {_size(need)}, {_size(free)} are free: "
                 "free some, or choose a directory on another disk"
             )
 
@@ -173,3 +173,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e3:,.0f} kB"

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,17 @@ class Texts:
 
 
 def read_texts(
-    source: "str | Path | list[str] | Texts", *, field: str = "text", hub_characters: int = HUB_CHARACTERS
+    source: "str | Path | list[str] | tuple[str, ...] | Texts",
+    *,
+    field: str = "text",
+    hub_characters: int = HUB_CHARACTERS,
 ) -> Texts:
     """Read documents.
 
     Args:
-        source: a list of documents; a file: ``.txt`` (one document; any line end is read as a newline), ``.json`` (a
-            list of strings or records), ``.jsonl`` (a record or string a line), ``.parquet``; or, if no such file
-            exists, a hub data set as ``name``, ``name:split`` or ``name:configuration:split`` (split: train),
+        source: a list or tuple of documents; a file: ``.txt`` (one document; any line end is read as a newline),
+            ``.json`` (a list of strings or records), ``.jsonl`` (a record or string a line), ``.parquet``; or, if no
+            such file exists, a hub data set as ``name``, ``name:split`` or ``name:configuration:split`` (split: train),
             streamed. Only the last of these uses the network.
         field: which field of a record holds the text.
         hub_characters: how much to take of a hub data set, from its beginning.
@@ -57,12 +60,20 @@ def read_texts(
     """
     if isinstance(source, Texts):
         return source
-    if isinstance(source, list):
+    if isinstance(source, (list, tuple)):
         return _checked(_strings(source, "the list", field), "a list of documents")
+    if not isinstance(source, (str, Path)):
+        raise CalibrationError(f"a text is a file, the name of a hub data set or a list of documents, not {source!r}")
     path = Path(source).expanduser()
-    if path.is_dir():
+    try:
+        folder, file = path.is_dir(), path.is_file()
+    except OSError:  # longer than names of files may be
+        raise CalibrationError(
+            f"{str(source)[:40]!r}…: there is no such file; to give the text itself, make it a list of documents"
+        ) from None
+    if folder:
         raise CalibrationError(f"{source}: is a directory; name one of {', '.join(SUFFIXES)} files")
-    if path.is_file():
+    if file:
         return _checked(_read_file(path, field), str(source))
     if isinstance(source, Path) or path.suffix.lower() in SUFFIXES or not _HUB_NAME.fullmatch(source):
         raise CalibrationError(f"{source}: there is no such file")
@@ -95,10 +106,7 @@ def _read_file(path: Path, field: str) -> Iterator[str]:
         # a perplexity must not depend on the system on which a file was saved.
         return iter([text.replace("\r\n", "\n").replace("\r", "\n")])
     if suffix == ".json":
-        try:
-            records = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise CalibrationError(f"{path}: malformed JSON in line {error.lineno}: {error.msg}") from None
+        records = _parsed(text, str(path))
         if not isinstance(records, list):
             raise CalibrationError(f"{path}: must hold a list of strings or records, not {_kind(records)}")
         return _strings(records, str(path), field, what="entry")
@@ -121,14 +129,21 @@ def _read_lines(path: Path, text: str, field: str) -> Iterator[str]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CalibrationError(f"{path}: malformed JSON in line {number}: {error.msg}") from None
-        yield _text_of(record, f"{path}: line {number}", field)
+        yield _text_of(_parsed(line, str(path), number), f"{path}: line {number}", field)
 
 
-def _strings(records: list[Any], where: str, field: str, what: str = "item") -> Iterator[str]:
+def _parsed(text: str, where: str, line: int | None = None) -> Any:
+    """JSON of a whole file, or of one line of it."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CalibrationError(f"{where}: malformed JSON in line {line or error.lineno}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # more digits or brackets than Python reads
+        place = f"line {line}" if line else "the file"
+        raise CalibrationError(f"{where}: {place} cannot be read as JSON: {str(error).split(';')[0]}") from None
+
+
+def _strings(records: Sequence[Any], where: str, field: str, what: str = "item") -> Iterator[str]:
     for number, record in enumerate(records, 1):
         yield _text_of(record, f"{where}: {what} {number}", field)
 

@@ -163,8 +163,8 @@ def read_task_file(path: Path, limit: int | None = None) -> TaskFile:
         where = f"{path}, line {number}"
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CalibrationError(f"{where} is not JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            raise CalibrationError(f"{where} is not JSON: {getattr(error, 'msg', error)}") from None
         form = form or _form_of(record, where)
         records.append(_converted(record, form, where))
     if not records:

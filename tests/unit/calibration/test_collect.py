@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 
@@ -5,6 +7,8 @@ from cospadi.calibration import StatisticsStore, accumulate, collect, sequences_
 from cospadi.errors import CalibrationError, NumericalError, OutputError, ResourceError
 from cospadi.model_view import LayerReplay, discover
 from tiny import ARCHITECTURES, MORE_ARCHITECTURES, tiny_model, token_ids
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens are fewer than the .* inputs")
 
 
 def inputs_of(model, view, ids):
@@ -171,3 +175,14 @@ def test_cuda_gives_the_same_grams_and_returns_the_model(tmp_path, architecture)
         scale = float(first.gram.abs().max())
         torch.testing.assert_close(second.gram, first.gram, rtol=1e-4, atol=1e-5 * scale)
         assert second.tokens == first.tokens == 100
+
+
+def test_fewer_tokens_than_inputs_is_a_warning(tmp_path):
+    view = discover(tiny_model())
+    widest = max(group.d_in for group in view.groups)
+    for _ in range(2):  # a resumed run says it too
+        with pytest.warns(UserWarning, match=f"{widest - 1} calibration tokens are fewer than the {widest} inputs"):
+            collect(view, token_ids(1, widest - 1), store=StatisticsStore(tmp_path / "few", {}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        collect(view, token_ids(1, widest), store=StatisticsStore(tmp_path / "enough", {}))

@@ -1,5 +1,6 @@
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,11 +100,14 @@ def test_missing_and_damaged_layers(tmp_path):
         store.load(GROUPS[0])
 
 
-def test_space_is_looked_at_beforehand(tmp_path):
+def test_space_is_looked_at_beforehand(tmp_path, monkeypatch):
     store = StatisticsStore(tmp_path, FINGERPRINT)
     store.require_space(GROUPS)
     with pytest.raises(OutputError, match=r"need 40010\.\d GB"):
         store.require_space([LinearGroup(("m",), 0, 10**6, (1,))] * 10)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2048))
+    with pytest.raises(OutputError, match=r"need [1-9]\d+ kB, 2 kB are free: free some"):
+        store.require_space([LinearGroup(("m",), 0, 100, (1,))])
 
 
 def test_a_file_in_the_way(tmp_path):

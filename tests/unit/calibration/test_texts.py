@@ -172,3 +172,11 @@ def test_local_files_come_before_the_hub(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "name.txt", "local")
     assert read_texts("name.txt").documents == ("local",) and not hub
+
+
+def test_what_python_may_give():
+    assert read_texts(("a", "b")) == read_texts(["a", "b"])
+    with pytest.raises(CalibrationError, match=r"'One day .*…: there is no such file; .* make it a list of documents"):
+        read_texts("One day a bear went to the river to fish. " * 200)
+    with pytest.raises(CalibrationError, match="not 3"):
+        read_texts(3)
