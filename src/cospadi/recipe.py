@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from cospadi.errors import BudgetError, RecipeError
 
 DEFAULT_METHOD = "pursuit"
+_LONGEST_VALUE = 60
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([kKMGT]?i?)B?\s*")
 _POWERS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -90,7 +92,8 @@ class Recipe(_Strict):
     """A whole compression run.
 
     Raises:
-        RecipeError: through :meth:`load` and :meth:`merged`, on unknown keys (naming the nearest) or wrong values.
+        RecipeError: on unknown keys (naming the nearest) or wrong values.
+        BudgetError: on a `keep` that is no share, or both `keep` and `target_size`.
     """
 
     method: str = Field(DEFAULT_METHOD, description="Name of a method, see `cospadi methods`.")
@@ -159,6 +162,14 @@ class Recipe(_Strict):
             raise BudgetError(f"keep ({self.keep:g}) and target_size ({self.target_size}) are both given: give one")
         return self
 
+    if not TYPE_CHECKING:  # editors and type checkers shall see the fields
+
+        def __init__(self, **fields: Any) -> None:
+            try:
+                super().__init__(**fields)
+            except ValidationError as error:
+                raise RecipeError(_first_problem(error)) from None
+
     def require_budget(self) -> None:
         """Check that the recipe says how small the model shall be.
 
@@ -169,6 +180,21 @@ class Recipe(_Strict):
             raise BudgetError(
                 "say how small the model shall be: either --keep (such as 0.8) or --target-size (such as 5GB)"
             )
+
+    @classmethod
+    def of(cls, value: Recipe | dict[str, Any] | str | Path | None) -> Recipe:
+        """A recipe as functions take it: ready, as keys and values, as a file, or none.
+
+        Raises:
+            RecipeError: if it cannot be read, or has unknown keys or wrong values.
+        """
+        if value is None or isinstance(value, Recipe):
+            return value or cls()
+        if isinstance(value, dict):
+            return cls().merged(value, source="recipe")
+        if isinstance(value, (str, Path)):
+            return cls.load(value)
+        raise RecipeError(f"a recipe is a Recipe, a dictionary or a file, not a {type(value).__name__}")
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -211,9 +237,9 @@ class Recipe(_Strict):
             section = data.get(key)
             data[key] = {**section, **value} if isinstance(section, dict) and isinstance(value, dict) else value
         try:
-            return Recipe.model_validate(data)
-        except ValidationError as error:
-            raise RecipeError(f"{source}: {_first_problem(error)}") from None
+            return Recipe(**{str(key): value for key, value in data.items()})
+        except RecipeError as error:
+            raise RecipeError(f"{source}: {error}") from None
 
     def to_yaml(self) -> str:
         """YAML text of the recipe, without keys left at None."""
@@ -245,7 +271,7 @@ def _first_problem(error: ValidationError) -> str:
     first = error.errors()[0]
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] != "extra_forbidden":
-        return f"{path}: {first['msg']}"
+        return f"{path} cannot be {_shown(first['input'])}: {_allowed(first)}"
     model: type[BaseModel] = Recipe
     for part in first["loc"][:-1]:
         annotation = model.model_fields[str(part)].annotation
@@ -255,6 +281,37 @@ def _first_problem(error: ValidationError) -> str:
     near = difflib.get_close_matches(str(first["loc"][-1]), list(model.model_fields), n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(model.model_fields)}"
     return f"unknown key {path!r}{hint}"
+
+
+_BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+_KINDS = {
+    "int_": "a whole number",
+    "float_": "a number",
+    "string_": "a word",
+    "bool_": "true or false",
+    "list_": "a list",
+    "dict_": "a section of keys and values",
+    "model_": "a section of keys and values",
+}
+
+
+def _allowed(problem: Mapping[str, Any]) -> str:
+    """What pydantic says, in words that fit a person who never heard of it."""
+    for key, words in _BOUNDS.items():
+        if key in (problem.get("ctx") or {}):
+            return f"it must be {words} {problem['ctx'][key]}"
+    for kind, words in _KINDS.items():
+        if problem["type"].startswith(kind):
+            return f"it must be {words}"
+    if problem["type"] == "literal_error":
+        return f"it must be {problem['ctx']['expected']}"
+    reason = str(problem["msg"]).removeprefix("Value error, ")
+    return f"{reason[:1].lower()}{reason[1:]}"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
 
 
 def json_schema() -> str:

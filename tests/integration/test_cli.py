@@ -148,13 +148,14 @@ def test_models_that_cannot_be_used(place):
         return command("compress", model, "out", "--recipe", "quick.yaml")
 
     refused(run("./missing"), "missing", "no such directory")
+    refused(run("x" * 5000), "xxx…", "no such directory")
     refused(run("not-here"), "not-here", "neither a local directory")
     refused(run("text.txt"), "text.txt", "is a file")
     Path("empty").mkdir()
     refused(run("empty"), "empty", "config.json")
     refused(run(foreign_model("t5", model_type="t5", architectures=["T5Model"], is_encoder_decoder=True)), "T5Model")
     refused(run(foreign_model("clip", model_type="clip", architectures=["CLIPModel"])), "CLIPModel", "causal")
-    refused(run(foreign_model("odd", model_type="nonesuch")), "nonesuch")
+    refused(run(foreign_model("odd", model_type="nonesuch")), "no architecture 'nonesuch'", "upgrade")
     Path("odd/config.json").write_text('{"model_type":', encoding="utf-8")
     refused(run("odd"), "config.json")
     save_tiny("gpt2", "gpt2")
@@ -182,6 +183,10 @@ def test_damaged_models_name_the_file_or_the_layer():
 
     refused(run(altered_model("nan", "layers.1.mlp.up_proj", float("nan"))), "model.layers.1.mlp.up_proj", "NaN")
     refused(run(altered_model("inf", "layers.1.input_layernorm", float("inf"))), "model.layers.1.self_attn.q_proj")
+    for model in ("nan", "inf"):
+        refused(command("evaluate", model, "--text", "text.txt", "--seq-len", "32"), "NaN", "layers.1.")
+        for temperature in (0, 1):
+            refused(command("generate", model, "--prompt", "a", "--temperature", temperature), "NaN", "layers.1.")
     shutil.copytree("tiny", "short")
     weight = sorted(Path("short").glob("*.safetensors"))[0]
     weight.write_bytes(weight.read_bytes()[:-10])
@@ -205,6 +210,8 @@ def test_damaged_models_name_the_file_or_the_layer():
         ("body.jsonl", b'{"text": "a"}\n{"body": "b"}\n', ["body.jsonl", "line 2", "'text'", "'body'"]),
         ("table.csv", b"a,b", ["table.csv", ".csv", ".jsonl"]),
         ("brief.txt", b"too short", ["brief.txt", "9 tokens", "32"]),
+        ("deep.json", b"[" * 100_000, ["deep.json", "JSON", "recursion"]),
+        ("digits.jsonl", b'"a"\n' + b"1" * 5000, ["digits.jsonl", "line 2", "JSON", "digits"]),
     ],
 )
 def test_texts_that_cannot_be_used(name, content, words):
@@ -227,6 +234,21 @@ def test_fewer_sequences_than_asked_is_a_warning(tmp_path):
     done = quick("--calibration", tmp_path / "few.txt", "--json")
     assert "where 8 were asked" in done.err and "where 8 were asked" in done.json["warnings"][0]
     shutil.rmtree("out")
+
+
+def test_a_text_that_cannot_describe_the_layers_is_a_warning():
+    done = quick("--samples", "1", "--json")
+    assert done.code == 0 and done.json["warnings"] == [
+        line.removeprefix("warning: ") for line in done.err.splitlines() if line.startswith("warning")
+    ]
+    assert "32 calibration tokens are fewer than the 44 inputs" in done.json["warnings"][0]
+
+
+def test_a_warning_of_a_measurement_is_one_line_without_a_place(tmp_path):
+    save_tiny(tmp_path / "brief", max_position_embeddings=16)
+    done = command("evaluate", tmp_path / "brief", "--text", "text.txt", "--seq-len", "32", "--json")
+    told = [line for line in done.err.splitlines() if "16 positions" in line]
+    assert done.code == 0 and len(told) == 1 and told[0].startswith("warning: ") and ".py" not in done.err
 
 
 # --- sizes, methods, recipes, devices ----------------------------------------------------------------------------
@@ -262,12 +284,13 @@ def test_methods_and_options_that_do_not_exist():
     refused(quick("--method", "pursiut"), "'pursiut'", "did you mean 'pursuit'")
     refused(quick("--set", "round=3"), "'round'", "did you mean 'rounds'")
     refused(quick("--set", "rounds=many"), "rounds", "integer")
+    refused(quick("--set", "rounds=true"), "rounds", "True", "no truth value")
     refused(quick("--set", "pattern=40:32"), "40:32")
     refused(quick("--set", "value_bits=5"), "bits")
     refused(quick("--set", "rho=0", "--set", "pattern=free"), "pursuit")
     refused(quick("--grouping", "layers"), "grouping", "siblings")
-    refused(quick("--samples", "0"), "samples")
-    refused(quick("--seed", "-1"), "seed")
+    refused(quick("--samples", "0"), "calibration.samples cannot be 0: it must be at least 1")
+    refused(quick("--seed", "-1"), "seed cannot be -1: it must be at least 0")
     assert not Path("out").exists()
 
 
@@ -276,10 +299,11 @@ def test_methods_and_options_that_do_not_exist():
     [
         ("keeep: 0.5\n", ["'keeep'", "did you mean 'keep'"]),
         ("calibration: {sampels: 3}\n", ["'calibration.sampels'", "did you mean 'samples'"]),
-        ("calibration: 3\n", ["calibration"]),
+        ("calibration: 3\n", ["calibration cannot be 3", "section of keys"]),
+        ("only: ','\n", ["only cannot be ',': names no module"]),
         ("- keep\n", ["list"]),
         ("keep: 0.5\n  method: [\n", ["line 2"]),
-        ("keep: half\n", ["keep", "number"]),
+        ("keep: half\n", ["keep cannot be 'half': it must be a number"]),
         ("keep: 0.5\ntarget_size: 3MB\n", ["keep", "target_size"]),
         ("method: pursiut\nkeep: 0.5\ncalibration: {source: text.txt}\n", ["did you mean 'pursuit'"]),
     ],
@@ -298,6 +322,8 @@ def test_recipes_that_cannot_be_read():
 def test_devices_that_are_not_there():
     refused(quick("--device", "gpu"), "'gpu'", "cuda:N")
     refused(quick("--device", "cuda:99"), "cuda:99", "--device cpu")
+    refused(command("estimate", "tiny", "--keep", "0.8", "--device", "gpu"), "'gpu'", "cuda:N")
+    assert command("estimate", "tiny", "--keep", "0.8", "--device", "cuda:99", "--json").json["device"] is None
     refused(command("evaluate", "small", "--text", "text.txt", "--device", "tpu"), "'tpu'")
     refused(command("generate", "small", "--prompt", "a", "--device", "meta"), "'meta'")
     assert not Path("out").exists()
@@ -489,6 +515,35 @@ def test_what_is_not_a_compressed_checkpoint():
     refused(command("evaluate", "./nowhere", "--text", "text.txt"), "nowhere")
     refused(command("evaluate", "small", "--text", "text.txt", "--against", "./nowhere"), "nowhere")
     refused(command("generate", "./nowhere", "--prompt", "a"), "nowhere")
+    refused(command("export", "./nowhere", "dense", "--dense"), "nowhere: there is no such directory")
+
+
+def test_a_damaged_report_is_named_where_it_is_read(tmp_path):
+    shutil.copytree("small", tmp_path / "small")
+    for content in ("{", "[]", '{"groups": [3]}'):
+        (tmp_path / "small/report.json").write_text(content, encoding="utf-8")
+        refused(command("inspect", tmp_path / "small"), "report.json", "delete it")
+    (tmp_path / "small/report.json").unlink()
+    assert command("inspect", tmp_path / "small").code == 0
+
+
+def test_factors_that_are_not_finite_or_overflow_are_refused(tmp_path):
+    shutil.copytree("small", tmp_path / "bad")
+    (tmp_path / "bad/SHA256SUMS").unlink()
+    path = tmp_path / "bad/model.safetensors"
+    tensors = load_file(path)
+    name = next(key for key in tensors if key.endswith("down_proj.dictionary"))
+    tensors[name][0, 0] = 1e30  # bfloat16 holds it
+    save_file(tensors, path, {"format": "pt"})
+    assert command("inspect", tmp_path / "bad").code == 0
+    export = ["export", tmp_path / "bad", tmp_path / "dense", "--dense"]
+    refused(command(*export, "--dtype", "float16"), name.removesuffix(".dictionary"), "float16")
+    assert not (tmp_path / "dense").exists()
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    refused(command("inspect", tmp_path / "bad"), name, "NaN")
+    refused(command(*export), name.removesuffix(".dictionary"), "NaN")
+    assert not (tmp_path / "dense").exists()
 
 
 # --- what is printed ---------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ def test_shares_lie_between_0_and_1(keep):
         (b"\xff\xfe", "cannot be read"),
         (b"just words", "str"),
         (b"? [a]\n: 1\n", "not valid YAML|unknown key"),
-        (b"1: 2\n", "strings"),
+        (b"1: 2\n", "unknown key '1'"),
     ],
 )
 def test_files_with_mistakes(tmp_path, content, words):
@@ -141,3 +141,33 @@ def test_the_schema_names_every_key():
 
 def test_yaml_of_a_recipe_has_no_empty_keys():
     assert "target_size" not in yaml.safe_load(Recipe(keep=0.5).to_yaml())
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"keeep": 0.8}, "unknown key 'keeep'; did you mean 'keep'"),
+        ({"calibration": {"samples": 0}}, "calibration.samples cannot be 0: it must be at least 1"),
+        ({"calibration": {"sample": 1}}, "did you mean 'samples'"),
+        ({"grouping": "layers"}, "grouping cannot be 'layers': it must be 'matrix', 'siblings'"),
+        ({"seed": "x" * 500}, "seed cannot be 'xxx.{,60}…: it must be a whole number"),
+        ({"prune": {"keep_blocks": 1}}, "prune.keep_blocks cannot be 1: it must be less than 1"),
+    ],
+)
+def test_a_recipe_made_in_python_says_the_same_in_one_line(fields, words):
+    for make in (lambda: Recipe(**fields), lambda: Recipe.model_validate(fields)):
+        with pytest.raises(RecipeError, match=words) as caught:
+            make()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_as_functions_take_it(tmp_path):
+    (tmp_path / "r.yaml").write_text("keep: 0.7\n", encoding="utf-8")
+    made = Recipe(keep=0.7)
+    for given in (made, {"keep": 0.7}, tmp_path / "r.yaml", str(tmp_path / "r.yaml")):
+        assert Recipe.of(given) == made
+    assert Recipe.of(None) == Recipe()
+    with pytest.raises(RecipeError, match="recipe: unknown key 'keeep'"):
+        Recipe.of({"keeep": 1})
+    with pytest.raises(RecipeError, match="not a float"):
+        Recipe.of(0.7)

@@ -259,12 +259,20 @@ class FileTensors(Mapping[str, Tensor]):
         return sum(1 for _ in self)
 
 
+def _check_finite(tensors: Mapping[str, Tensor], module: str, file_of: Mapping[str, Path]) -> None:
+    for leaf in tensors:
+        tensor = tensors[leaf]
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            name = f"{module}.{leaf}"
+            raise CheckpointError(f"{file_of[name]}: tensor {name}: holds NaN or Inf")
+
+
 def validate(path: str | Path, *, deep: bool = True) -> tuple[GroupSpec, ...]:
     """Check a compressed checkpoint directory without building the model.
 
     Args:
         path: the directory.
-        deep: also read masks and scales and compare ``SHA256SUMS``; otherwise the headers only.
+        deep: also read every tensor of the groups and compare ``SHA256SUMS``; otherwise the headers only.
 
     Returns:
         its groups.
@@ -281,5 +289,6 @@ def validate(path: str | Path, *, deep: bool = True) -> tuple[GroupSpec, ...]:
         for group in groups:
             for index, module in enumerate(group.modules):
                 check_group(group, index, FileTensors(entries, module), files)
+                _check_finite(FileTensors(entries, module), module, files)
         check_checksums(directory)  # last: the checks above name the tensor
     return groups

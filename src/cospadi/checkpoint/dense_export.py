@@ -10,7 +10,7 @@ import torch
 from cospadi.checkpoint.checks import read_config
 from cospadi.checkpoint.load import load
 from cospadi.checkpoint.publish import staged
-from cospadi.errors import CheckpointError, OutputError
+from cospadi.errors import CheckpointError, NumericalError, OutputError
 
 
 def export_dense(
@@ -31,15 +31,24 @@ def export_dense(
 
     Raises:
         CheckpointError: if `path` is damaged or not compressed.
+        NumericalError: if a weight is NaN or Inf, or becomes so in `dtype`.
         OutputError: if `out` cannot be written.
     """
     source, target = Path(path), Path(out)
     if target.exists() and target.resolve() == source.resolve():
         raise OutputError(f"{out}: the export would overwrite the checkpoint it reads; choose another directory")
+    if not source.is_dir():
+        raise CheckpointError(f"{path}: there is no such directory")
     read_config(source)
     model = load(source, dtype=dtype)
     dense: Any = model
     dense.dequantize(dtype=model.dtype)
+    for name, weight in model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise NumericalError(
+                f"{path}: {name} is NaN or Inf in {str(model.dtype).removeprefix('torch.')}: another --dtype may hold "
+                "it, or the checkpoint is damaged; nothing was written"
+            )
     with staged(target) as staging:
         model.save_pretrained(staging, max_shard_size=max_shard_size)
         tokenizer = _tokenizer(source)

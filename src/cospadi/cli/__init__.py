@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+import warnings
+from typing import Any, TextIO
 
 from cospadi.cli.common import UsageError
 from cospadi.errors import CospadiError
@@ -17,6 +18,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     sys.argv = [arg for arg in sys.argv if arg != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    shown, warnings.showwarning = warnings.showwarning, _warn
     try:
         code = _run(sys.argv[1:])
     except UsageError as error:
@@ -35,6 +37,8 @@ def main() -> None:
         code = _complain(
             f"this should not have happened: {what}; please report it with what --debug prints", FAILED, debug
         )
+    finally:
+        warnings.showwarning = shown
     sys.exit(code)
 
 
@@ -65,6 +69,24 @@ def _run(arguments: list[str]) -> int:
         path = where.command_path if where is not None else "cospadi"
         raise UsageError(f"{text().rstrip('. ')}; see {path} --help") from None
     return DONE
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning in one line, without the place where it arose; those for developers as Python shows them."""
+    if not issubclass(category, UserWarning):
+        (file or sys.stderr).write(warnings.formatwarning(message, category, filename, lineno, line))
+        return
+    from rich.console import Console
+
+    text = " ".join(str(message).split())
+    Console(stderr=True, highlight=False).print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
 
 
 def _complain(message: str, code: int, debug: bool) -> int:

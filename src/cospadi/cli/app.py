@@ -167,9 +167,13 @@ def estimate(
     recipe: RecipeOption = None,
     set_: SetOption = None,
     grouping: GroupingOption = None,
+    allocation: AllocationOption = None,
     only: OnlyOption = None,
+    anchor: AnchorOption = None,
+    refine: RefineOption = None,
     samples: SamplesOption = None,
     seq_len: LengthOption = None,
+    device: DeviceOption = None,
     json_: JsonOption = False,
 ) -> None:
     """Sizes, layer table, memory and time guess, from the model's configuration alone."""
@@ -182,7 +186,11 @@ def estimate(
         target_size=target_size,
         method=method,
         grouping=grouping,
+        allocation=allocation,
         only=only,
+        anchor=anchor,
+        refine=refine,
+        device=device,
     )
     _print_estimate(model, merged, json_)
 

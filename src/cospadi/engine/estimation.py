@@ -18,13 +18,13 @@ from cospadi.calibration import sequences_per_batch
 from cospadi.calibration.statistics import CHUNK_TOKENS
 from cospadi.engine.allocate import allocation_rule
 from cospadi.engine.effort import START, Work, measure_speed
-from cospadi.engine.machine import compute_dtype, device_name, resolve_device
+from cospadi.engine.machine import compute_dtype, device_name, parse_device, resolve_device
 from cospadi.engine.plan import Plan, group_row, make_plan
 from cospadi.engine.pruning import check_section, prune_skeleton
 from cospadi.engine.solver_work import solver_work
 from cospadi.errors import RecipeError
 from cospadi.methods import get_method
-from cospadi.model_view import LinearGroup, ModelView, check_length, discover, open_config, skeleton
+from cospadi.model_view import LinearGroup, ModelView, check_length, discover, model_name, open_config, skeleton
 from cospadi.recipe import Recipe, Refine
 
 PROCESS_BYTES = {"cpu": 450_000_000, "cuda": 1_900_000_000}
@@ -95,30 +95,33 @@ class Estimate:
         }
 
 
-def estimate(source: str | Path, recipe: Recipe) -> Estimate:
+def estimate(model: str | Path, recipe: Recipe | dict[str, Any] | str | Path | None = None, **changes: Any) -> Estimate:
     """Sizes, layer table, memory and time, from the configuration alone: no weights are read.
 
     Args:
-        source: local directory or hub id.
-        recipe: `keep` or `target_size`, method and options.
+        model: local directory or hub id.
+        recipe: a recipe, its keys and values, or the path of one; left out: the defaults.
+        **changes: fields of :class:`~cospadi.recipe.Recipe` that override it, such as ``keep=0.6``.
 
     Raises:
         ModelError: if there is no configuration, or the architecture is not supported.
-        BudgetError: if the size cannot be reached.
+        BudgetError: if the size cannot be reached, or none is asked for.
         RecipeError: if the method or one of its options does not exist, or is out of range.
         CalibrationError: if the model has no positions for sequences of that length.
     """
+    recipe = Recipe.of(recipe).merged(changes)
     get_method(recipe.method).check(recipe.options)
     recipe.require_budget()
+    parse_device(recipe.device)
     if recipe.prune is not None:
         check_section(recipe.prune)
-    config = open_config(source)
-    model = skeleton(config)
+    config = open_config(model)
+    empty = skeleton(config)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        check_length(model, recipe.calibration.seq_len)
-    view = discover(model)
-    parameters, removed, asked = model.num_parameters(), 0, recipe
+        check_length(empty, recipe.calibration.seq_len)
+    view = discover(empty)
+    parameters, removed, asked = empty.num_parameters(), 0, recipe
     if recipe.prune is not None:
         view, recipe, removed = prune_skeleton(view, recipe)
     plan = make_plan(view, recipe)
@@ -128,8 +131,8 @@ def estimate(source: str | Path, recipe: Recipe) -> Estimate:
         device = None
     work = phases(view, plan, asked)
     return Estimate(
-        model=Path(str(source)).name,
-        architecture=(config.architectures or [type(model).__name__])[0],
+        model=model_name(model),
+        architecture=(config.architectures or [type(empty).__name__])[0],
         parameters=parameters,
         plan=plan,
         memory=host_memory(view, plan, recipe, device),

@@ -18,11 +18,11 @@ from cospadi.errors import RecipeError, ResourceError
 from cospadi.model_view import placed
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device of ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+def parse_device(name: str) -> torch.device:
+    """The device of ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, whether this machine has it or not.
 
     Raises:
-        RecipeError: if there is no such device.
+        RecipeError: if it is none of these.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -32,6 +32,16 @@ def resolve_device(name: str) -> torch.device:
         raise RecipeError(f"{name!r} is not a device; use auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise RecipeError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    return device
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        RecipeError: if there is no such device here.
+    """
+    device = parse_device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise RecipeError(
             f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"

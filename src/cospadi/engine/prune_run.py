@@ -24,7 +24,7 @@ from cospadi.engine.machine import device_name, memory_errors, peak_memory, reso
 from cospadi.engine.pruning import check_section, decide
 from cospadi.engine.run import Progress, Run, silent
 from cospadi.errors import CalibrationError, CheckpointError, ModelError, NumericalError, OutputError
-from cospadi.model_view import ModelView, check_length, discover_layers, is_compressed, open_model
+from cospadi.model_view import ModelView, check_length, discover_layers, is_compressed, open_model, source_name
 from cospadi.recipe import Prune, Recipe, with_prune
 
 _RECIPE_KEYS = {"prune", "calibration", "device", "seed"}
@@ -64,7 +64,7 @@ def prune(
     keep_blocks: float | None = None,
     options: dict[str, Any] | None = None,
     calibration: str | Path | list[str] | None = None,
-    recipe: Recipe | str | Path | None = None,
+    recipe: Recipe | dict[str, Any] | str | Path | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
     command: str = "",
@@ -83,7 +83,8 @@ def prune(
         keep_blocks: instead: share of the blocks' 16-bit bytes that stays, in (0, 1).
         options: of the method.
         calibration: text file, hub data set name, or a list of texts.
-        recipe: a recipe or the path of one, with a section ``prune``; the other arguments override it.
+        recipe: a recipe, its keys and values, or the path of one, with a section ``prune``; the other arguments
+            override it.
         fresh: forget an earlier run in `out`.
         progress: called with (phase, done, total, detail, error).
         command: the command line, for the report.
@@ -95,15 +96,15 @@ def prune(
     Raises:
         CospadiError: see `cospadi.errors`; the message names cause and remedy.
     """
-    base = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe) if recipe is not None else Recipe()
-    texts = calibration if isinstance(calibration, list) else None
+    base = Recipe.of(recipe)
+    texts = list(calibration) if isinstance(calibration, (list, tuple)) else None
     if calibration is not None:
         changes["calibration"] = {"source": "a list of texts" if texts is not None else str(calibration)} | dict(
             changes.get("calibration", {})
         )
     merged = with_prune(base.merged(changes), method, blocks, keep_blocks, options)
     with memory_errors():
-        return PruneRun(str(model), Path(out), merged, texts, progress or silent, command).prune(fresh)
+        return PruneRun(source_name(model), Path(out), merged, texts, progress or silent, command).prune(fresh)
 
 
 def check_matrices(view: ModelView) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import warnings
 from collections.abc import Callable
@@ -38,7 +37,16 @@ from cospadi.engine.selection import chosen_modules, restricted
 from cospadi.engine.shared import PlannedShared, factorise_shared, final_shared_plan, install_plan
 from cospadi.errors import CalibrationError, ModelError
 from cospadi.methods import get_method
-from cospadi.model_view import ModelView, check_length, check_weights, discover, is_compressed, open_model
+from cospadi.model_view import (
+    ModelView,
+    check_length,
+    check_weights,
+    discover,
+    is_compressed,
+    model_name,
+    open_model,
+    source_name,
+)
 from cospadi.recipe import Recipe
 from cospadi.sharing.shared_checkpoint_hf import save_shared
 
@@ -78,8 +86,8 @@ def compress(
     *,
     keep: float | None = None,
     method: str | None = None,
-    calibration: str | Path | list[str] | None = None,
-    recipe: Recipe | str | Path | None = None,
+    calibration: str | Path | list[str] | tuple[str, ...] | None = None,
+    recipe: Recipe | dict[str, Any] | str | Path | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
     command: str = "",
@@ -95,7 +103,7 @@ def compress(
         keep: share of the linear layers' 16-bit bytes to keep, in (0, 1).
         method: name of a method; left out: the recipe's, else the default.
         calibration: text file, hub data set name, or a list of texts.
-        recipe: a recipe or the path of one; the other arguments override it.
+        recipe: a recipe, its keys and values, or the path of one; the other arguments override it.
         fresh: forget an earlier run in `out`.
         progress: called with (phase, done, total, detail, error so far).
         command: the command line, for the report.
@@ -107,8 +115,8 @@ def compress(
     Raises:
         CospadiError: see `cospadi.errors`; the message names cause and remedy.
     """
-    base = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe) if recipe is not None else Recipe()
-    texts = calibration if isinstance(calibration, list) else None
+    base = Recipe.of(recipe)
+    texts = list(calibration) if isinstance(calibration, (list, tuple)) else None
     if calibration is not None:
         section = {"source": "a list of texts" if texts is not None else str(calibration)}
         changes["calibration"] = section | dict(changes.get("calibration", {}))
@@ -118,7 +126,7 @@ def compress(
         changes["method"] = method
     merged = base.merged(changes)
     with memory_errors():
-        return Run(str(model), Path(out), merged, texts, progress or silent, command).go(fresh)
+        return Run(source_name(model), Path(out), merged, texts, progress or silent, command).go(fresh)
 
 
 class Run:
@@ -142,8 +150,7 @@ class Run:
     ) -> None:
         self.source, self.out, self.recipe, self.texts = source, out, recipe, texts
         self.progress, self.command = progress, command
-        folder = Path(source).expanduser()
-        self.name = Path(os.path.abspath(folder)).name if folder.is_dir() else source  # noqa: PTH100 - "." has a name too
+        self.name = model_name(source)
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
         self.predictions: dict[str, Any] = {}

@@ -40,7 +40,15 @@ from cospadi.evaluation.comparison_row import PruneRow, RowRun, Shared, workplac
 from cospadi.evaluation.entries import Entry, make_entries
 from cospadi.evaluation.tasks import find_tasks, require_lm_eval
 from cospadi.evaluation.yardstick import ARITHMETIC, Yardstick
-from cospadi.model_view import LinearGroup, check_length, check_weights, discover, is_compressed, open_model
+from cospadi.model_view import (
+    LinearGroup,
+    check_length,
+    check_weights,
+    discover,
+    is_compressed,
+    open_model,
+    source_name,
+)
 from cospadi.recipe import Recipe
 
 Progress = Callable[..., None]
@@ -110,6 +118,7 @@ def compare(
     Raises:
         CospadiError: see `cospadi.errors`; what befalls a single row is told in its ``reason`` instead.
     """
+    calibration = list(calibration) if isinstance(calibration, tuple) else calibration
     base = _base(recipe or Recipe(), calibration)
     entries = make_entries(base, methods, keeps, options or {}, recipes or {}, references)
     if arithmetic not in ARITHMETIC:
@@ -132,7 +141,7 @@ def compare(
         require_lm_eval()
     comparison = _Comparison(Path(out), yardstick, save, progress or _silent, command)
     with memory_errors(), comparison.opened(fresh):
-        shared = _shared(str(model), base, entries, calibration, Path(out), comparison.progress)
+        shared = _shared(source_name(model), base, entries, calibration, Path(out), comparison.progress)
         return comparison.go(shared, base, entries)
 
 
@@ -141,7 +150,7 @@ def _silent(*_: object) -> None:
 
 
 def _name(text: str | Path | list[str]) -> str:
-    return "a list of texts" if isinstance(text, list) else Path(text).name
+    return "a list of texts" if isinstance(text, (list, tuple)) else Path(text).name
 
 
 def _base(recipe: Recipe, calibration: str | Path | list[str] | None) -> Recipe:

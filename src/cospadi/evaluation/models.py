@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from cospadi import checkpoint
 from cospadi.engine.machine import compute_dtype, memory_errors, resolve_device
-from cospadi.errors import CheckpointError
+from cospadi.errors import CheckpointError, NumericalError
 from cospadi.format import GroupSpec
-from cospadi.model_view import is_compressed, open_config, open_model, open_tokenizer
+from cospadi.model_view import is_compressed, open_config, open_model, open_tokenizer, where_not_finite
 from cospadi.sharing.shared_checkpoint import is_shared, validate_shared
 from cospadi.sharing.shared_checkpoint_hf import export_shared, load_shared
 from cospadi.sharing.shared_linear import SharedSpec
@@ -90,9 +92,7 @@ def inspect(directory: str | Path) -> dict[str, Any]:
     else:
         plain = groups = checkpoint.validate(path, deep=True)
         described = [_row(group) for group in plain]
-    report = path / "report.json"
-    told = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
-    rows = {row["name"]: row for row in told.get("groups", [])}
+    told, rows = _told(path / "report.json")
     for row in described:
         row |= {key: rows.get(row["name"], {}).get(key) for key in ("layer", "error")}
     return {
@@ -105,6 +105,17 @@ def inspect(directory: str | Path) -> dict[str, Any]:
         "file_bytes": checkpoint.file_bytes(path),
         "groups": described,
     }
+
+
+def _told(report: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """What a report says, and its groups by name; nothing where there is none."""
+    if not report.exists():
+        return {}, {}
+    try:
+        told = json.loads(report.read_text(encoding="utf-8"))
+        return told, {row["name"]: row for row in told.get("groups", [])}
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{report}: is not the report of a run ({error}); delete it to go on without") from None
 
 
 def _row(group: GroupSpec) -> dict[str, Any]:
@@ -137,6 +148,12 @@ def export_dense(source: str | Path, out: str | Path, dtype: str = "auto") -> No
     (export_shared if shared else checkpoint.export_dense)(source, out, dtype=dtype)
 
 
+def _refuse_nan(model: PreTrainedModel, _ids: Tensor, scores: Tensor) -> Tensor:
+    if bool(scores.isnan().any()):
+        raise NumericalError(f"the model's output is NaN{where_not_finite(model)}")
+    return scores
+
+
 def generate(
     source: str | Path,
     prompt: str,
@@ -158,6 +175,9 @@ def generate(
 
     Returns:
         ``{"prompt", "text", "tokens", "seconds", "tokens_per_second"}``.
+
+    Raises:
+        NumericalError: if the model gives NaN or Inf, from which any token would follow.
     """
     model, tokenizer = load(source, device=device)
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids.long()
@@ -171,11 +191,12 @@ def generate(
     if temperature > 0:
         sampling["temperature"] = temperature
     begun = time.perf_counter()
-    with torch.no_grad():
+    with torch.no_grad(), memory_errors():
         out = generator.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
+            logits_processor=LogitsProcessorList([partial(_refuse_nan, model)]),
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             **sampling,
         )

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cospadi.calibration.blocks import encode, join
 from cospadi.calibration.texts import Progress, Texts, read_texts
 from cospadi.errors import CalibrationError, NumericalError
-from cospadi.model_view import check_length, embedding_weight, guard_memory, placed
+from cospadi.model_view import check_length, embedding_weight, guard_memory, placed, where_not_finite
 
 LOGITS_AT_A_TIME = 2**26
 LOSS_AT_A_TIME = 2**24
@@ -101,7 +101,9 @@ def perplexity(
         model.train(training)
     tokens = count * (seq_len - 1)
     if not math.isfinite(total):
-        raise NumericalError(f"the loss on {texts.source} is {total}: the model gives NaN or Inf")
+        raise NumericalError(
+            f"the loss on {texts.source} is {total}: the model gives NaN or Inf{where_not_finite(model)}"
+        )
     covered = list(_covered(texts, tokenizer, documents, count * seq_len, end is not None))
     size_in_bytes = sum(len(text.encode()) for text in covered)
     words = sum(len(text.split()) for text in covered)

@@ -20,7 +20,7 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import iter_modules
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from torch import Tensor
@@ -101,6 +101,10 @@ class Method:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(known) or 'none'}"
                 raise RecipeError(f"method {self.name!r} has no option {key!r}{hint}")
+        for key, value in options.items():  # pydantic would take true for 1
+            kind = self.options.model_fields[key].annotation
+            if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+                raise RecipeError(f"method {self.name!r}, option {key!r} cannot be {value}: it takes no truth value")
         try:
             return dict(self.options(**options))
         except ValidationError as error:

@@ -2,10 +2,18 @@
 
 from cospadi.model_view.devices import guard_memory, move, placed
 from cospadi.model_view.discover import discover, discover_layers
-from cospadi.model_view.loading import is_compressed, open_config, open_model, open_tokenizer, skeleton
+from cospadi.model_view.loading import (
+    is_compressed,
+    model_name,
+    open_config,
+    open_model,
+    open_tokenizer,
+    skeleton,
+    source_name,
+)
 from cospadi.model_view.positions import check_length
 from cospadi.model_view.replay import LayerReplay
-from cospadi.model_view.view import LinearGroup, ModelView, check_weights, embedding_weight
+from cospadi.model_view.view import LinearGroup, ModelView, check_weights, embedding_weight, where_not_finite
 
 __all__ = [
     "LayerReplay",
@@ -18,10 +26,13 @@ __all__ = [
     "embedding_weight",
     "guard_memory",
     "is_compressed",
+    "model_name",
     "move",
     "open_config",
     "open_model",
     "open_tokenizer",
     "placed",
     "skeleton",
+    "source_name",
+    "where_not_finite",
 ]

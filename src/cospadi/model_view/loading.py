@@ -1,6 +1,7 @@
 """Opening models: from a local directory without any network, or from a hub id; one clear line if it fails."""
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -42,6 +44,27 @@ def is_compressed(config: PreTrainedConfig) -> bool:
     if isinstance(quantisation, dict):
         return quantisation.get("quant_method") in QUANT_METHODS
     return getattr(quantisation, "quant_method", None) in QUANT_METHODS
+
+
+def source_name(source: str | Path) -> str:
+    """A model's directory or hub id as text.
+
+    Raises:
+        ModelError: if it is something else, such as a model in memory.
+    """
+    if not isinstance(source, (str, Path)):
+        raise ModelError(
+            f"a model is named by its directory or hub id, not given as a {type(source).__name__}: save it first, "
+            "with its tokenizer"
+        )
+    return str(source)
+
+
+def model_name(source: str | Path) -> str:
+    """What reports call a model: the name of its directory, or its hub id."""
+    folder = Path(source_name(source)).expanduser()
+    # "." has a name too, and a link keeps its own
+    return Path(os.path.abspath(folder)).name if _is_folder(folder) else str(source)  # noqa: PTH100
 
 
 def open_config(source: str | Path, *, revision: str | None = None) -> PreTrainedConfig:
@@ -164,10 +187,17 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:  # a name that is too long, for one
+        raise ModelError(f"{str(path)[:40]}…: there is no such directory ({error.strerror})") from None
+
+
 def _where(source: str | Path, revision: str | None) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` for a source."""
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = Path(source_name(source)).expanduser()
+    if _is_folder(path):
         if not (path / "config.json").is_file():
             raise ModelError(f"{source}: the directory has no config.json, so it is not a model")
         return {
@@ -294,6 +324,11 @@ def _explained(source: str | Path, what: str) -> Iterator[None]:
         text = str(error)
         if "trust_remote_code" in text or "custom code" in text:
             cause = "it needs code that lies in the checkpoint, and such code is never run"
+        elif unknown := re.search(r"model type `([^`]+)` but Transformers", text):
+            cause = (
+                f"the installed transformers ({transformers.__version__}) knows no architecture {unknown[1]!r}; "
+                "upgrade it if the model is newer"
+            )
         elif isinstance(error, SafetensorError):
             cause = f"a safetensors file is damaged: {_one_line(text)}"
         elif not Path(source).expanduser().exists() and isinstance(error, OSError):

@@ -110,3 +110,11 @@ def check_weights(view: ModelView) -> None:
                 raise NumericalError(
                     f"{name}: {bad} of {tensor.numel()} entries of the {what} are NaN or Inf; the model is damaged"
                 )
+
+
+def where_not_finite(model: PreTrainedModel) -> str:
+    """The end of a message about NaN or Inf in what a model gives: the first weight that holds such, if one does."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not bool(weight.isfinite().all()):
+            return f"; {name} holds NaN or Inf: the model is damaged"
+    return "; its weights are finite, so it overflows: try bfloat16 or float32 weights"

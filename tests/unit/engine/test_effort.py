@@ -12,7 +12,7 @@ from cospadi.engine.effort import START, Speed, Work, gain, measure_speed
 from cospadi.engine.estimation import calibration_work, forward_work, gram_work, host_memory, phases
 from cospadi.engine.plan import make_plan
 from cospadi.engine.solver_work import SOLVERS, solver_work
-from cospadi.errors import CalibrationError, RecipeError
+from cospadi.errors import BudgetError, CalibrationError, RecipeError
 from cospadi.format import GroupSpec
 from cospadi.methods import GroupShape, Problem, all_methods, base, get_method, method
 from cospadi.methods.sizing import low_rank_plan
@@ -200,6 +200,21 @@ def test_the_estimate_of_a_model_directory(tmp_path):
     absent = estimate(source, Recipe(keep=0.8, device="cuda:93")).to_dict()
     assert absent["device"] is None and set(absent["seconds"].values()) == {None}
     assert absent["bytes_after"] == data["bytes_after"]
+
+
+def test_the_estimate_takes_what_compress_takes(tmp_path, monkeypatch):
+    source = save_tiny(tmp_path / "tiny")
+    expected = estimate(source, Recipe(keep=0.7, method="svd")).to_dict()
+    monkeypatch.chdir(source)
+    for found in (
+        estimate(".", keep=0.7, method="svd"),
+        estimate(str(source), {"keep": 0.9, "method": "svd"}, keep=0.7),
+    ):
+        assert found.to_dict() | {"seconds": 0} == expected | {"seconds": 0}
+    with pytest.raises(BudgetError, match="how small"):
+        estimate(source)
+    with pytest.raises(RecipeError, match="'tpu' is not a device"):
+        estimate(source, keep=0.7, device="tpu")
 
 
 def test_the_estimate_warns_of_long_sequences_and_refuses_wrong_options_first(tmp_path):

@@ -8,7 +8,9 @@ import torch
 from huggingface_hub import errors
 from transformers import T5Config
 
+from cospadi import compress, estimate, load, prune
 from cospadi.errors import ModelError
+from cospadi.evaluation.compare import compare
 from cospadi.model_view import is_compressed, loading, open_config, open_model, skeleton
 from tiny import ARCHITECTURES, byte_tokenizer, save_tiny, tiny_config, tiny_model
 
@@ -257,3 +259,18 @@ def test_a_model_on_the_hub_is_left_to_transformers(hub):
     assert "local_files_only" not in loading._where("some/tiny", None)
     assert loading._where("some/tiny", "v2")["revision"] == "v2"
     assert [url.split("/resolve/")[1] for url, _ in hub.asked] == ["main/config.json", "v2/config.json"]
+
+
+def test_a_model_in_memory_is_no_name(tmp_path):
+    model = tiny_model()
+    calls = [
+        lambda: load(model),
+        lambda: open_config(model),
+        lambda: estimate(model, keep=0.8),
+        lambda: compress(model, tmp_path / "out", keep=0.8, calibration=("text",)),
+        lambda: prune(model, tmp_path / "out", blocks=1, calibration=("text",)),
+        lambda: compare(model, tmp_path / "out", methods=["svd"], keeps=[0.8], text=("text",), calibration=("text",)),
+    ]
+    for call in calls:
+        with pytest.raises(ModelError, match="not given as a LlamaForCausalLM: save it first"):
+            call()
