@@ -1,9 +1,12 @@
 """Text to memory-mapped tokens, once: every design and seed then reads the same ones."""
 
+import fcntl
 import hashlib
 import json
 import lzma
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -83,6 +86,18 @@ def documents(source: str, characters: int) -> Iterator[str]:
         raise CalibrationError(f"{source}: cannot be read: {error}") from None
 
 
+def token_lists(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of every text, without special tokens.
+
+    Fast tokenizers do it on all cores, and here without the offsets that nobody reads: twice as fast.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        lists: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return lists
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
 def prepare(
     source: str, tokenizer: PreTrainedTokenizerBase, folder: Path, *, limit: int, validation: int
 ) -> tuple[Tokens, Tokens]:
@@ -124,7 +139,7 @@ def prepare(
     number = 0
     with (folder / names[0]).open("wb") as train_file, (folder / names[1]).open("wb") as held_file:
         while counts[0] < limit and (some := list(islice(texts, DOCUMENTS_AT_A_TIME))):
-            for ids in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
+            for ids in token_lists(tokenizer, some):
                 part = int(number % VALIDATION_EVERY == 0 and counts[1] < validation)
                 room = limits[part] - counts[part]
                 stream = np.asarray([*ids, tokenizer.eos_token_id][:room], dtype=dtype)
@@ -133,8 +148,34 @@ def prepare(
                 number += 1
     parts = [Tokens(folder / name, dtype, count) for name, count in zip(names, counts, strict=True)]
     stored = [asdict(part) | {"path": part.path.name} for part in parts]
-    index.write_text(json.dumps({"wanted": wanted, "parts": stored}, indent=1))
+    replace_text(index, json.dumps({"wanted": wanted, "parts": stored}, indent=1))
     return parts[0], parts[1]
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that another process sees either whole or as it was."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)  # noqa: PTH105
+
+
+@contextmanager
+def alone(path: Path, *, wait: bool) -> Iterator[None]:
+    """Hold a lock among the processes that share an output directory; it ends with the process.
+
+    Args:
+        path: of the lock file, which stays.
+        wait: for the other process to end.
+
+    Raises:
+        RecipeError: if another process holds it and `wait` is false.
+    """
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecipeError(f"{path.parent}: another process is training this; leave it out of this one") from None
+        yield
 
 
 class Batches:

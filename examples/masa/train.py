@@ -13,6 +13,7 @@ import os
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from data import STDLIB, Batches, Tokens, prepare
+from data import STDLIB, Batches, Tokens, alone, prepare, replace_text
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional
@@ -261,7 +262,7 @@ def train(
         config.use_cache = True
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
-        done.write_text(json.dumps(row, indent=1))
+        replace_text(done, json.dumps(row, indent=1))
         state.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     return row
@@ -281,7 +282,13 @@ def check_settings(out: Path, settings: Settings) -> None:
             raise RecipeError(f"{out}: was started with other settings ({'; '.join(other)}); choose another --out")
     else:
         out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(now, indent=1))
+        replace_text(path, json.dumps(now, indent=1))
+
+
+def merged(out: Path) -> list[dict[str, Any]]:
+    """Rows of all finished runs in `out`, whichever process trained them: by seed, then in the order of `DESIGNS`."""
+    rows = [json.loads(path.read_text()) for path in out.glob("*-*/result.json")]
+    return sorted(rows, key=lambda row: (row["seed"], list(DESIGNS).index(row["design"])))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -329,24 +336,26 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     if settings.batch % accelerator.num_processes:
         raise RecipeError(f"a batch of {settings.batch} does not divide among {accelerator.num_processes} processes")
     tokenizer = AutoTokenizer.from_pretrained(where)
-    with accelerator.main_process_first():
+    main_process = accelerator.is_main_process
+    options.out.mkdir(parents=True, exist_ok=True)
+    with accelerator.main_process_first(), alone(options.out / "lock", wait=True):
         check_settings(options.out, settings)
         limit = min(settings.tokens, settings.steps * settings.batch * settings.sequence)
         parts = prepare(options.data, tokenizer, options.out / "tokens", limit=limit, validation=settings.validation)
-    rows = []
     for seed in options.seeds:
         for design in options.designs:
             folder = options.out / f"{design}-{seed}"
             folder.mkdir(exist_ok=True)
-            row = train(design, seed, settings, tokenizer, parts, folder, accelerator, options.save_every)
+            with alone(folder / "lock", wait=False) if main_process else nullcontext():
+                row = train(design, seed, settings, tokenizer, parts, folder, accelerator, options.save_every)
             assert row is not None
-            rows.append(row)
-            if accelerator.is_main_process:
+            if main_process:
                 print(f"{design} seed {seed}: perplexity {row['perplexity']:.3f}", flush=True)
-    if accelerator.is_main_process:
+    rows = merged(options.out)
+    if main_process:
         about = {"settings": asdict(settings), "processes": accelerator.num_processes, "versions": versions()}
         about |= {"hardware": device_name(accelerator.device), "command": " ".join(sys.argv)}
-        (options.out / "results.json").write_text(json.dumps(about | {"rows": rows}, indent=1))
+        replace_text(options.out / "results.json", json.dumps(about | {"rows": rows}, indent=1))
         print(table(rows))
     return rows
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class SharedMatrices(nn.Module):
         super().__init__()
         layers, atoms = config.num_hidden_layers, config.num_atoms or 1
         self.assignment = assignment(config)
+        self.stacked: tuple[Tensor, ...] | None = None  # while `composed_together` is active
         self.atoms = nn.Parameter(torch.empty(atoms, *shape))
         self.network: CoefficientNetwork | None = None
         self.coefficients: nn.Parameter | None = None
@@ -51,12 +52,37 @@ class SharedMatrices(nn.Module):
             (d_out, d_in), in the dtype of the atoms, also under autocast: coefficients rounded to 16 bits would change
             whole matrices.
         """
+        if self.stacked is not None:
+            return self.stacked[layer]
         if self.assignment is not None:
             return self.atoms[self.assignment[layer]]
-        kind = self.atoms.device.type
-        active = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
-        with torch.autocast(kind, enabled=False) if active else nullcontext():
+        with torch.autocast(self.atoms.device.type, enabled=False) if self._autocast() else nullcontext():
             return compose(self.of_layer(layer), self.atoms)
+
+    def _autocast(self) -> bool:
+        kind = self.atoms.device.type
+        return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """The weights of all layers at once: one product, and one gradient of the atoms, in place of L.
+
+        Returns:
+            L weights (d_out, d_in), those of `forward` up to rounding; under autocast in its dtype, rounded once after
+            the sum.
+        """
+        kind, active = self.atoms.device.type, self._autocast()
+        with torch.autocast(kind, enabled=False) if active else nullcontext():
+            if self.assignment is None:
+                table = self.coefficients if self.network is None else self.network.all_layers()
+                assert table is not None
+                together = compose(table, self.atoms)
+            else:
+                together = self.atoms
+            if active:
+                together = together.to(torch.get_autocast_dtype(kind))
+            # not indexed: the gradient of every index would be as large as all of it
+            parts = together.unbind(0)
+        return parts if self.assignment is None else tuple(parts[which] for which in self.assignment)
 
     def of_layer(self, layer: int) -> Tensor:
         """Coefficients (S,) of one layer."""
@@ -179,6 +205,30 @@ class LowRankProjection(nn.Module):
         each = math.sqrt(std / math.sqrt(len(self.down)))
         init.normal_(self.down, std=each)
         init.normal_(self.up, std=each)
+
+
+@contextmanager
+def composed_together(model: nn.Module, layers: Sequence[nn.Module], shared: nn.ModuleDict) -> Iterator[None]:
+    """Compose the weights of all layers at the start of a training step's forward pass instead of one by one.
+
+    Does nothing in evaluation, where a small model composes one layer at a time to stay small, nor with gradient
+    checkpointing, which runs layers again after this is over.
+
+    Args:
+        model: whose forward pass it is.
+        layers: its layers.
+        shared: its `SharedMatrices`.
+    """
+    matrices = [module for module in shared.values() if isinstance(module, SharedMatrices)]
+    if not model.training or getattr(layers[0], "gradient_checkpointing", False):
+        matrices = []
+    try:
+        for module in matrices:
+            module.stacked = module.weights()
+        yield
+    finally:
+        for module in matrices:
+            module.stacked = None
 
 
 def share_attention(attentions: Sequence[nn.Module], config: SharedAttentionConfig) -> nn.ModuleDict:

@@ -47,7 +47,14 @@ class CoefficientNetwork(nn.Module):
         Returns:
             (atoms,), in the dtype of the parameters.
         """
-        hidden = functional.relu(functional.linear(self.embedding[layer], self.first_weight, self.first_bias))
+        return self._perceptron(self.embedding[layer])
+
+    def all_layers(self) -> Tensor:
+        """Coefficients of all blocks (layers, atoms) in one pass; rounded otherwise than those of `forward`."""
+        return self._perceptron(self.embedding)
+
+    def _perceptron(self, embedding: Tensor) -> Tensor:
+        hidden = functional.relu(functional.linear(embedding, self.first_weight, self.first_bias))
         hidden = functional.relu(functional.linear(hidden, self.second_weight, self.second_bias))
         return functional.linear(hidden, self.last_weight, self.last_bias)
 
@@ -76,11 +83,11 @@ def compose(coefficients: Tensor, atoms: Tensor) -> Tensor:
     """A weight from its coefficients: Σ_s c_s A_s (arXiv 2508.04581).
 
     Args:
-        coefficients: (S,).
+        coefficients: (S,) of one layer, or (L, S) of all.
         atoms: (S, d_out, d_in).
 
     Returns:
-        (d_out, d_in), in the dtype of the atoms.
+        (d_out, d_in) or (L, d_out, d_in), in the dtype of the atoms.
     """
     weight: Tensor = torch.tensordot(coefficients.to(atoms.dtype), atoms, 1)
     return weight

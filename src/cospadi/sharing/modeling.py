@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 
-from cospadi.sharing.attention import share_attention
+from cospadi.sharing.attention import composed_together, share_attention
 from cospadi.sharing.configuration import PROJECTIONS, MasaConfig, stock_fields
 from cospadi.sharing.shared_model import SharedAttentionModel
 
@@ -23,6 +23,11 @@ class MasaModel(SharedAttentionModel, LlamaModel):
         super().__init__(config)
         self.shared_attention = share_attention([cast(nn.Module, layer.self_attn) for layer in self.layers], config)
         self.post_init()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the decoder of Llama; in training the weights of all layers are composed first, together."""
+        with composed_together(self, self.layers, self.shared_attention):
+            return super().forward(*args, **kwargs)
 
 
 class MasaForCausalLM(SharedAttentionModel, LlamaForCausalLM):

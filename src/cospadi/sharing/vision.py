@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 from transformers.models.vit.modeling_vit import ViTForImageClassification, ViTModel
 
-from cospadi.sharing.attention import share_attention
+from cospadi.sharing.attention import composed_together, share_attention
 from cospadi.sharing.configuration import MasaViTConfig
 from cospadi.sharing.shared_model import SharedAttentionModel
 
@@ -26,6 +26,11 @@ class MasaViTModel(SharedAttentionModel, ViTModel):
         super().__init__(config, add_pooling_layer=add_pooling_layer)
         self.shared_attention = share_attention([cast(nn.Module, layer.attention) for layer in self.layers], config)
         self.post_init()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the encoder of ViT; in training the weights of all layers are composed first, together."""
+        with composed_together(self, self.layers, self.shared_attention):
+            return super().forward(*args, **kwargs)
 
 
 class MasaViTForImageClassification(SharedAttentionModel, ViTForImageClassification):
