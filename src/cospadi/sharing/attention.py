@@ -78,7 +78,7 @@ class SharedMatrices(nn.Module):
                 together = compose(table, self.atoms)
             else:
                 together = self.atoms
-            if active:
+            if active and together.dtype != torch.float64:  # which autocast leaves as it is
                 together = together.to(torch.get_autocast_dtype(kind))
             # not indexed: the gradient of every index would be as large as all of it
             parts = together.unbind(0)
@@ -208,7 +208,7 @@ class LowRankProjection(nn.Module):
 
 
 @contextmanager
-def composed_together(model: nn.Module, layers: Sequence[nn.Module], shared: nn.ModuleDict) -> Iterator[None]:
+def composed_together(model: nn.Module, layers: nn.ModuleList, shared: nn.ModuleDict) -> Iterator[None]:
     """Compose the weights of all layers at the start of a training step's forward pass instead of one by one.
 
     Does nothing in evaluation, where a small model composes one layer at a time to stay small, nor with gradient
