@@ -346,17 +346,21 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         for design in options.designs:
             folder = options.out / f"{design}-{seed}"
             folder.mkdir(exist_ok=True)
-            with alone(folder / "lock", wait=False) if main_process else nullcontext():
+            # what is finished is only read: processes may meet there
+            training = main_process and not (folder / "result.json").exists()
+            with alone(folder / "lock", wait=False) if training else nullcontext():
                 row = train(design, seed, settings, tokenizer, parts, folder, accelerator, options.save_every)
             assert row is not None
             if main_process:
                 print(f"{design} seed {seed}: perplexity {row['perplexity']:.3f}", flush=True)
-    rows = merged(options.out)
-    if main_process:
-        about = {"settings": asdict(settings), "processes": accelerator.num_processes, "versions": versions()}
-        about |= {"hardware": device_name(accelerator.device), "command": " ".join(sys.argv)}
+    if not main_process:
+        return merged(options.out)
+    about = {"settings": asdict(settings), "processes": accelerator.num_processes, "versions": versions()}
+    about |= {"hardware": device_name(accelerator.device), "command": " ".join(sys.argv)}
+    with alone(options.out / "lock", wait=True):  # or a process that read the rows earlier could write them later
+        rows = merged(options.out)
         replace_text(options.out / "results.json", json.dumps(about | {"rows": rows}, indent=1))
-        print(table(rows))
+    print(table(rows))
     return rows
 
 

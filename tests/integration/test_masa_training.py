@@ -146,6 +146,109 @@ def test_example_trains_every_design_and_writes_one_table(text, tmp_path, capsys
         train.main([*QUICK, *text, "--out", str(tmp_path), "--rate", "0.1"])
 
 
+def test_processes_share_a_directory(text, tmp_path):
+    import train
+
+    command = [sys.executable, str(EXAMPLES / "train.py"), *QUICK, *text, "--out", str(tmp_path)]
+    each = [["--designs", "dense"], ["--designs", "masa_qkvo", "repeat"], ["--designs", "dense", "--seeds", "1"]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    running = [
+        subprocess.Popen(
+            [*command, *some], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+        for some in each
+    ]
+    shown = [process.communicate(timeout=300)[0] for process in running]
+    assert all(process.returncode == 0 for process in running), shown
+    written = json.loads((tmp_path / "results.json").read_text())
+    runs = [("dense", 0), ("repeat", 0), ("masa_qkvo", 0), ("dense", 1)]
+    assert [(row["design"], row["seed"]) for row in written["rows"]] == runs
+    assert any(all(design in output for design in ("dense", "repeat", "masa_qkvo")) for output in shown)
+    one = ["--designs", "masa_qkvo", "--out", str(tmp_path / "alone")]
+    row = train.main([*QUICK, *text, *one])[0]
+    assert row["perplexity"] == pytest.approx(written["rows"][2]["perplexity"], rel=1e-6)  # however runs are spread
+    everything = train.main([*QUICK, *text, "--designs", "masa_qkvo", "--out", str(tmp_path)])
+    assert everything == written["rows"]  # with the rows of runs that this command does not name
+
+
+def test_a_run_that_another_process_trains_is_refused_until_it_is_finished(text, tmp_path):
+    import train
+    from data import alone
+
+    arguments = [*QUICK, *text, "--out", str(tmp_path), "--designs", "repeat"]
+    (tmp_path / "repeat-0").mkdir()
+    with alone(tmp_path / "repeat-0" / "lock", wait=False):
+        with pytest.raises(RecipeError, match="repeat-0: another process is training this; leave it out of this one"):
+            train.main(arguments)
+        assert not (tmp_path / "repeat-0" / "result.json").exists()
+    rows = train.main(arguments)
+    with alone(tmp_path / "repeat-0" / "lock", wait=False):
+        assert train.main(arguments) == rows
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from data import alone
+with alone(Path(sys.argv[2]), wait=True):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_lock_ends_with_its_process_however_it_ends(tmp_path):
+    from data import alone
+
+    lock = tmp_path / "lock"
+    command = [sys.executable, "-c", HOLDER, str(EXAMPLES), str(lock)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(RecipeError, match="another process"), alone(lock, wait=False):
+            pass
+        holder.kill()
+        with alone(lock, wait=True):  # waits until the process is gone
+            pass
+    with pytest.raises(ValueError, match="stop"), alone(lock, wait=False):
+        raise ValueError("stop")
+    with alone(lock, wait=False):
+        pass
+
+
+def test_the_table_is_merged_by_seed_and_design(tmp_path):
+    import train
+
+    for design, seed in (("masa_qkvo", 0), ("dense", 10), ("repeat", 2), ("dense", 0)):
+        (tmp_path / f"{design}-{seed}").mkdir()
+        row = {"design": design, "seed": seed, "parameters": 1000, "attention_parameters": 10}
+        row |= {"attention_removed": 0.0, "perplexity": 20.0 + seed, "tokens_per_second": None}
+        (tmp_path / f"{design}-{seed}" / "result.json").write_text(json.dumps(row))
+    (tmp_path / "gqa-0").mkdir()  # not finished
+    rows = train.merged(tmp_path)
+    assert [(row["design"], row["seed"]) for row in rows] == [
+        ("dense", 0),
+        ("masa_qkvo", 0),
+        ("repeat", 2),
+        ("dense", 10),
+    ]
+    lines = train.table(rows).splitlines()
+    assert len(lines) == 4 and "25.00 ±7.07" in lines[1] and "22.00 " in lines[3]
+
+
+def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
+    from data import replace_text
+
+    path = tmp_path / "a.json"
+    replace_text(path, "one")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            replace_text(path, "two")
+    assert path.read_text() == "one"
+    replace_text(path, "two")
+    assert path.read_text() == "two"
+
+
 def test_example_resumes_to_the_same_model(text, tmp_path):
     import train
     from data import prepare
