@@ -1,6 +1,8 @@
 """All pruning methods at 1, 2 and 3 removed blocks beside factorisation at the same bytes.
 
-    python benchmarks/depth.py MODEL --calibration FILE --text FILE [--tasks PATH] [--tasks-limit N] --out JSON
+    python benchmarks/depth.py MODEL --calibration FILE --text FILE FILE [--tasks PATH] --out JSON
+    python benchmarks/depth.py MODEL … --methods uidl,sleb --variants "" --out PART.json     (one of several processes)
+    python benchmarks/depth.py --merge PART.json PART.json … --out JSON
 
 A row of a pruning method removes exactly that many blocks; factorisation (`pursuit`, `svd_llm`) keeps the same share of
 the linear layers' bytes. Distances of all pairs of blocks are computed once. Finished rows lie in the work directory
@@ -11,6 +13,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from cospadi.evaluation import compare
 from cospadi.model_view import open_config
@@ -22,7 +25,11 @@ from cospadi.report.text import publishable
 PRUNING = "uidl,shortgpt,llm_streamline,sleb,laco,magnitude,random,replaceme"
 FACTORISATION = "pursuit,svd_llm"
 VARIANTS = {
+    "replaceme_published": {"select": "cosine", "relative": False},
+    "replaceme_nearest": {"select": "cosine"},
+    "replaceme_error": {"select": "error"},
     "replaceme_cosine": {"solver": "cosine"},
+    "replaceme_cosine_published": {"solver": "cosine", "select": "cosine"},
     "replaceme_orthonormal": {"structure": "orthonormal"},
     "replaceme_diagonal": {"structure": "diagonal"},
     "replaceme_separate": {"separate": True},
@@ -31,27 +38,55 @@ VARIANTS = {
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--text", required=True, help="WikiText-2 raw, test part")
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--merge", type=Path, nargs="+", help="JSON files of parts of one comparison")
+    parser.add_argument("--calibration")
+    parser.add_argument("--text", nargs="+", help="to measure on; the first is WikiText-2 raw, test part")
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
     parser.add_argument("--tasks", default="", help="task files with commas")
     parser.add_argument("--tasks-limit", type=int)
     parser.add_argument("--blocks", default="1,2,3", help="how many blocks go")
     parser.add_argument("--methods", default=f"{PRUNING},slicegpt,llm_pruner,{FACTORISATION}")
-    parser.add_argument("--no-variants", action="store_true", help="least squares alone of ReplaceMe")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="ReplaceMe with other options")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--max-blocks", type=int, help="only the first blocks of the text")
     parser.add_argument("--arithmetic", default="float32", help="float32, or model: the checkpoint's own float type")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if not options.merge and not (options.model and options.calibration and options.text):
+        parser.error("name MODEL, --calibration and --text, or --merge")
+    return options
 
 
-def variants() -> dict[str, Recipe]:
+def variants(names: list[str]) -> dict[str, Recipe]:
     """Rows of ReplaceMe with other options: a section ``prune`` without a size only prunes, to each keep."""
-    return {name: Recipe().merged({"prune": {"method": "replaceme", "options": o}}) for name, o in VARIANTS.items()}
+    return {name: Recipe().merged({"prune": {"method": "replaceme", "options": VARIANTS[name]}}) for name in names}
+
+
+def listed(names: str) -> list[str]:
+    return [name for name in names.split(",") if name]
+
+
+def merged(paths: list[Path]) -> dict[str, Any]:
+    """One table of the rows of several processes: what was measured with, and the dense figures, must agree.
+
+    Raises:
+        SystemExit: if they do not.
+    """
+    parts = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    first, rows = parts[0], []
+    for path, part in zip(paths, parts, strict=True):
+        for key in ("model", "measured", "text", "seq_len", "max_blocks", "calibration", "seed", "device", "versions"):
+            if part.get(key) != first.get(key):
+                raise SystemExit(f"{path}: its {key!r} is not that of {paths[0]}")
+        if part["dense"]["perplexity"] != first["dense"]["perplexity"]:
+            raise SystemExit(f"{path}: its dense perplexity is not that of {paths[0]}")
+        rows += part["rows"]
+    rows.sort(key=lambda row: -row["keep"])
+    commands = [part.get("command", "") for part in parts]
+    return first | {"rows": rows, "command": commands, "seconds_of_parts": [part.get("seconds") for part in parts]}
 
 
 def share(blocks: int, total: int) -> float:
@@ -59,8 +94,19 @@ def share(blocks: int, total: int) -> float:
     return round((total - blocks) / total + 5e-5, 4)
 
 
+def finish(data: dict[str, Any], out: Path) -> None:
+    """Write the JSON file, and the table and plot beside it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(publishable(data), indent=1) + "\n", encoding="utf-8")
+    write_comparison(data, out.with_suffix(""))
+    print(json.dumps(publishable(data)))
+
+
 def main() -> None:
     options = arguments()
+    if options.merge:
+        finish(merged(options.merge), options.out)
+        return
     total = open_config(options.model).num_hidden_layers
     counts = [int(count) for count in options.blocks.split(",")]
     base = Recipe().merged(
@@ -79,22 +125,20 @@ def main() -> None:
         data = compare(
             options.model,
             work,
-            methods=options.methods.split(","),
+            methods=listed(options.methods),
             keeps=[share(blocks, total) for blocks in counts],
-            text={Path(options.text).name: options.text},
+            text={Path(path).name: path for path in options.text},
             recipe=base,
-            recipes={} if options.no_variants else variants(),
+            recipes=variants(listed(options.variants)),
             references=(),
             max_blocks=options.max_blocks,
             arithmetic=options.arithmetic,
-            tasks=[task for task in options.tasks.split(",") if task],
+            tasks=listed(options.tasks),
             limit=options.tasks_limit,
             progress=display.update,
             command=" ".join(["python", *sys.argv]),
         )
-    options.out.write_text(json.dumps(publishable(data), indent=1) + "\n", encoding="utf-8")
-    write_comparison(data, work)
-    print(json.dumps(publishable(data)))
+    finish(data, options.out)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 import torch
@@ -12,18 +11,22 @@ from pydantic import Field
 from torch import Tensor
 
 from cospadi.depth.base import depth_method
-from cospadi.depth.branch import Branch, find_branch
 from cospadi.depth.choose import choose_runs
 from cospadi.depth.distances import chosen_run
-from cospadi.depth.evidence import REMEDY, Evidence
-from cospadi.depth.normal_equations import NormalEquations, Sums
+from cospadi.depth.evidence import Evidence
+from cospadi.depth.rows import Fit, Rows, stream_rows
 from cospadi.depth.surgery import Cut
-from cospadi.depth.transform import Structure, cosine, held_out_ridge, least_squares
+from cospadi.depth.transform import Structure, cosine, least_squares
+from cospadi.depth.trial import Trial, cheapest, tried
 from cospadi.errors import RecipeError
-from cospadi.model_view import LayerReplay, guard_memory
 
 Solver = Literal["least_squares", "cosine"]
-LONE_RIDGE = 1e-2
+Select = Literal["loss", "error", "cosine"]
+MEASURES = {
+    "loss": "loss of the model with the transform",
+    "error": "error of the transform",
+    "cosine": "mean cosine distance of all tokens",
+}
 
 
 @depth_method("replaceme", paper="arXiv 2505.02819")
@@ -32,6 +35,9 @@ def replaceme(
     blocks: int,
     *,
     solver: Solver = "least_squares",
+    select: Select | None = None,
+    candidates: Annotated[int, Field(ge=1)] = 8,
+    samples: Annotated[int, Field(ge=2)] = 64,
     structure: Structure = "full",
     rank: Annotated[int, Field(ge=1)] = 64,
     ridge: Annotated[float, Field(ge=0)] | None = None,
@@ -46,15 +52,21 @@ def replaceme(
 ) -> Cut:
     """Replace a run of blocks by a linear transform in the block before it.
 
-    Block i gives L_i = Y_i + M_i, M_i its MLP's output. The run i+1 … i+n of least mean cosine distance between L_i
-    and L_{i+n} goes; T minimises the distance between M_i T + Y_i and L_{i+n} and is folded into block i's last
-    linear layer, so the architecture is unchanged. Inputs of T come from the model as pruned so far, targets from the
-    original one; with one transform that is what is published.
+    Block i gives L_i = Y_i + M_i, M_i its MLP's output. A run i+1 … i+n goes, see `select`; T minimises the distance
+    between M_i T + Y_i and L_{i+n} and is folded into block i's last linear layer, so the architecture is unchanged.
+    Inputs of T come from the model as pruned so far, targets from the original one; with one transform that is what is
+    published.
 
     Args:
         evidence: model and text.
         blocks: how many go.
         solver: ``least_squares`` (closed form) or ``cosine`` (Adam on cos(M T, L_{i+n} − Y_i), as published).
+        select: by what the run is chosen: ``loss`` (the default for one transform): of the nearest runs, the one with
+            which the model's loss is least, each with a least-squares transform fitted to half of the sequences and
+            measured on the other half; ``error``: likewise, by the transform's error; ``cosine``: the nearest run,
+            as published (and for several transforms).
+        candidates: so many of the nearest runs are tried.
+        samples: the trials see the first so many sequences.
         structure: of T: ``full``, ``diagonal``, ``orthonormal`` or ``low_rank``; see
             :func:`~cospadi.depth.transform.least_squares`.
         rank: of ``low_rank``.
@@ -81,9 +93,19 @@ def replaceme(
     if solver == "cosine" and structure not in ("full", "diagonal"):
         raise RecipeError(f"the cosine solver learns full or diagonal transforms, not structure={structure}")
     distances = evidence.pairs.cosine
+    trials: list[Trial] = []
     if transforms == 1:
         first = chosen_run(distances, blocks, start, first=1)
+        if start is None and select != "cosine":
+            near = cheapest(distances, blocks, candidates, first=1)
+            trials = [
+                tried(evidence, run, samples, structure, rank, ridge, separate=separate, relative=relative)
+                for run in near
+            ]
+            first = min(trials, key=lambda trial: trial.error if select == "error" else trial.loss).run[0]
         runs = [(first, first + blocks)]
+    elif select in ("loss", "error"):
+        raise RecipeError(f"select={select} tries single runs; several transforms are chosen by select=cosine")
     elif start is not None:
         raise RecipeError("start says where one run begins; leave it out with several transforms")
     else:
@@ -103,138 +125,21 @@ def replaceme(
         )
         return found, None
 
-    fits: dict[int, _Fit] = {}
+    fits: dict[int, Fit] = {}
     for run in runs:
         keep = min(tokens, evidence.tokens.count) if solver == "cosine" else 0
-        rows, branch = _rows(evidence, run, fits, separate, keep, relative)
+        rows, branch = stream_rows(evidence, run, fits, separate=separate, relative=relative, keep=keep)
         if rows.equations.tokens < len(rows.equations.gram):
             warnings.warn(
                 f"the calibration text has {rows.equations.tokens} tokens, fewer than the {len(rows.equations.gram)} "
                 "dimensions of the transform: the ridge decides the rest; give more --samples",
                 stacklevel=2,
             )
-        fits[run[0] - 1] = _Fit(run, branch, *solve(rows), rows.equations)
-    return _cut(evidence, fits, solver)
+        fits[run[0] - 1] = Fit(run, branch, *solve(rows), rows.equations)
+    return _cut(evidence, fits, solver, select or ("loss" if trials else "cosine"), trials)
 
 
-@dataclass(frozen=True)
-class _Fit:
-    """A transform that stands after block ``run[0] - 1``: on its branch, or (without one) on the hidden state."""
-
-    run: tuple[int, int]
-    branch: Branch | None
-    transform: Tensor
-    ridge: float | None
-    equations: NormalEquations
-
-
-@dataclass
-class Rows:
-    """M and R of a transform: their sums and, for the cosine solver, a random part of the rows."""
-
-    halves: tuple[NormalEquations, ...]
-    inputs: list[Tensor]
-    targets: list[Tensor]
-
-    @cached_property
-    def equations(self) -> NormalEquations:
-        """Of the whole text."""
-        return self.halves[0] if len(self.halves) == 1 else self.halves[0] + self.halves[1]
-
-    def ridge(self, structure: Structure, rank: int) -> float:
-        """The ridge that fits held-out sequences best; a small one where there is only one sequence."""
-        if len(self.halves) == 1 or structure == "orthonormal":
-            return LONE_RIDGE
-        return held_out_ridge((self.halves[0], self.halves[1]), structure=structure, rank=rank)
-
-    def kept(self) -> tuple[Tensor, Tensor]:
-        """The rows (tokens, width) of M and R."""
-        return torch.cat(self.inputs), torch.cat(self.targets)
-
-
-def _rows(
-    evidence: Evidence, run: tuple[int, int], fits: dict[int, _Fit], separate: bool, keep: int, relative: bool
-) -> tuple[Rows, Branch | None]:
-    """Stream M of block run[0]-1 and R = L − Y through the sums (M the hidden state and Y = 0 if separate)."""
-    view, (start, stop) = evidence.view, run
-    inputs: list[Tensor] = []
-    targets: list[Tensor] = []
-    with LayerReplay(view, evidence.device) as replay, guard_memory(f"fitting block {start - 1}", REMEDY):
-        branch = None if separate else find_branch(view, start - 1, replay)
-        sums: tuple[Sums, Sums] | None = None
-        sequences = 0
-        draw = _drawn(evidence.tokens.count, keep, evidence.seed)
-        place = 0
-        for ids, mask in evidence.batched(evidence.tokens, f"blocks {start} to {stop - 1}"):
-            embedded = replay.embed(ids)
-            m, y = _inputs(replay, embedded, start, fits, branch)
-            target = _original(replay, embedded, stop)
-            real = mask.to(m.device)
-            rows, residuals = m[real], (target - y)[real]
-            sums = sums or (Sums(m.shape[-1], replay.device), Sums(m.shape[-1], replay.device))
-            scale = _scale(target) if relative else torch.ones_like(target[..., :1])
-            for offset in (0, 1):  # every other sequence
-                half = (torch.arange(len(ids), device=m.device) + sequences) % 2 == offset
-                chosen = real & half[:, None]
-                sums[offset].add(scale[chosen] * m[chosen], scale[chosen] * (target - y)[chosen])
-            sequences += len(ids)
-            if keep:
-                chosen = draw[place : place + len(rows)].to(rows.device)
-                inputs.append(rows[chosen].to(torch.bfloat16))
-                targets.append(residuals[chosen].to(torch.bfloat16))
-            place += len(rows)
-    assert sums is not None
-    halves = tuple(half.finish(f"block {start - 1}") for half in sums if half.tokens)
-    return Rows(halves, inputs, targets), branch
-
-
-def _scale(hidden: Tensor) -> Tensor:
-    """1/‖L‖ of every token (…, 1) in float32 or wider; 1 where a state is zero."""
-    wide = hidden if hidden.dtype == torch.float64 else hidden.float()
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    return torch.where(norm > 0, norm, 1.0).reciprocal()
-
-
-def _drawn(count: int, keep: int, seed: int) -> Tensor:
-    """Which of `count` tokens are kept, as a mask."""
-    mask = torch.zeros(count, dtype=torch.bool)
-    if keep:
-        mask[torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:keep]] = True
-    return mask
-
-
-def _inputs(
-    replay: LayerReplay, hidden: Tensor, start: int, fits: dict[int, _Fit], branch: Branch | None
-) -> tuple[Tensor, Tensor]:
-    """M and Y before the run, in the model with the transforms of earlier runs."""
-    index = 0
-    while index < start - 1:
-        fit = fits.get(index)
-        if fit is None:
-            hidden = replay.layer(index, hidden)
-            index += 1
-            continue
-        if fit.branch is None:
-            hidden = replay.layer(index, hidden)
-            hidden = hidden @ fit.transform.to(hidden)
-        else:
-            hidden = fit.branch.run(replay, hidden, fit.transform)[0]
-        index = fit.run[1]
-    if branch is None:
-        hidden = replay.layer(start - 1, hidden)
-        return hidden, torch.zeros_like(hidden)
-    out, m = branch.run(replay, hidden)
-    return m, out - m
-
-
-def _original(replay: LayerReplay, hidden: Tensor, depth: int) -> Tensor:
-    """Input of block `depth` in the original model."""
-    for index in range(depth):
-        hidden = replay.layer(index, hidden)
-    return hidden
-
-
-def _cut(evidence: Evidence, fits: dict[int, _Fit], solver: Solver) -> Cut:
+def _cut(evidence: Evidence, fits: dict[int, Fit], solver: Solver, select: Select, trials: list[Trial]) -> Cut:
     weights: dict[str, Tensor] = {}
     separate: dict[int, Tensor] = {}
     told: list[dict[str, Any]] = []
@@ -258,5 +163,10 @@ def _cut(evidence: Evidence, fits: dict[int, _Fit], solver: Solver) -> Cut:
         tuple(removed),
         weights,
         separate,
-        {"measure": "mean cosine distance of all tokens", "solver": solver, "transforms": told},
+        {
+            "measure": MEASURES[select],
+            "solver": solver,
+            "transforms": told,
+            **({"trials": [asdict(trial) for trial in trials]} if trials else {}),
+        },
     )

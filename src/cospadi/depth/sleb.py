@@ -80,7 +80,7 @@ def losses_without(evidence: Evidence, tokens: Tokens, gone: set[int], candidate
                     ends[index] = hidden
                 hidden = replay.layer(index, hidden)
             for place, candidate in enumerate(candidates):
-                sums[place] += _loss(replay.logits(ids, ends[candidate]), ids, mask)
+                sums[place] += summed_loss(replay.logits(ids, ends[candidate]), ids, mask)
             predicted += int(mask[:, 1:].sum())
     losses = (sums / max(predicted, 1)).tolist()
     if not all(map(torch.isfinite, torch.tensor(losses))):
@@ -88,7 +88,7 @@ def losses_without(evidence: Evidence, tokens: Tokens, gone: set[int], candidate
     return [float(loss) for loss in losses]
 
 
-def _loss(logits: Tensor, ids: Tensor, mask: Tensor) -> float:
+def summed_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> float:
     """Summed negative log-likelihood of the real tokens, each first token not predicted."""
     real = mask[:, 1:].to(logits.device)
     rows, targets = logits[:, :-1][real], ids[:, 1:].to(logits.device)[real]

@@ -82,7 +82,7 @@ def test_the_run_is_that_of_least_cosine_distance_and_the_first_block_stays():
     for blocks in (1, 2, 3):
         prices = {start: float(distances[start, start + blocks]) for start in range(1, 6 - blocks)}
         start = min(prices, key=prices.__getitem__)
-        assert remove(found, blocks).removed == tuple(range(start, start + blocks))
+        assert remove(found, blocks, select="cosine").removed == tuple(range(start, start + blocks))
     # Fault of the authors' code: the layer asked for was ignored.
     for start in (1, 2, 3):
         cut = remove(found, 2, start=start)
