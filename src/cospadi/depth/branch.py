@@ -1,4 +1,4 @@
-"""The place in a block that a linear transform can be folded into: the last linear map of its residual branch."""
+"""The place in a block that a correction is written into: the last linear map of its residual branch."""
 
 from __future__ import annotations
 
@@ -53,27 +53,54 @@ class Branch:
             found[f"{name}.bias"] = bias.detach().to(wide) @ wide
         return found
 
-    def run(self, replay: LayerReplay, hidden: Tensor, transform: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Run the block, its branch multiplied by a transform if one is given.
+    def refitted(self, view: ModelView, step: Tensor) -> dict[str, Tensor]:
+        """Weight and bias with which the layer gives a step more: a (W + D) instead of a W.
+
+        Args:
+            view: of the model.
+            step: D (inputs, d); of a layer with a bias, one row more for it.
+
+        Returns:
+            float64 tensors by the parameter's name in the model.
+        """
+        name = f"{view.layers_name}.{self.block}.{self.path}"
+        module, wide = self.module(view), step.to(torch.float64)
+        bias = getattr(module, "bias", None)
+        weight = module.weight.detach().to(wide)  # type: ignore[operator]
+        inputs = len(wide) - isinstance(bias, Tensor)
+        found = {f"{name}.weight": weight + (wide[:inputs] if isinstance(module, Conv1D) else wide[:inputs].T)}
+        if isinstance(bias, Tensor):
+            found[f"{name}.bias"] = bias.detach().to(wide) + wide[inputs]
+        return found
+
+    def run(
+        self, replay: LayerReplay, hidden: Tensor, step: Tensor | None = None, *, of_inputs: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Run the block, its last layer's output changed if a step is given: m + f D instead of m.
 
         Args:
             replay: of the model.
             hidden: input of the block (b, length, width).
-            transform: T (width, width), unfolded.
+            step: D (features, width).
+            of_inputs: f is what the layer gets (and a 1 for its bias); otherwise f = m, what it gives.
 
         Returns:
-            output of the block, and scale · m (before the transform), both (b, length, width).
+            output of the block (b, length, width), and scale · f (b, length, features) before the step.
         """
         seen: list[Tensor] = []
+        biased = isinstance(getattr(self.module(replay.view), "bias", None), Tensor)
 
-        def look(_module: nn.Module, _args: Any, out: Tensor) -> Tensor | None:
-            seen.append(out)
-            return None if transform is None else (out @ transform.to(out))
+        def look(_module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
+            features = args[0] if of_inputs else out
+            if of_inputs and biased:
+                features = torch.cat([features, torch.ones_like(features[..., :1])], dim=-1)
+            seen.append(features)
+            return None if step is None else (out + features @ step.to(out))
 
         with ExitStack() as stack:
             stack.callback(self.module(replay.view).register_forward_hook(look).remove)
             out = replay.layer(self.block, hidden)
-        return out, self.scale * seen[0].reshape(out.shape)  # some blocks (OPT) flatten sequences
+        return out, self.scale * seen[0].reshape(*out.shape[:-1], -1)  # some blocks (OPT) flatten sequences
 
 
 def find_branch(view: ModelView, block: int, replay: LayerReplay) -> Branch:

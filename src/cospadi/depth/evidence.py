@@ -61,6 +61,15 @@ class Tokens:
         """The first so many sequences."""
         return Tokens(self.ids[:sequences], None if self.lengths is None else self.lengths[:sequences])
 
+    def parted(self, every: int) -> tuple[Tokens, Tokens]:
+        """The text without every so manieth sequence (at least one), and these; all of it twice if it is but one."""
+        if len(self.ids) == 1:
+            return self, self
+        held = torch.arange(1, len(self.ids) + 1) % every == 0
+        held[-1] |= not bool(held.any())
+        parts = [Tokens(self.ids[part], None if self.lengths is None else self.lengths[part]) for part in (~held, held)]
+        return parts[0], parts[1]
+
     def batches(self, sequences: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Ids (b, length), and a mask (b, length) that is true at real tokens, so many sequences at a time."""
         length = self.ids.shape[1]

@@ -16,11 +16,11 @@ CHUNK_TOKENS = 512
 
 @dataclass(frozen=True)
 class NormalEquations:
-    """Of min ‖M T − R‖² over T; M and R (tokens, d) are gone, their products stay.
+    """Of min ‖M T − R‖² over T; M (tokens, p) and R (tokens, d) are gone, their products stay.
 
     Attributes:
-        gram: MᵀM / tokens, float64 (d, d), symmetric.
-        cross: MᵀR / tokens, float64 (d, d).
+        gram: MᵀM / tokens, float64 (p, p), symmetric, where it was summed.
+        cross: MᵀR / tokens, float64 (p, d), likewise.
         energy: ‖R‖² / tokens.
         tokens: how many.
     """
@@ -45,7 +45,7 @@ class NormalEquations:
 
     @cached_property
     def spectrum(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues (d,), ascending, and eigenvectors (d, d) of the gram."""
+        """Eigenvalues (p,), ascending, and eigenvectors (p, p) of the gram."""
         values, vectors = torch.linalg.eigh(self.gram)
         return values.clamp_min(0), vectors
 
@@ -53,10 +53,10 @@ class NormalEquations:
         """‖M T − R‖² / tokens.
 
         Args:
-            transform: T (d, d).
+            transform: T (p, d).
         """
         wide = transform.to(self.gram)
-        square = torch.einsum("ij,ik,kj->", wide, self.gram, wide)
+        square = (wide * (self.gram @ wide)).sum()
         return max(0.0, float(square - 2 * (wide * self.cross).sum()) + self.energy)
 
 
@@ -66,19 +66,20 @@ class Sums:
     Products are float32 over at most 512 tokens (float64 of float64 rows), their sums float64.
 
     Args:
-        width: d.
+        width: p.
         device: where the sums live.
+        targets: d; left out: p.
     """
 
-    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, width: int, device: torch.device | str = "cpu", targets: int | None = None) -> None:
         self.gram = torch.zeros(width, width, dtype=torch.float64, device=device)
-        self.cross = torch.zeros_like(self.gram)
+        self.cross = self.gram.new_zeros(width, width if targets is None else targets)
         self.energy = torch.zeros((), dtype=torch.float64, device=device)
         self.tokens = 0
 
     @torch.no_grad()
     def add(self, inputs: Tensor, targets: Tensor) -> None:
-        """Add rows of M and R, both (tokens, d), without padding."""
+        """Add rows of M (tokens, p) and R (tokens, d), without padding."""
         with full_precision():
             for m, r in zip(torch.split(inputs, CHUNK_TOKENS), torch.split(targets, CHUNK_TOKENS), strict=True):
                 dtype = torch.float64 if m.dtype == torch.float64 else torch.float32
@@ -103,6 +104,4 @@ class Sums:
                 "weights) or is damaged"
             )
         gram = (self.gram + self.gram.T) / 2 / self.tokens
-        return NormalEquations(
-            gram.cpu(), (self.cross / self.tokens).cpu(), float(self.energy) / self.tokens, self.tokens
-        )
+        return NormalEquations(gram, self.cross / self.tokens, float(self.energy) / self.tokens, self.tokens)

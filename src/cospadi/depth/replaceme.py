@@ -14,19 +14,20 @@ from cospadi.depth.base import depth_method
 from cospadi.depth.choose import choose_runs
 from cospadi.depth.distances import chosen_run
 from cospadi.depth.evidence import Evidence
-from cospadi.depth.rows import Fit, Rows, stream_rows
+from cospadi.depth.rows import Fit, Fold, Rows, place, stream_rows
 from cospadi.depth.surgery import Cut
-from cospadi.depth.transform import Structure, cosine, least_squares
-from cospadi.depth.trial import Trial, cheapest, tried
+from cospadi.depth.transform import Structure, cosine
+from cospadi.depth.trial import Trial, best, cheapest, solutions, tried
 from cospadi.errors import RecipeError
 
 Solver = Literal["least_squares", "cosine"]
 Select = Literal["loss", "error", "cosine"]
 MEASURES = {
-    "loss": "loss of the model with the transform",
-    "error": "error of the transform",
+    "loss": "held-out loss of the model with the correction",
+    "error": "held-out error of the correction",
     "cosine": "mean cosine distance of all tokens",
 }
+HELD_OUT = 8  # every so manieth sequence
 
 
 @depth_method("replaceme", paper="arXiv 2505.02819")
@@ -35,6 +36,7 @@ def replaceme(
     blocks: int,
     *,
     solver: Solver = "least_squares",
+    fold: Fold | None = None,
     select: Select | None = None,
     candidates: Annotated[int, Field(ge=1)] = 8,
     samples: Annotated[int, Field(ge=2)] = 64,
@@ -50,36 +52,40 @@ def replaceme(
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4,
     tokens: Annotated[int, Field(ge=1)] = 262_144,
 ) -> Cut:
-    """Replace a run of blocks by a linear transform in the block before it.
+    """Replace a run of blocks by a linear map in the block before it.
 
-    Block i gives L_i = Y_i + M_i, M_i its MLP's output. A run i+1 … i+n goes, see `select`; T minimises the distance
-    between M_i T + Y_i and L_{i+n} and is folded into block i's last linear layer, so the architecture is unchanged.
-    Inputs of T come from the model as pruned so far, targets from the original one; with one transform that is what is
-    published.
+    Block i gives L_i = Y_i + M_i, M_i = A_i W what its MLP's last layer W makes of A_i. A run i+1 … i+n goes, and W is
+    changed so that block i gives, as nearly as it can, L_{i+n}; so the architecture is unchanged and nothing is added.
+    As published W becomes W T, T a least-squares fit of M_i T to L_{i+n} − Y_i (``fold=transform``); by default all of
+    W is fitted (``fold=down``), which can say more. Inputs come from the model as pruned so far, targets from the
+    original one; with one run that is what is published.
 
     Args:
         evidence: model and text.
         blocks: how many go.
         solver: ``least_squares`` (closed form) or ``cosine`` (Adam on cos(M T, L_{i+n} − Y_i), as published).
-        select: by what the run is chosen: ``loss`` (the default for one transform): of the nearest runs, the one with
-            which the model's loss is least, each with a least-squares transform fitted to half of the sequences and
-            measured on the other half; ``error``: likewise, by the transform's error; ``cosine``: the nearest run,
-            as published (and for several transforms).
+        fold: ``down``: W + D, D of least ‖A D − (L_{i+n} − L_i)‖²; ``transform``: W T. Left out: ``down`` wherever it
+            is possible: not with ``solver=cosine``, another `structure` or `separate`.
+        select: by what the run and the ridge are chosen: ``loss`` (the default): of the nearest runs, the one with
+            which the model's loss is least, each with a least-squares fit to half of the first `samples` sequences
+            and measured on the other half; then the ridge with which it is least on every eighth sequence, the fit
+            being to the others. Plain removal is among the choices, so the result is never worse on this text.
+            ``error``: likewise, by the distance to L_{i+n}; ``cosine``: the nearest run, as published, its ridge by
+            the distance. With several runs these are the nearest ones.
         candidates: so many of the nearest runs are tried.
-        samples: the trials see the first so many sequences.
+        samples: trials of runs see the first so many sequences; at most half as many are held out for the ridge.
         structure: of T: ``full``, ``diagonal``, ``orthonormal`` or ``low_rank``; see
             :func:`~cospadi.depth.transform.least_squares`.
         rank: of ``low_rank``.
-        ridge: relative ridge of least squares; left out: the one whose transform, solved on one half of the
-            sequences, fits the other half best.
+        ridge: relative ridge of least squares towards plain removal; left out: chosen as `select` says.
         relative: least squares counts the error of every token against the size of its hidden state L_{i+n}, which is
             what the next norm sees; False: all alike, as published. Without it the few tokens with massive activations
-            (the first of a sequence above all) decide T, and the other tokens pay.
-        transforms: number of runs, each with a transform of its own; their lengths are chosen too.
-        consecutive: whether runs may touch; touching runs become one, with one transform.
+            (the first of a sequence above all) decide the fit, and the other tokens pay.
+        transforms: number of runs, each with a correction of its own; their lengths are chosen too.
+        consecutive: whether runs may touch; touching runs become one, with one correction.
         separate: keep the transform as a linear block of its own that maps the whole hidden state, instead of folding
             it. Such a checkpoint loads with this package only; it also fits architectures with a norm after the MLP.
-        start: the first block of the run, instead of the nearest run.
+        start: the first block of the run, instead of having it chosen.
         epochs: of the cosine solver.
         learning_rate: of the cosine solver.
         tokens: the cosine solver keeps at most so many tokens' activations, in bfloat16.
@@ -87,86 +93,116 @@ def replaceme(
     Raises:
         RecipeError: if options contradict each other or the model.
         BudgetError: if no such runs exist: the first block always stays.
-        ModelError: if the transform cannot be folded (a norm follows the MLP) and `separate` is not set.
-        NumericalError: on NaN or Inf in activations.
+        ModelError: if nothing can be folded (a norm follows the MLP) and `separate` is not set.
+        NumericalError: on NaN or Inf in activations, or if no loss is finite.
     """
     if solver == "cosine" and structure not in ("full", "diagonal"):
         raise RecipeError(f"the cosine solver learns full or diagonal transforms, not structure={structure}")
-    distances = evidence.pairs.cosine
-    trials: list[Trial] = []
-    if transforms == 1:
-        first = chosen_run(distances, blocks, start, first=1)
-        if start is None and select != "cosine":
-            near = cheapest(distances, blocks, candidates, first=1)
-            trials = [
-                tried(evidence, run, samples, structure, rank, ridge, separate=separate, relative=relative)
-                for run in near
-            ]
-            first = min(trials, key=lambda trial: trial.error if select == "error" else trial.loss).run[0]
-        runs = [(first, first + blocks)]
-    elif select in ("loss", "error"):
-        raise RecipeError(f"select={select} tries single runs; several transforms are chosen by select=cosine")
-    elif start is not None:
-        raise RecipeError("start says where one run begins; leave it out with several transforms")
-    else:
-        runs = choose_runs(distances, blocks, transforms, first=1, touching=consecutive)
-
-    def solve(rows: Rows) -> tuple[Tensor, float | None]:
-        if solver == "least_squares":
-            chosen = rows.ridge(structure, rank) if ridge is None else ridge
-            return least_squares(rows.equations, ridge=chosen, structure=structure, rank=rank), chosen
-        found = cosine(
-            *rows.kept(),
-            epochs=epochs,
-            learning_rate=learning_rate,
-            diagonal=structure == "diagonal",
-            seed=evidence.seed,
-            progress=lambda done, total: evidence.progress("transform", done, total, "epochs"),
+    whole = solver == "least_squares" and structure == "full" and not separate
+    if fold == "down" and not whole:
+        raise RecipeError(
+            "fold=down fits the whole down projection by least squares: leave out solver, structure and separate, or "
+            "say fold=transform"
         )
-        return found, None
+    fold = fold or ("down" if whole else "transform")
+    if transforms > 1 and select in ("loss", "error"):
+        raise RecipeError(f"select={select} tries single runs; several transforms are chosen by select=cosine")
+    if transforms > 1 and start is not None:
+        raise RecipeError("start says where one run begins; leave it out with several transforms")
+    measure = "loss" if select in (None, "loss") else "error"
+    distances = evidence.pairs.cosine
 
-    fits: dict[int, Fit] = {}
-    for run in runs:
-        keep = min(tokens, evidence.tokens.count) if solver == "cosine" else 0
-        rows, branch = stream_rows(evidence, run, fits, separate=separate, relative=relative, keep=keep)
+    def trial_of_run(run: tuple[int, int]) -> Trial:
+        """The best of the least-squares corrections of a run, fitted to half of a few sequences."""
+        fitted, held = evidence.tokens.first(samples).parted(2)
+        where = place(evidence, run, fold, separate=separate)
+        rows = stream_rows(evidence, where, {}, fitted, relative=relative)
+        options = solutions(rows, where, structure, rank, ridge, held_out=held is not fitted)
+        losses = "nearest" if measure == "loss" else "none"
+        found = tried(evidence, options, {}, held, relative=relative, losses=losses)
+        return found[best(found, measure)]
+
+    def solve(where: Fit, fits: dict[int, Fit]) -> tuple[Fit, Rows, list[Trial]]:
+        """The correction of a run, fitted to the whole text but what it is chosen by."""
+        choosing = ridge is None if solver == "least_squares" else measure == "loss"
+        fitted, held = evidence.tokens.parted(HELD_OUT) if choosing else (evidence.tokens, evidence.tokens)
+        keep = min(tokens, fitted.count) if solver == "cosine" else 0
+        rows = stream_rows(evidence, where, fits, fitted, relative=relative, keep=keep)
         if rows.equations.tokens < len(rows.equations.gram):
             warnings.warn(
-                f"the calibration text has {rows.equations.tokens} tokens, fewer than the {len(rows.equations.gram)} "
-                "dimensions of the transform: the ridge decides the rest; give more --samples",
+                f"the correction is fitted to {rows.equations.tokens} tokens, fewer than the "
+                f"{len(rows.equations.gram)} dimensions of the layer: the ridge decides the rest; give more --samples",
                 stacklevel=2,
             )
-        fits[run[0] - 1] = Fit(run, branch, *solve(rows), rows.equations)
-    return _cut(evidence, fits, solver, select or ("loss" if trials else "cosine"), trials)
+        if solver == "least_squares":
+            options = solutions(rows, where, structure, rank, ridge, held_out=held is not fitted)
+        else:
+            assert rows.inputs is not None and rows.targets is not None
+            transform = cosine(
+                rows.inputs,
+                rows.targets,
+                epochs=epochs,
+                learning_rate=learning_rate,
+                diagonal=structure == "diagonal",
+                seed=evidence.seed,
+                progress=lambda done, total: evidence.progress("transform", done, total, "epochs"),
+            )
+            step = transform - torch.eye(len(transform), dtype=transform.dtype)
+            options = [*([where] if choosing else []), where.corrected(step, None)]
+        if len(options) == 1:
+            return options[0], rows, []
+        losses = "all" if measure == "loss" else "none"
+        found = tried(evidence, options, fits, held.first(max(1, samples // 2)), relative=relative, losses=losses)
+        return options[best(found, measure)], rows, found
+
+    trials: list[Trial] = []
+    if transforms > 1:
+        runs = choose_runs(distances, blocks, transforms, first=1, touching=consecutive)
+    else:
+        first = chosen_run(distances, blocks, start, first=1)
+        if start is None and select != "cosine":
+            trials = [trial_of_run(run) for run in cheapest(distances, blocks, candidates, first=1)]
+            first = trials[best(trials, measure)].run[0]
+        runs = [(first, first + blocks)]
+    fits: dict[int, Fit] = {}
+    told: list[dict[str, Any]] = []
+    for run in runs:
+        fit, rows, found = solve(place(evidence, run, fold, separate=separate), fits)
+        fits[run[0] - 1] = fit
+        told.append(_told(evidence, fit, rows, found))
+    facts = {"measure": MEASURES[measure if trials else "cosine"], "solver": solver, "fold": fold, "transforms": told}
+    return _cut(evidence, fits, facts | ({"trials": [asdict(trial) for trial in trials]} if trials else {}))
 
 
-def _cut(evidence: Evidence, fits: dict[int, Fit], solver: Solver, select: Select, trials: list[Trial]) -> Cut:
+def _told(evidence: Evidence, fit: Fit, rows: Rows, found: list[Trial]) -> dict[str, Any]:
+    """What the report says of a correction."""
+    width = rows.equations.cross.shape[1]
+    nothing = torch.zeros(len(rows.equations.gram), width) if fit.fold == "down" else torch.eye(width)
+    plain = rows.equations.loss(nothing)
+    error = plain if fit.step is None else rows.equations.loss(nothing.to(fit.step) + fit.step)
+    return {
+        "removed": list(range(*fit.run)),
+        "into": f"{evidence.view.layers_name}.{fit.run[0] - 1}.{fit.branch.path}" if fit.branch else None,
+        "distance": float(evidence.pairs.cosine[fit.run]),
+        "ridge": fit.ridge,
+        "corrected": fit.step is not None,
+        "error": error / plain if plain else 0.0,
+        **({"held_out": [asdict(trial) for trial in found]} if found else {}),
+    }
+
+
+def _cut(evidence: Evidence, fits: dict[int, Fit], facts: dict[str, Any]) -> Cut:
     weights: dict[str, Tensor] = {}
     separate: dict[int, Tensor] = {}
-    told: list[dict[str, Any]] = []
     for fit in fits.values():
+        if fit.step is None:
+            continue
+        transform = torch.eye(*fit.step.shape, dtype=fit.step.dtype) + fit.step
         if fit.branch is None:
-            separate[fit.run[0]] = fit.transform
+            separate[fit.run[0]] = transform
+        elif fit.fold == "down":
+            weights |= fit.branch.refitted(evidence.view, fit.step)
         else:
-            weights |= fit.branch.folded(evidence.view, fit.transform)
-        plain = fit.equations.loss(torch.eye(len(fit.transform)))
-        told.append(
-            {
-                "removed": list(range(*fit.run)),
-                "into": f"{evidence.view.layers_name}.{fit.run[0] - 1}.{fit.branch.path}" if fit.branch else None,
-                "distance": float(evidence.pairs.cosine[fit.run]),
-                "ridge": fit.ridge,
-                "error": fit.equations.loss(fit.transform) / plain if plain else 0.0,
-            }
-        )
+            weights |= fit.branch.folded(evidence.view, transform)
     removed = sorted(index for fit in fits.values() for index in range(*fit.run))
-    return Cut(
-        tuple(removed),
-        weights,
-        separate,
-        {
-            "measure": MEASURES[select],
-            "solver": solver,
-            "transforms": told,
-            **({"trials": [asdict(trial) for trial in trials]} if trials else {}),
-        },
-    )
+    return Cut(tuple(removed), weights, separate, facts)

@@ -1,9 +1,9 @@
-"""The rows that a transform of ReplaceMe is fitted on, streamed into sums."""
+"""Where a correction of ReplaceMe goes, and the rows that it is fitted on, streamed into sums."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,107 +11,111 @@ from torch import Tensor
 from cospadi.depth.branch import Branch, find_branch
 from cospadi.depth.evidence import REMEDY, Evidence, Tokens
 from cospadi.depth.normal_equations import NormalEquations, Sums
-from cospadi.depth.transform import Structure, held_out_ridge
 from cospadi.model_view import LayerReplay, guard_memory
 
-LONE_RIDGE = 1e-2
+Fold = Literal["down", "transform"]
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A transform that stands after block ``run[0] - 1``: on its branch, or (without one) on the hidden state."""
+    """A run that goes, and the correction that stands before it: out + f D instead of the output `out` of a block.
+
+    Attributes:
+        run: (first block, one past the last); the correction is of block ``run[0] - 1``.
+        branch: where it is written; None: a transform of the hidden state, kept as a block of its own.
+        fold: what f is: ``down``: what the branch's last layer gets; ``transform``: what it gives (D = T − I), or the
+            hidden state if there is no branch.
+        step: D, float64 (features, width); None: no correction.
+        ridge: that D was solved with, if it was by least squares.
+    """
 
     run: tuple[int, int]
     branch: Branch | None
-    transform: Tensor
-    ridge: float | None
-    equations: NormalEquations
+    fold: Fold
+    step: Tensor | None = None
+    ridge: float | None = None
+
+    def corrected(self, step: Tensor | None, ridge: float | None) -> Fit:
+        """The same place with a correction."""
+        return replace(self, step=step, ridge=ridge)
 
 
 @dataclass
 class Rows:
-    """M and R of a transform: their sums and, for the cosine solver, a random part of the rows."""
+    """Sums of M and R and, for the cosine solver, a random part of the rows (tokens, width)."""
 
-    halves: tuple[NormalEquations, ...]
-    inputs: list[Tensor]
-    targets: list[Tensor]
-
-    @cached_property
-    def equations(self) -> NormalEquations:
-        """Of the whole text."""
-        return self.halves[0] if len(self.halves) == 1 else self.halves[0] + self.halves[1]
-
-    def ridge(self, structure: Structure, rank: int) -> float:
-        """The ridge that fits held-out sequences best; a small one where there is only one sequence."""
-        if len(self.halves) == 1 or structure == "orthonormal":
-            return LONE_RIDGE
-        return held_out_ridge((self.halves[0], self.halves[1]), structure=structure, rank=rank)
-
-    def kept(self) -> tuple[Tensor, Tensor]:
-        """The rows (tokens, width) of M and R."""
-        return torch.cat(self.inputs), torch.cat(self.targets)
+    equations: NormalEquations
+    inputs: Tensor | None
+    targets: Tensor | None
 
 
-def stream_rows(
-    evidence: Evidence,
-    run: tuple[int, int],
-    fits: dict[int, Fit],
-    *,
-    separate: bool,
-    relative: bool,
-    keep: int = 0,
-    tokens: Tokens | None = None,
-) -> tuple[Rows, Branch | None]:
-    """Stream M of block run[0]-1 and R = L − Y through the sums (M the hidden state and Y = 0 if separate).
+def place(evidence: Evidence, run: tuple[int, int], fold: Fold, *, separate: bool) -> Fit:
+    """Where the correction of a run goes; none is there yet.
 
     Args:
         evidence: model and text.
         run: that goes, (first block, one past the last).
-        fits: transforms of earlier runs, by the block that each stands after.
-        separate: whether the transform maps the whole hidden state.
-        relative: whether every token counts by 1/‖L‖².
-        keep: so many tokens' rows are kept, drawn by the seed.
-        tokens: the text, where it is not the whole of the evidence's.
+        fold: see :class:`Fit`.
+        separate: whether the transform stays a block of its own.
 
-    Returns:
-        rows, and the branch that the transform can be folded into (None if separate).
+    Raises:
+        ModelError: if nothing can be folded into the block before the run.
     """
-    tokens = tokens or evidence.tokens
-    view, (start, stop) = evidence.view, run
+    if separate:
+        return Fit(run, None, fold)
+    with LayerReplay(evidence.view, evidence.device) as replay:
+        return Fit(run, find_branch(evidence.view, run[0] - 1, replay), fold)
+
+
+def stream_rows(
+    evidence: Evidence, fit: Fit, fits: dict[int, Fit], tokens: Tokens, *, relative: bool, keep: int = 0
+) -> Rows:
+    """Stream what a correction is fitted on through the sums.
+
+    M are the features f. R is what the output of the block lacks to the original stream after the run, of a transform
+    the features added, so that D (``down``) or T (``transform``) minimises ‖M · − R‖².
+
+    Args:
+        evidence: model and text.
+        fit: the place.
+        fits: earlier corrections, by their blocks.
+        tokens: the text.
+        relative: whether every token counts by 1/‖L‖², L the original stream after the run.
+        keep: so many tokens' rows are kept, drawn by the seed.
+    """
+    view, (start, stop) = evidence.view, fit.run
+    sums: Sums | None = None
     inputs: list[Tensor] = []
     targets: list[Tensor] = []
+    draw = _drawn(tokens.count, keep, evidence.seed)
+    done = 0
     with LayerReplay(view, evidence.device) as replay, guard_memory(f"fitting block {start - 1}", REMEDY):
-        branch = None if separate else find_branch(view, start - 1, replay)
-        sums: tuple[Sums, Sums] | None = None
-        sequences = 0
-        draw = _drawn(tokens.count, keep, evidence.seed)
-        place = 0
         for ids, mask in evidence.batched(tokens, f"blocks {start} to {stop - 1}"):
             embedded = replay.embed(ids)
-            m, y = states_before(replay, embedded, start, fits, branch)
-            target = _original(replay, embedded, stop)
-            real = mask.to(m.device)
-            rows, residuals = m[real], (target - y)[real]
-            sums = sums or (Sums(m.shape[-1], replay.device), Sums(m.shape[-1], replay.device))
-            scale = _scale(target) if relative else torch.ones_like(target[..., :1])
-            for offset in (0, 1):  # every other sequence
-                half = (torch.arange(len(ids), device=m.device) + sequences) % 2 == offset
-                chosen = real & half[:, None]
-                sums[offset].add(scale[chosen] * m[chosen], scale[chosen] * (target - y)[chosen])
-            sequences += len(ids)
+            features, out = states_before(replay, embedded, fit, fits)
+            original = through(replay, embedded, 0, stop)
+            real = mask.to(out.device)
+            m, lacking = features[real], (original - out)[real]
+            if fit.fold == "transform":
+                lacking = lacking + m
+            weight = weights_of(original[real], relative=relative)
+            sums = sums or Sums(m.shape[-1], replay.device, lacking.shape[-1])
+            sums.add(weight * m, weight * lacking)
             if keep:
-                chosen = draw[place : place + len(rows)].to(rows.device)
-                inputs.append(rows[chosen].to(torch.bfloat16))
-                targets.append(residuals[chosen].to(torch.bfloat16))
-            place += len(rows)
+                chosen = draw[done : done + len(m)].to(m.device)
+                inputs.append(m[chosen].to(torch.bfloat16))
+                targets.append(lacking[chosen].to(torch.bfloat16))
+            done += len(m)
     assert sums is not None
-    halves = tuple(half.finish(f"block {start - 1}") for half in sums if half.tokens)
-    return Rows(halves, inputs, targets), branch
+    kept = (torch.cat(inputs), torch.cat(targets)) if keep else (None, None)
+    return Rows(sums.finish(f"block {start - 1}"), *kept)
 
 
-def _scale(hidden: Tensor) -> Tensor:
-    """1/‖L‖ of every token (…, 1) in float32 or wider; 1 where a state is zero."""
+def weights_of(hidden: Tensor, *, relative: bool) -> Tensor:
+    """1/‖L‖ of every token (…, 1) in float32 or wider, 1 where a state is zero; or 1 everywhere."""
     wide = hidden if hidden.dtype == torch.float64 else hidden.float()
+    if not relative:
+        return torch.ones_like(wide[..., :1])
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     return torch.where(norm > 0, norm, 1.0).reciprocal()
 
@@ -124,40 +128,39 @@ def _drawn(count: int, keep: int, seed: int) -> Tensor:
     return mask
 
 
-def states_before(
-    replay: LayerReplay, hidden: Tensor, start: int, fits: dict[int, Fit], branch: Branch | None
-) -> tuple[Tensor, Tensor]:
-    """M and Y before the run, in the model with the transforms of earlier runs.
+def states_before(replay: LayerReplay, hidden: Tensor, fit: Fit, fits: dict[int, Fit]) -> tuple[Tensor, Tensor]:
+    """Features and output of the block before a run, uncorrected, in the model with earlier corrections.
 
     Args:
         replay: of the original model.
         hidden: input of the first block.
-        start: first block of the run.
-        fits: transforms of earlier runs, by the block that each stands after.
-        branch: of block start-1; None: M is the hidden state and Y zero.
+        fit: the place.
+        fits: earlier corrections, by their blocks.
     """
-    index = 0
-    while index < start - 1:
-        fit = fits.get(index)
-        if fit is None:
+    index, last = 0, fit.run[0] - 1
+    while index < last:
+        earlier = fits.get(index)
+        if earlier is None:
             hidden = replay.layer(index, hidden)
             index += 1
             continue
-        if fit.branch is None:
-            hidden = replay.layer(index, hidden)
-            hidden = hidden @ fit.transform.to(hidden)
-        else:
-            hidden = fit.branch.run(replay, hidden, fit.transform)[0]
-        index = fit.run[1]
-    if branch is None:
-        hidden = replay.layer(start - 1, hidden)
-        return hidden, torch.zeros_like(hidden)
-    out, m = branch.run(replay, hidden)
-    return m, out - m
+        features, hidden = _run(replay, hidden, earlier)
+        if earlier.step is not None:
+            hidden = hidden + features @ earlier.step.to(hidden)
+        index = earlier.run[1]
+    return _run(replay, hidden, fit)
 
 
-def _original(replay: LayerReplay, hidden: Tensor, depth: int) -> Tensor:
-    """Input of block `depth` in the original model."""
-    for index in range(depth):
+def _run(replay: LayerReplay, hidden: Tensor, fit: Fit) -> tuple[Tensor, Tensor]:
+    if fit.branch is None:
+        out = replay.layer(fit.run[0] - 1, hidden)
+        return out, out
+    out, features = fit.branch.run(replay, hidden, of_inputs=fit.fold == "down")
+    return features, out
+
+
+def through(replay: LayerReplay, hidden: Tensor, first: int, last: int) -> Tensor:
+    """Output of the original blocks first … last-1."""
+    for index in range(first, last):
         hidden = replay.layer(index, hidden)
     return hidden

@@ -16,7 +16,7 @@ from cospadi.solvers.procrustes import polar_factor
 Structure = Literal["full", "diagonal", "orthonormal", "low_rank"]
 
 COSINE_BATCH = 1024
-RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+RIDGES = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 
 
 def least_squares(
@@ -36,57 +36,77 @@ def least_squares(
         rank: of ``low_rank``.
 
     Returns:
-        T, float64 (d, d).
+        T, float64 (d, d), on the CPU.
 
     Raises:
         NumericalError: if M is zero.
     """
     gram, cross = equations.gram, equations.cross
     width = len(gram)
-    identity = torch.eye(width, dtype=gram.dtype)
-    alpha = ridge * float(gram.diagonal().mean())
-    if not float(gram.diagonal().sum()) > 0:
-        raise NumericalError("the branch that the transform shall be folded into is zero on this text")
+    identity = torch.eye(width, dtype=gram.dtype, device=gram.device)
+    _require_rows(equations)
     if structure == "orthonormal":
-        return polar_factor(cross)
+        return polar_factor(cross.cpu())
     if structure == "diagonal":
-        power = gram.diagonal() + alpha
+        power = gram.diagonal() + ridge * gram.diagonal().mean()
         step = torch.where(power > 0, (cross - gram).diagonal() / power.clamp_min(1e-300), 0.0)
-        return identity + torch.diag(step)
-    values, vectors = equations.spectrum
-    values = values + alpha
-    usable = values > width * torch.finfo(gram.dtype).eps * values[-1]
-    inverse = torch.where(usable, 1 / values.clamp_min(1e-300), 0.0)
-    step = vectors @ (inverse[:, None] * (vectors.T @ (cross - gram)))
-    if structure == "low_rank" and rank < width:
-        # In coordinates where M is white the error of a step is its distance from the full step: truncate there.
-        root = values.sqrt() * usable
-        left, singular, right = torch.linalg.svd(root[:, None] * (vectors.T @ step), full_matrices=False)
-        white = left[:, :rank] * singular[:rank] @ right[:rank]
-        step = vectors @ (torch.where(usable, 1 / root.clamp_min(1e-150), 0.0)[:, None] * white)
-    transform: Tensor = identity + step
+        return (identity + torch.diag(step)).cpu()
+    if structure == "full" or rank >= width:
+        return (identity + _solved(equations, cross - gram, ridge)).cpu()
+    values, vectors, inverse = _damped(equations, ridge)
+    # In coordinates where M is white the error of a step is its distance from the full step: truncate there.
+    root = (values * (inverse > 0)).sqrt()
+    white = root[:, None] * inverse[:, None] * (vectors.T @ (cross - gram))
+    left, singular, right = torch.linalg.svd(white, full_matrices=False)
+    back = torch.where(inverse > 0, 1 / root.clamp_min(1e-150), 0.0)
+    step = vectors @ (back[:, None] * (left[:, :rank] * singular[:rank] @ right[:rank]))
+    transform: Tensor = (identity + step).cpu()
     return transform
 
 
-def held_out_ridge(
-    halves: tuple[NormalEquations, NormalEquations], *, structure: Structure = "full", rank: int = 64
-) -> float:
-    """The ridge whose transform, solved on one half of the text, has the least squared error on the other half.
+def correction(equations: NormalEquations, *, ridge: float = 0.0) -> Tensor:
+    """The step D of least squared error: min ‖A D − R‖² + α‖D‖², α = ridge · mean(diag AᵀA).
+
+    With A the inputs of a linear layer and R what its output lacks, W + D is the layer refitted, pulled towards W.
+    Without a ridge, and AᵀA singular, it is the least such step.
 
     Args:
-        halves: of the text, by sequences.
-        structure: of the transform.
-        rank: of a low-rank one.
+        equations: of A (tokens, p) and R (tokens, d).
+        ridge: relative ridge, at least 0.
 
     Returns:
-        one of `RIDGES`; the larger of equals.
+        D, float64 (p, d), on the CPU.
+
+    Raises:
+        NumericalError: if A is zero.
     """
+    _require_rows(equations)
+    return _solved(equations, equations.cross, ridge).cpu()
 
-    def missed(ridge: float) -> float:
-        pairs = (halves, halves[::-1])
-        return sum(b.tokens * b.loss(least_squares(a, ridge=ridge, structure=structure, rank=rank)) for a, b in pairs)
 
-    return min(reversed(RIDGES), key=missed)
+def _require_rows(equations: NormalEquations) -> None:
+    if not float(equations.gram.diagonal().sum()) > 0:
+        raise NumericalError("the branch that the transform shall be folded into is zero on this text")
+
+
+def _solved(equations: NormalEquations, right: Tensor, ridge: float) -> Tensor:
+    """(G + αI)⁻¹ right; of a singular system the least solution."""
+    gram = equations.gram
+    if ridge > 0:  # by Cholesky: an eigendecomposition takes some thirty times as long
+        shift = ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        factor, failed = torch.linalg.cholesky_ex(gram + shift)
+        if not int(failed):
+            return torch.cholesky_solve(right, factor)
+    _, vectors, inverse = _damped(equations, ridge)
+    return vectors @ (inverse[:, None] * (vectors.T @ right))
+
+
+def _damped(equations: NormalEquations, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues of G + αI, their vectors, and their inverses (0 where there is nothing to invert)."""
+    gram, (values, vectors) = equations.gram, equations.spectrum
+    values = values + ridge * gram.diagonal().mean()
+    usable = values > len(gram) * torch.finfo(gram.dtype).eps * values[-1]
+    return values, vectors, torch.where(usable, 1 / values.clamp_min(1e-300), 0.0)
 
 
 def cosine(

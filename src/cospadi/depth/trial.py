@@ -1,37 +1,45 @@
-"""Trying runs of blocks: the transform fitted to one half of some sequences, the model measured on the other half.
+"""Trying corrections on text that they were not fitted to.
 
 Distances between hidden states say how far a run moves them, not how much of that a linear map can make up for, nor
-how much the model minds the rest. A trial measures both, on text that its transform has not seen.
+how much the model minds the rest. Trials measure both, and plain removal always is one of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf, isfinite
 
 import torch
 from torch import Tensor
 
 from cospadi.depth.evidence import REMEDY, Evidence, Tokens
-from cospadi.depth.rows import Fit, states_before, stream_rows
+from cospadi.depth.rows import Fit, Rows, states_before, through, weights_of
 from cospadi.depth.sleb import summed_loss
-from cospadi.depth.transform import Structure, least_squares
+from cospadi.depth.transform import RIDGES, Structure, correction, least_squares
 from cospadi.errors import BudgetError, NumericalError
 from cospadi.model_view import LayerReplay, guard_memory
+
+LONE_RIDGE = 1e-2
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a run would cost.
+    """What a cut with a correction costs on held-out text.
 
     Attributes:
         run: (first block, one past the last).
-        loss: mean next-token loss on the held-out half.
-        error: mean squared error of the transform there; relative to ‖L‖² of every token if the fit is.
+        ridge: that the correction was solved with; None: no correction, or none by least squares.
+        corrected: whether there is a correction.
+        error: mean squared distance to the original stream after the run, per token relative to ‖L‖² if the fit is.
+        loss: mean next-token loss of the model, where it was measured.
     """
 
     run: tuple[int, int]
-    loss: float
+    ridge: float | None
+    corrected: bool
     error: float
+    loss: float | None = None
 
 
 def cheapest(distances: Tensor, blocks: int, count: int, *, first: int = 0) -> list[tuple[int, int]]:
@@ -53,60 +61,110 @@ def cheapest(distances: Tensor, blocks: int, count: int, *, first: int = 0) -> l
     return [(first + place, first + place + blocks) for place in order[:count]]
 
 
-def tried(
-    evidence: Evidence,
-    run: tuple[int, int],
-    samples: int,
-    structure: Structure,
-    rank: int,
-    ridge: float | None,
-    *,
-    separate: bool,
-    relative: bool,
-) -> Trial:
-    """Fit a run's transform to every other of the first sequences, and measure it on those between.
-
-    With a single sequence there is nothing to hold out: the fit is measured where it was made.
+def solutions(
+    rows: Rows, fit: Fit, structure: Structure, rank: int, ridge: float | None, *, held_out: bool
+) -> list[Fit]:
+    """Least-squares corrections to choose from: with the ridge asked for, or with each of a few.
 
     Args:
-        evidence: model and text.
-        run: (first block, one past the last).
-        samples: so many sequences in all.
-        structure: of the transform.
+        rows: that they are fitted on.
+        fit: the place.
+        structure: of a transform.
         rank: of a low-rank one.
-        ridge: see :func:`~cospadi.depth.replaceme.replaceme`.
-        separate: likewise.
-        relative: likewise.
+        ridge: asked for; None: the choice is open, and no correction at all stands first in it.
+        held_out: whether there is other text to choose by; without it only one ridge is offered.
+    """
+    if ridge is not None:
+        ridges: Sequence[float] = (ridge,)
+    else:
+        ridges = RIDGES if held_out and structure != "orthonormal" else (LONE_RIDGE,)
+    found = [fit] if ridge is None else []
+    for each in ridges:
+        if fit.fold == "down":
+            found.append(fit.corrected(correction(rows.equations, ridge=each), each))
+        else:
+            transform = least_squares(rows.equations, ridge=each, structure=structure, rank=rank)
+            found.append(fit.corrected(transform - torch.eye(len(transform), dtype=transform.dtype), each))
+    return found
+
+
+def tried(
+    evidence: Evidence, options: Sequence[Fit], fits: dict[int, Fit], tokens: Tokens, *, relative: bool, losses: str
+) -> list[Trial]:
+    """Measure corrections of one place on text.
+
+    Args:
+        evidence: model.
+        options: corrections of the same place.
+        fits: earlier corrections, by their blocks.
+        tokens: the text.
+        relative: whether errors count relative to ‖L‖² of every token.
+        losses: of which the model's loss is measured too, which takes the rest of the model: ``all``, ``nearest``
+            (the one of least error, and that without a correction) or ``none``.
 
     Raises:
-        NumericalError: if the loss is NaN or Inf.
+        NumericalError: if no loss is finite.
     """
-    tokens = evidence.tokens.first(samples)
-    rows, branch = stream_rows(evidence, run, {}, separate=separate, relative=relative, tokens=tokens)
-    chosen = rows.ridge(structure, rank) if ridge is None else ridge
-    fitted, held = rows.halves[0], rows.halves[-1]
-    transform = least_squares(fitted, ridge=chosen, structure=structure, rank=rank)
-    other = (
-        Tokens(tokens.ids[1::2], None if tokens.lengths is None else tokens.lengths[1::2])
-        if held is not fitted
-        else tokens
-    )
-    loss = _loss_with(evidence, other, Fit(run, branch, transform, chosen, fitted))
-    return Trial(run, loss, held.loss(transform))
-
-
-def _loss_with(evidence: Evidence, tokens: Tokens, fit: Fit) -> float:
-    """Mean next-token loss of the model with a transform in place of its run."""
-    (start, stop), total, predicted = fit.run, 0.0, 0
-    with LayerReplay(evidence.view, evidence.device) as replay, guard_memory("measuring losses", REMEDY):
-        for ids, mask in evidence.batched(tokens, f"loss without blocks {start} to {stop - 1}"):
-            m, y = states_before(replay, replay.embed(ids), start, {}, fit.branch)
-            hidden = y + m @ fit.transform.to(m)
-            for index in range(stop, len(evidence.view.layers)):
-                hidden = replay.layer(index, hidden)
-            total += summed_loss(replay.logits(ids, hidden), ids, mask)
-            predicted += int(mask[:, 1:].sum())
-    loss = total / max(predicted, 1)
-    if not bool(torch.tensor(loss).isfinite()):
+    errors, place = torch.zeros(len(options), dtype=torch.float64), options[0]
+    with LayerReplay(evidence.view, evidence.device) as replay, guard_memory("measuring corrections", REMEDY):
+        for ids, mask in evidence.batched(tokens, f"error without {_named(place)}"):
+            embedded = replay.embed(ids)
+            features, out = states_before(replay, embedded, place, fits)
+            original = through(replay, embedded, 0, place.run[1])
+            real = mask.to(out.device)
+            weight = weights_of(original[real], relative=relative)
+            for index, fit in enumerate(options):
+                missed = weight * (original[real] - _after(features[real], out[real], fit))
+                errors[index] += float(missed.square().sum(dtype=torch.float64))
+    errors = errors / tokens.count
+    nearest = min(range(len(options)), key=errors.tolist().__getitem__)
+    measured = [
+        index
+        for index, fit in enumerate(options)
+        if losses == "all" or (losses == "nearest" and (index == nearest or fit.step is None))
+    ]
+    found = dict(zip(measured, _losses(evidence, [options[i] for i in measured], fits, tokens), strict=True))
+    if found and not any(map(isfinite, found.values())):
         raise NumericalError("the loss of the pruned model is NaN or Inf: the model is damaged or overflows")
-    return loss
+    return [
+        Trial(fit.run, fit.ridge, fit.step is not None, float(errors[index]), found.get(index))
+        for index, fit in enumerate(options)
+    ]
+
+
+def best(trials: Sequence[Trial], measure: str) -> int:
+    """Index of the trial of least loss, or of least error; the first of equals.
+
+    Args:
+        trials: to choose from.
+        measure: ``loss`` or ``error``.
+    """
+
+    def price(index: int) -> float:
+        value = trials[index].loss if measure == "loss" else trials[index].error
+        return inf if value is None or not isfinite(value) else value
+
+    return min(range(len(trials)), key=price)
+
+
+def _losses(evidence: Evidence, options: Sequence[Fit], fits: dict[int, Fit], tokens: Tokens) -> list[float]:
+    """Mean next-token loss of the model, cut and corrected, for every correction of one place."""
+    if not options:
+        return []
+    totals, predicted, place = [0.0] * len(options), 0, options[0]
+    with LayerReplay(evidence.view, evidence.device) as replay, guard_memory("measuring losses", REMEDY):
+        for ids, mask in evidence.batched(tokens, f"loss without {_named(place)}"):
+            features, out = states_before(replay, replay.embed(ids), place, fits)
+            for index, fit in enumerate(options):
+                hidden = through(replay, _after(features, out, fit), place.run[1], len(evidence.view.layers))
+                totals[index] += summed_loss(replay.logits(ids, hidden), ids, mask)
+            predicted += int(mask[:, 1:].sum())
+    return [total / max(predicted, 1) for total in totals]
+
+
+def _after(features: Tensor, out: Tensor, fit: Fit) -> Tensor:
+    return out if fit.step is None else out + features @ fit.step.to(out)
+
+
+def _named(fit: Fit) -> str:
+    return f"blocks {fit.run[0]} to {fit.run[1] - 1}"

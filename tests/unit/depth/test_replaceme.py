@@ -1,8 +1,10 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from cospadi.depth import Evidence, Tokens, get_depth_method
 from cospadi.depth.branch import find_branch
@@ -28,29 +30,41 @@ def pruned(model, cut):
     return cut.apply(discover_layers(copy.deepcopy(model)))
 
 
+@pytest.mark.parametrize("fold", ["down", "transform"])
 @pytest.mark.parametrize("architecture", [*FOLDABLE, "granite"])
-def test_the_folded_model_equals_the_unfolded_one(architecture):
+def test_the_folded_model_equals_the_unfolded_one(architecture, fold):
     model = deep_model(architecture)
     view = discover_layers(model)
     with LayerReplay(view) as replay:
         branch = find_branch(view, 1, replay)
+        hidden = replay.embed(IDS)
+        features = branch.run(replay, replay.layer(0, hidden), of_inputs=fold == "down")[1]
     assert branch.scale == pytest.approx(0.22 if architecture == "granite" else 1.0, rel=1e-4)
-    transform = torch.eye(24) + 0.3 * torch.randn(24, 24)
-    folded = pruned(model, Cut((2, 3), branch.folded(view, transform)))
+    step = 0.3 * torch.randn(features.shape[-1], 24)
+    written = branch.refitted(view, step) if fold == "down" else branch.folded(view, torch.eye(24) + step)
+    folded = pruned(model, Cut((2, 3), written))
     unfolded = pruned(model, Cut((2, 3)))
-    module = discover_layers(unfolded).layers[1].get_submodule(branch.path)
-    module.register_forward_hook(lambda _module, _args, out: out @ transform)
+    changed = discover_layers(unfolded).layers[1].get_submodule(branch.path)
+
+    def add(_module, args, out):
+        seen = args[0] if fold == "down" else out
+        if fold == "down" and len(step) > seen.shape[-1]:  # the layer has a bias
+            seen = functional.pad(seen, (0, 1), value=1.0)
+        return out + seen @ step
+
+    changed.register_forward_hook(add)
     difference = (logits(folded, IDS) - logits(unfolded, IDS)).abs().max()
     assert difference < 1e-5 * max(1.0, float(logits(unfolded, IDS).abs().max()))
     assert (logits(folded, IDS) - logits(pruned(model, Cut((2, 3))), IDS)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("fold", ["down", "transform"])
 @pytest.mark.parametrize("relative", [True, False])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "granite"])
-def test_the_transform_minimises_the_distance_of_the_hidden_states(architecture, relative):
+def test_the_correction_minimises_the_distance_of_the_hidden_states(architecture, relative, fold):
     model = deep_model(architecture)
     found = evidence(model)
-    cut = remove(found, 2, start=2, ridge=0.0, relative=relative)
+    cut = remove(found, 2, start=2, ridge=0.0, relative=relative, fold=fold)
     told = cut.facts()["transforms"][0]
     assert told["removed"] == [2, 3] and f".{told['into'].split('.')[-1]}" in str(list(cut.weights))
 
@@ -66,13 +80,46 @@ def test_the_transform_minimises_the_distance_of_the_hidden_states(architecture,
 
     best = missed(pruned(model, cut))
     assert best / missed(pruned(model, Cut((2, 3)))) == pytest.approx(told["error"], rel=1e-3)
-    if architecture == "gpt2":  # its weights lie the other way round, and it has a bias
-        return
-    for _ in range(5):  # no other transform does better
+    for _ in range(5):  # no other map does better
         nearby = torch.eye(24, dtype=torch.float64) + 1e-2 * torch.randn(24, 24, dtype=torch.float64)
         name = next(name for name in cut.weights if name.endswith("weight"))
-        other = {name: nearby.T @ cut.weights[name]}
-        assert missed(pruned(model, Cut((2, 3), cut.weights | other))) > best
+        weight = cut.weights[name]
+        if fold == "down":
+            weight = weight + 1e-2 * torch.randn_like(weight)
+        else:  # GPT-2's weights lie the other way round
+            weight = weight @ nearby if architecture == "gpt2" else nearby.T @ weight
+        assert missed(pruned(model, Cut((2, 3), cut.weights | {name: weight}))) > best
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_refitted_layer_is_that_of_numpy(architecture):
+    model = deep_model(architecture).double()
+    found = evidence(model)
+    cut = remove(found, 2, start=2, ridge=0.0, relative=False)
+    view = found.view
+    with LayerReplay(view) as replay:
+        path = find_branch(view, 1, replay).path
+    seen = {}
+    layer, module = view.layers[1], view.layers[1].get_submodule(path)
+    handles = [
+        module.register_forward_hook(lambda _m, args, out: seen.update(a=args[0], m=out)),
+        layer.register_forward_hook(lambda _m, _a, out: seen.update(out=out if torch.is_tensor(out) else out[0])),
+        view.layers[4].register_forward_pre_hook(lambda _m, args: seen.update(after=args[0])),
+    ]
+    logits(model, found.tokens.ids)
+    for handle in handles:
+        handle.remove()
+    inputs = seen["a"].flatten(0, 1)
+    if architecture == "gpt2":
+        inputs = functional.pad(inputs, (0, 1), value=1.0)
+    lacking = (seen["after"] - seen["out"] + seen["m"]).flatten(0, 1)
+    expected = np.linalg.lstsq(inputs.numpy(), lacking.numpy(), rcond=None)[0]
+    weight = next(value for name, value in cut.weights.items() if name.endswith(f"1.{path}.weight"))
+    ours = weight if architecture == "gpt2" else weight.T
+    np.testing.assert_allclose(ours.numpy(), expected[: len(ours)], rtol=0, atol=1e-8)
+    if architecture == "gpt2":
+        bias = next(value for name, value in cut.weights.items() if name.endswith("bias"))
+        np.testing.assert_allclose(bias.numpy(), expected[-1], rtol=0, atol=1e-8)
 
 
 def test_the_run_is_that_of_least_cosine_distance_and_the_first_block_stays():
@@ -94,7 +141,15 @@ def test_the_run_is_that_of_least_cosine_distance_and_the_first_block_stays():
         get_depth_method("replaceme").solve(found, 5)
 
 
-@pytest.mark.parametrize("options", [{}, {"solver": "cosine", "epochs": 2, "learning_rate": 1e-2}, {"separate": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ridge": 1e-2},
+        {"ridge": 1e-2, "fold": "transform"},
+        {"solver": "cosine", "select": "cosine", "epochs": 2, "learning_rate": 1e-2},
+        {"ridge": 1e-2, "separate": True},
+    ],
+)
 def test_padding_does_not_enter(options):
     # Fault of the authors' code: padded tokens were counted. Fresh padding must not change a bit of the result.
     lengths = torch.tensor([24, 3, 11, 24, 7, 19, 24, 2] * 2)
@@ -110,12 +165,15 @@ def test_padding_does_not_enter(options):
     for name, tensor in tensors[0].items():
         torch.testing.assert_close(tensors[1][name], tensor, rtol=1e-4, atol=1e-5)
         assert (tensors[2][name] - tensor).abs().max() > 1e-3
+    tried = [[told["loss"] for told in remove(found, 2).facts()["trials"]] for found in (first, second, unmasked)]
+    assert tried[0] == pytest.approx(tried[1], rel=1e-5) and tried[0] != pytest.approx(tried[2], rel=1e-5)
 
 
-def test_the_second_transform_sees_the_model_as_it_is_then():
+@pytest.mark.parametrize("fold", ["down", "transform"])
+def test_the_second_correction_sees_the_model_as_it_is_then(fold):
     model = deep_model(blocks=7)
     found = evidence(model)
-    cut = remove(found, 2, transforms=2, ridge=0.0, relative=False)
+    cut = remove(found, 2, transforms=2, ridge=0.0, relative=False, fold=fold)
     a, b = (told["removed"][0] for told in cut.facts()["transforms"])
     assert b > a + 1 and cut.removed == (a, b)
     edited = pruned(model, cut)
@@ -126,9 +184,9 @@ def test_the_second_transform_sees_the_model_as_it_is_then():
         branch = find_branch(small.view, b - 2, small)
         for index in range(b - 2):
             y = small.layer(index, y)
-        out, m = branch.run(small, y)
-    # what is left is orthogonal to the inputs of the second transform: it was fitted to this very model
-    sums = Sums(24)
+        out, m = branch.run(small, y, of_inputs=fold == "down")
+    # what is left is orthogonal to the inputs of the second correction: it was fitted to this very model
+    sums = Sums(m.shape[-1], targets=24)
     sums.add(m.flatten(0, 1), (x - out).flatten(0, 1))
     left = sums.finish("x")
     assert left.cross.abs().max() < 1e-3 * (left.gram.diagonal().max() * left.energy).sqrt()
@@ -149,17 +207,17 @@ def test_a_norm_after_the_branch_is_named_and_has_a_way_out(architecture):
     found = evidence(deep_model(architecture))
     with pytest.raises(ModelError, match="separate=true"):
         remove(found, 1)
-    assert remove(found, 1, separate=True).separate
+    assert remove(found, 1, separate=True, ridge=0.1).separate
 
 
 def test_little_text_is_warned_of():
     found = evidence(deep_model(), sequences=1, length=20)
-    with pytest.warns(UserWarning, match="20 tokens, fewer than the 24"):
+    with pytest.warns(UserWarning, match="20 tokens, fewer than the 44"):
         cut = remove(found, 1)
     assert all(bool(weight.isfinite().all()) for weight in cut.weights.values())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        remove(evidence(deep_model(), sequences=2), 1)
+        remove(evidence(deep_model(), sequences=4), 1)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +225,10 @@ def test_little_text_is_warned_of():
     [
         ({"solver": "cosine", "structure": "orthonormal"}, "full or diagonal"),
         ({"transforms": 2, "start": 1}, "leave it out"),
+        ({"transforms": 2, "select": "loss"}, "select=cosine"),
+        ({"fold": "down", "separate": True}, "fold=transform"),
+        ({"fold": "down", "solver": "cosine"}, "fold=transform"),
+        ({"fold": "up"}, "fold"),
         ({"ridge": -1}, "ridge"),
         ({"structure": "triangular"}, "structure"),
         ({"solvr": "cosine"}, "did you mean 'solver'"),
@@ -186,7 +248,7 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
     removed = []
     for seed in (0, 1):
         other = deep_model(seed=seed)
-        removed.append(remove(Evidence(discover_layers(other), Tokens(ids)), 2).weights)
+        removed.append(remove(Evidence(discover_layers(other), Tokens(ids)), 2, ridge=0.1).weights)
     assert list(tmp_path.iterdir()) == []
     assert set(removed[0]) != set(removed[1]) or any(
         not torch.equal(removed[0][name], removed[1][name]) for name in removed[0]

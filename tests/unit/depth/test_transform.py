@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cospadi.depth.normal_equations import Sums
-from cospadi.depth.transform import RIDGES, Structure, cosine, held_out_ridge, least_squares
+from cospadi.depth.transform import Structure, correction, cosine, least_squares
 from cospadi.errors import NumericalError
 
 
@@ -103,22 +103,33 @@ def test_sums_of_two_texts_add_up():
     torch.testing.assert_close(both.cross, whole.cross)
 
 
-@pytest.mark.parametrize(("tokens", "noise"), [(4000, 0.01), (16, 30.0), (60, 3.0)])
-def test_the_ridge_is_that_which_fits_held_out_text_best(tokens, noise):
-    generator = torch.Generator().manual_seed(tokens)
-    inputs = torch.randn(tokens, 12, generator=generator, dtype=torch.float64)
-    mixing = torch.eye(12) + 0.3 * torch.randn(12, 12, generator=generator)
-    targets = inputs @ mixing.double() + noise * torch.randn(tokens, 12, generator=generator, dtype=torch.float64)
-    parts = [(inputs[::2], targets[::2]), (inputs[1::2], targets[1::2])]
-    a, b = (equations(*part, 1) for part in parts)
-    missed = {
-        ridge: error(*parts[1], least_squares(a, ridge=ridge)) * len(parts[1][0])
-        + error(*parts[0], least_squares(b, ridge=ridge)) * len(parts[0][0])
-        for ridge in RIDGES
-    }
-    chosen = held_out_ridge((a, b))
-    assert missed[chosen] == pytest.approx(min(missed.values()), rel=1e-6)
-    assert (chosen <= 1e-3) if noise < 1 else (chosen >= 1e-1)  # much text and little noise need none
+@pytest.mark.parametrize("seed", range(4))
+def test_a_correction_of_a_whole_layer_is_that_of_numpy(seed):
+    inputs, targets = problem(seed=seed)
+    targets = targets[:, :5]  # a layer need not be square
+    sums = Sums(12, targets=5)
+    sums.add(inputs, targets)
+    expected, left, *_ = np.linalg.lstsq(inputs.numpy(), targets.numpy(), rcond=None)
+    found = correction(sums.finish("test"))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-8)
+    assert sums.finish("test").loss(found) == pytest.approx(float(left.sum()) / len(inputs), rel=1e-9)
+
+
+def test_a_ridge_pulls_a_correction_towards_nothing():
+    inputs, targets = problem()
+    sums = equations(inputs, targets)
+    shift = 0.3 * sums.gram.diagonal().mean() * torch.eye(12, dtype=torch.float64)
+    expected = torch.linalg.solve(sums.gram + shift, sums.cross)
+    torch.testing.assert_close(correction(sums, ridge=0.3), expected, rtol=1e-9, atol=1e-9)
+    norms = [float(correction(sums, ridge=ridge).norm()) for ridge in (0.0, 1e-2, 1.0, 1e9)]
+    assert norms == sorted(norms, reverse=True) and norms[-1] < 1e-6
+    # fewer tokens than inputs: the least of the steps that fit, whether or not a ridge keeps the system regular
+    inputs = torch.randn(5, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    few = equations(inputs, targets[:5], 1)
+    for ridge in (0.0, 1e-9):
+        torch.testing.assert_close(
+            correction(few, ridge=ridge), torch.linalg.pinv(inputs) @ targets[:5], rtol=1e-5, atol=1e-5
+        )
 
 
 def test_a_diagonal_is_solved_entry_by_entry():
