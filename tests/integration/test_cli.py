@@ -420,6 +420,18 @@ def test_files_get_the_permissions_of_the_umask(tmp_path):
 # --- running out -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), ImportError("x.so: failed to map segment from shared object"), OSError(12, os.strerror(12))],
+)
+def test_no_memory_where_nobody_counts_on_it(monkeypatch, error):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("cospadi.evaluation.inspect", fail)
+    refused(command("inspect", "small"), "out of memory", "close other programs")
+
+
 def test_out_of_memory_says_what_to_do(monkeypatch):
     def hungry(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")

@@ -192,7 +192,7 @@ def test_a_dry_run_tells_sizes_from_the_configuration_alone(model, tmp_path):
     [
         (["--blocks", 5], 1, "cannot remove 5 of 5"),
         (["--blocks", 99], 1, "cannot remove 99 of 5"),
-        (["--blocks", 0], 1, "greater than or equal to 1"),
+        (["--blocks", 0], 1, "prune.blocks cannot be 0: it must be at least 1"),
         (["--keep-blocks", 0.1, "--method", "uidl"], 1, "keep 0.1 is too small"),
         (["--keep-blocks", 1.5], 1, "less than 1"),
         (["--method", "sleb", "--blocks", 4], 1, "always stay"),
@@ -200,6 +200,9 @@ def test_a_dry_run_tells_sizes_from_the_configuration_alone(model, tmp_path):
         (["--method", "replaceme", "--blocks", 2, "--set", "start=4"], 1, "start=4"),
         (["--method", "uidle", "--blocks", 1], 1, "did you mean 'uidl'"),
         (["--method", "uidl", "--blocks", 1, "--set", "stat=1"], 1, "did you mean 'start'"),
+        (["--blocks", 1, "--set", "ridge=-1"], 1, "option 'ridge' cannot be -1: it must be at least 0"),
+        (["--blocks", 1, "--set", "ridge=.nan"], 1, "option 'ridge' cannot be nan: it must be a finite number"),
+        (["--blocks", 1, "--set", "rank=0"], 1, "option 'rank' cannot be 0: it must be at least 1"),
         (["--blocks", 1, "--keep-blocks", 0.5], 2, "give one of them"),
         ([], 2, "say how much to prune"),
     ],

@@ -34,9 +34,10 @@ def main() -> None:
         code = FAILED
     except Exception as error:
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        code = _complain(
-            f"this should not have happened: {what}; please report it with what --debug prints", FAILED, debug
-        )
+        message = f"this should not have happened: {what}; please report it with what --debug prints"
+        if _is_out_of_memory(error):
+            message = "out of memory: close other programs, raise the limit, or use a machine with more"
+        code = _complain(message, FAILED, debug)
     finally:
         warnings.showwarning = shown
     sys.exit(code)
@@ -69,6 +70,12 @@ def _run(arguments: list[str]) -> int:
         path = where.command_path if where is not None else "cospadi"
         raise UsageError(f"{text().rstrip('. ')}; see {path} --help") from None
     return DONE
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether there was no memory left even where nobody counts on it, as when a library is loaded."""
+    words = ("failed to map segment", "cannot allocate memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
 def _warn(

@@ -18,12 +18,13 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, create_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from cospadi.depth.evidence import Evidence
 from cospadi.errors import BudgetError, RecipeError
+from cospadi.methods.options import checked_options
 from cospadi.model_view import ModelView
 
 Unit = Literal["blocks", "share"]
@@ -68,17 +69,7 @@ class DepthMethod:
         Raises:
             RecipeError: on an unknown option (naming the nearest) or a wrong value.
         """
-        known = list(self.options.model_fields)
-        for key in options:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(known) or 'none'}"
-                raise RecipeError(f"method {self.name!r} has no option {key!r}{hint}")
-        try:
-            return dict(self.options(**options))
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise RecipeError(f"method {self.name!r}, option {first['loc'][0]!r}: {first['msg']}") from None
+        return checked_options(self.name, self.options, options)
 
     def remove(self, evidence: Evidence, blocks: int, options: dict[str, Any]) -> Edit:
         """Remove so many blocks.
@@ -168,7 +159,7 @@ def depth_method(name: str, *, paper: str = "", unit: Unit = "blocks") -> Callab
             for key, parameter in parameters.items()
             if parameter.kind is parameter.KEYWORD_ONLY
         }
-        options = create_model(f"{name}_options", __config__=ConfigDict(extra="forbid"), **fields)
+        options = create_model(f"{name}_options", __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
         summary = (inspect.getdoc(solve) or "").split("\n", 1)[0]
         _METHODS[name] = DepthMethod(name, summary, paper, unit, solve, options)
         return solve

@@ -20,14 +20,14 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import iter_modules
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, create_model
 from torch import Tensor
 
 from cospadi.errors import BudgetError, NumericalError, RecipeError
 from cospadi.format import Factors, GroupSpec
-from cospadi.methods.ranges import range_text
+from cospadi.methods.options import checked_options
 
 Grouping = Literal["matrix", "siblings", "cross_layer", "pairs"]
 
@@ -95,32 +95,7 @@ class Method:
         Raises:
             RecipeError: on an unknown option (naming the nearest) or a wrong value.
         """
-        known = list(self.options.model_fields)
-        for key in options:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(known) or 'none'}"
-                raise RecipeError(f"method {self.name!r} has no option {key!r}{hint}")
-        for key, value in options.items():  # pydantic would take true for 1
-            kind = self.options.model_fields[key].annotation
-            if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
-                raise RecipeError(f"method {self.name!r}, option {key!r} cannot be {value}: it takes no truth value")
-        try:
-            return dict(self.options(**options))
-        except ValidationError as error:
-            raise RecipeError(f"method {self.name!r}, {self._problem(error)}") from None
-
-    def _problem(self, error: ValidationError) -> str:
-        """Option, value and what is allowed instead."""
-        first = error.errors()[0]
-        key, given = str(first["loc"][0]), first["input"]
-        allowed = range_text(self.options.model_fields[key].metadata)
-        if first["type"] == "finite_number":
-            return f"option {key!r} cannot be {given}: it must be a finite number"
-        if allowed and first["type"].startswith(("greater", "less")):
-            return f"option {key!r} cannot be {given}: it must be {allowed}"
-        reason = first["msg"].removeprefix("Value error, ")
-        return f"option {key!r} cannot be {given!r}: {reason[:1].lower()}{reason[1:]}"
+        return checked_options(self.name, self.options, options)
 
     def spec(self, shape: GroupShape, budget: int, options: dict[str, Any]) -> GroupSpec:
         """The largest spec of this method within `budget` bytes.

@@ -93,11 +93,11 @@ def percent(value: object) -> str:
 
 
 def error_text(value: object) -> str:
-    """A relative error: ``3.41%``; below one hundredth of a percent in powers of ten."""
+    """A relative error: ``3.41%``; below one hundredth of a percent with its first digit, ``0.006%``."""
     real = number(value)
     if real is None:
         return DASH
-    return f"{100 * real:.2f}%" if real == 0 or abs(real) >= 1e-4 else f"{real:.0e}"
+    return f"{100 * real:.2f}%" if real == 0 or abs(real) >= 1e-4 else f"{100 * real:.1g}%"
 
 
 def perplexity_text(value: object) -> str:

@@ -27,7 +27,7 @@ from cospadi.report.text import (
     whole,
 )
 
-_PHASES = ("calibrate", "plan", "factorise", "save")
+_PHASES = ("read", "prune", "calibrate", "plan", "allocate", "factorise", "refine", "save")
 
 
 @dataclass(frozen=True)

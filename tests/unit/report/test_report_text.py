@@ -46,7 +46,9 @@ def test_other_numbers_read_well():
     seconds = (0.44, 59.96, 75, 3599.9, 7500)
     assert [human_seconds(s) for s in seconds] == ["0.4 s", "1 min 00 s", "1 min 15 s", "1 h 00 min", "2 h 05 min"]
     assert human_seconds(-1) == "–"
-    assert [error_text(e) for e in (0.0, 0.0341, 1.5, 2e-7, None)] == ["0.00%", "3.41%", "150.00%", "2e-07", "–"]
+    assert [error_text(e) for e in (0.0, 0.0341, 1.5, 6e-5, 2e-7, None)] == [
+        "0.00%", "3.41%", "150.00%", "0.006%", "2e-05%", "–",
+    ]  # fmt: skip
     assert [perplexity_text(p) for p in (17.2264, 12_345.6, 3.2e9)] == ["17.23", "12,346", "3.2e+09"]
     assert perplexity_text(math.inf) == "diverged"
     assert perplexity_text(None) == "–"

@@ -1,6 +1,6 @@
 import pytest
 
-from cospadi.report.view import by_kind, headlines, read_groups
+from cospadi.report.view import by_kind, headlines, model_facts, read_groups
 
 
 def groups(*modules: tuple[str, ...]) -> dict:
@@ -80,3 +80,10 @@ def test_headlines_leave_out_what_is_not_known(report):
     expected = 100 * report["bytes_after"] / report["bytes_before"]
     assert facts["Bytes kept"].value == f"{expected:.1f}%"
     assert headlines({}) == []
+
+
+def test_phases_are_told_in_the_order_of_a_run():
+    seconds = {"allocate": 1.0, "calibrate": 2.0, "factorise": 3.0, "read": 4.0, "save": 5.0, "total": 15.0}
+    (fact,) = (fact for fact in model_facts({"seconds": seconds}) if fact.label == "Time by phase")
+    told = " ".join(step.split()[0] for step in fact.value.split(", "))
+    assert told == "read calibrate allocate factorise save"

@@ -1,0 +1,50 @@
+"""Options of methods, checked before anything is read: one line that names option, value and what is allowed."""
+
+import difflib
+from types import SimpleNamespace
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from cospadi.errors import RecipeError
+from cospadi.methods.ranges import range_text
+
+
+def checked_options(method: str, options: type[BaseModel], given: dict[str, Any]) -> dict[str, Any]:
+    """Validate the options of a method, of compression or of pruning, and fill in defaults.
+
+    Args:
+        method: its name.
+        options: what it takes.
+        given: what the user gives.
+
+    Raises:
+        RecipeError: on an unknown option (naming the nearest) or a wrong value.
+    """
+    known = list(options.model_fields)
+    for key, value in given.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(known) or 'none'}"
+            raise RecipeError(f"method {method!r} has no option {key!r}{hint}")
+        kind = options.model_fields[key].annotation
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):  # pydantic would take true for 1
+            raise RecipeError(f"method {method!r}, option {key!r} cannot be {value}: it takes no truth value")
+    try:
+        return dict(options(**given))
+    except ValidationError as error:
+        raise RecipeError(f"method {method!r}, {_problem(error, options)}") from None
+
+
+def _problem(error: ValidationError, options: type[BaseModel]) -> str:
+    """Option, value and what is allowed instead."""
+    first = error.errors()[0]
+    key, value = str(first["loc"][0]), first["input"]
+    # of a type such as `Annotated[int, …] | None` the field itself has no bounds: then the one that was crossed
+    allowed = range_text(options.model_fields[key].metadata) or range_text([SimpleNamespace(**first.get("ctx", {}))])
+    if first["type"] == "finite_number":
+        return f"option {key!r} cannot be {value}: it must be a finite number"
+    if allowed and first["type"].startswith(("greater", "less")):
+        return f"option {key!r} cannot be {value}: it must be {allowed}"
+    reason = first["msg"].removeprefix("Value error, ")
+    return f"option {key!r} cannot be {value!r}: {reason[:1].lower()}{reason[1:]}"
