@@ -283,7 +283,7 @@ def test_one_recipe_prunes_and_compresses_under_one_budget(model, tmp_path, flag
             calibration=text,
             recipe=Recipe.load(path).merged(
                 {
-                    "prune": {"method": "replaceme", "options": {"separate": True}},
+                    "prune": {"method": "replaceme", "options": {"separate": True, "ridge": 0.1}},
                     "calibration": {"samples": 8, "seq_len": 32},
                 }
             ),

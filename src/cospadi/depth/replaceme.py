@@ -39,7 +39,7 @@ def replaceme(
     fold: Fold | None = None,
     select: Select | None = None,
     candidates: Annotated[int, Field(ge=1)] = 8,
-    samples: Annotated[int, Field(ge=2)] = 64,
+    samples: Annotated[int, Field(ge=2)] = 32,
     structure: Structure = "full",
     rank: Annotated[int, Field(ge=1)] = 64,
     ridge: Annotated[float, Field(ge=0)] | None = None,

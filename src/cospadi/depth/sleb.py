@@ -1,5 +1,7 @@
 """SLEB (arXiv 2402.09025): remove the block that the model misses least, again and again."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import torch
@@ -11,7 +13,7 @@ from cospadi.depth.base import depth_method
 from cospadi.depth.evidence import REMEDY, Evidence, Tokens
 from cospadi.depth.surgery import Cut
 from cospadi.errors import BudgetError, NumericalError
-from cospadi.model_view import LayerReplay, guard_memory
+from cospadi.model_view import LayerReplay, guard_memory, placed
 
 _ROWS = 4096
 
@@ -69,7 +71,7 @@ def losses_without(evidence: Evidence, tokens: Tokens, gone: set[int], candidate
     alive = [index for index in range(len(evidence.view.layers)) if index not in gone]
     sums = torch.zeros(len(candidates), dtype=torch.float64)
     predicted = 0
-    with LayerReplay(evidence.view, evidence.device) as replay, guard_memory("measuring losses", REMEDY):
+    with head_replay(evidence, "measuring losses") as replay:
         for ids, mask in evidence.batched(tokens, f"losses without {len(gone) + 1} blocks"):
             hidden = replay.embed(ids)
             ends: dict[int, Tensor] = {}
@@ -86,6 +88,23 @@ def losses_without(evidence: Evidence, tokens: Tokens, gone: set[int], candidate
     if not all(map(torch.isfinite, torch.tensor(losses))):
         raise NumericalError("the loss of the pruned model is NaN or Inf: the model is damaged or overflows")
     return [float(loss) for loss in losses]
+
+
+@contextmanager
+def head_replay(evidence: Evidence, doing: str) -> Iterator[LayerReplay]:
+    """Replay of the model with its head, and all that is no block, on the device: logits are most of such work.
+
+    Args:
+        evidence: of the model.
+        doing: what for, for messages.
+    """
+    view, device = evidence.view, evidence.device
+    with (
+        guard_memory(doing, REMEDY),
+        placed(view.model, device, without=view.layers),
+        LayerReplay(view, device) as replay,
+    ):
+        yield replay
 
 
 def summed_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cospadi.depth.evidence import REMEDY, Evidence, Tokens
 from cospadi.depth.rows import Fit, Rows, states_before, through, weights_of
-from cospadi.depth.sleb import summed_loss
+from cospadi.depth.sleb import head_replay, summed_loss
 from cospadi.depth.transform import RIDGES, Structure, correction, least_squares
 from cospadi.errors import BudgetError, NumericalError
 from cospadi.model_view import LayerReplay, guard_memory
@@ -152,7 +152,7 @@ def _losses(evidence: Evidence, options: Sequence[Fit], fits: dict[int, Fit], to
     if not options:
         return []
     totals, predicted, place = [0.0] * len(options), 0, options[0]
-    with LayerReplay(evidence.view, evidence.device) as replay, guard_memory("measuring losses", REMEDY):
+    with head_replay(evidence, "measuring losses") as replay:
         for ids, mask in evidence.batched(tokens, f"loss without {_named(place)}"):
             features, out = states_before(replay, replay.embed(ids), place, fits)
             for index, fit in enumerate(options):

@@ -1,6 +1,6 @@
 """Where tensors live: moving nested arguments, placing a model for a while, running out of memory politely."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,12 @@ def move(value: Any, device: torch.device | str) -> Any:
 
 
 @contextmanager
-def placed(module: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
+def placed(
+    module: nn.Module,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    without: Iterable[nn.Module] = (),
+) -> Iterator[nn.Module]:
     """Lend a module to another device and float type; afterwards its own tensors are back, bit by bit.
 
     Unlike ``.to(…)`` and back, nothing is copied on the way home and float32 buffers (rotary frequencies) never pass
@@ -32,10 +37,14 @@ def placed(module: nn.Module, device: torch.device | str, dtype: torch.dtype | N
         module: any module.
         device: where it shall run.
         dtype: for parameters and buffers of a shorter float type; None leaves them.
+        without: parts that stay where they are.
     """
     originals: dict[int, tuple[Tensor, Tensor]] = {}
+    staying = {id(tensor) for part in without for tensor in (*part.parameters(), *part.buffers())}
     try:
         for tensor in (*module.parameters(), *module.buffers()):
+            if id(tensor) in staying:
+                continue
             originals[id(tensor)] = (tensor, tensor.data)
             widen = dtype if dtype and tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize else None
             tensor.data = tensor.data.to(device, widen or tensor.dtype)
