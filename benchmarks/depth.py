@@ -4,9 +4,10 @@
     python benchmarks/depth.py MODEL … --methods uidl,sleb --variants "" --out PART.json     (one of several processes)
     python benchmarks/depth.py --merge PART.json PART.json … --out JSON
 
-A row of a pruning method removes exactly that many blocks; factorisation (`pursuit`, `svd_llm`) keeps the same share of
-the linear layers' bytes. Distances of all pairs of blocks are computed once. Finished rows lie in the work directory
-beside the JSON file, so an interrupted run goes on. The last line is the result as JSON.
+A row of a pruning method removes exactly that many blocks (one more where `separate` adds a matrix); factorisation
+(`pursuit`, `svd_llm`) keeps the same share of the linear layers' bytes. Distances of all pairs of blocks are computed
+once. Finished rows lie in the work directory beside the JSON file, so an interrupted run goes on. The last line is the
+result as JSON.
 """
 
 import argparse

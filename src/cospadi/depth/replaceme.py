@@ -27,7 +27,8 @@ MEASURES = {
     "error": "held-out error of the correction",
     "cosine": "mean cosine distance of all tokens",
 }
-HELD_OUT = 8  # every so manieth sequence
+HELD_OUT = 8
+"""At most every so manieth sequence is held out."""
 
 
 @depth_method("replaceme", paper="arXiv 2505.02819")
@@ -68,12 +69,13 @@ def replaceme(
             is possible: not with ``solver=cosine``, another `structure` or `separate`.
         select: by what the run and the ridge are chosen: ``loss`` (the default): of the nearest runs, the one with
             which the model's loss is least, each with a least-squares fit to half of the first `samples` sequences
-            and measured on the other half; then the ridge with which it is least on every eighth sequence, the fit
-            being to the others. Plain removal is among the choices, so the result is never worse on this text.
+            and measured on the other half; then the ridge with which it is least on every eighth sequence (or fewer:
+            half of `samples`), the fit being to the others. Plain removal is among the choices, so the result is never
+            worse on this text.
             ``error``: likewise, by the distance to L_{i+n}; ``cosine``: the nearest run, as published, its ridge by
             the distance. With several runs these are the nearest ones.
         candidates: so many of the nearest runs are tried.
-        samples: trials of runs see the first so many sequences; at most half as many are held out for the ridge.
+        samples: trials of runs see the first so many sequences; at most half as many are held out afterwards.
         structure: of T: ``full``, ``diagonal``, ``orthonormal`` or ``low_rank``; see
             :func:`~cospadi.depth.transform.least_squares`.
         rank: of ``low_rank``.
@@ -125,7 +127,8 @@ def replaceme(
     def solve(where: Fit, fits: dict[int, Fit]) -> tuple[Fit, Rows, list[Trial]]:
         """The correction of a run, fitted to the whole text but what it is chosen by."""
         choosing = ridge is None if solver == "least_squares" else measure == "loss"
-        fitted, held = evidence.tokens.parted(HELD_OUT) if choosing else (evidence.tokens, evidence.tokens)
+        every = max(HELD_OUT, -(-len(evidence.tokens.ids) // (samples // 2)))
+        fitted, held = evidence.tokens.parted(every) if choosing else (evidence.tokens, evidence.tokens)
         keep = min(tokens, fitted.count) if solver == "cosine" else 0
         rows = stream_rows(evidence, where, fits, fitted, relative=relative, keep=keep)
         if rows.equations.tokens < len(rows.equations.gram):
@@ -152,7 +155,7 @@ def replaceme(
         if len(options) == 1:
             return options[0], rows, []
         losses = "all" if measure == "loss" else "none"
-        found = tried(evidence, options, fits, held.first(max(1, samples // 2)), relative=relative, losses=losses)
+        found = tried(evidence, options, fits, held, relative=relative, losses=losses)
         return options[best(found, measure)], rows, found
 
     trials: list[Trial] = []
