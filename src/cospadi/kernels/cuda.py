@@ -2,7 +2,8 @@
 
 The two products are chosen apart, each per shape and number of tokens, by `cospadi.kernels.tuning`. For one token x D
 stays in float32 between them. Specs without a kernel (3 and 14 bits, sparse with zero points), layers in other dtypes
-than 16-bit floats, and machines without Triton take the dense path: factors unpacked into a scratch, then cuBLAS.
+than 16-bit floats, and machines without Triton take the dense path: factors unpacked into a scratch, then cuBLAS. So do
+products whose kernels all fail to compile or to run.
 """
 
 import logging
@@ -18,21 +19,16 @@ from cospadi.kernels.cost import rebuild_pays
 from cospadi.kernels.tuning import Candidate, choose
 
 launch: ModuleType | None
-failures: tuple[type[Exception], ...]
 try:
-    from triton.runtime.errors import OutOfResources
-
     from cospadi.kernels import launch
-
-    failures = (OutOfResources,)
 except ImportError as _error:
-    launch, failures = None, ()
+    launch = None
     _reason = str(_error)
 
 logger = logging.getLogger(__name__)
 _said = False
 
-DECODE_TOKENS = 16  # above, the dense path is tried as well
+SCRATCH_TOKENS = 4  # from here on, small matrices may be faster unpacked, which the cache then holds
 
 
 def _kernels_run(dtype: torch.dtype) -> bool:
@@ -74,10 +70,11 @@ def scratch(packed: Packed, spec: MatrixSpec, dtype: torch.dtype) -> Tensor:
     """A stored matrix made dense, (rows, columns) `dtype`; 16-bit dense ones as they are."""
     if not spec.sparse and spec.bits == 16:
         return packed["values"].to(dtype)
-    if not _kernels_run(dtype) or launch is None or not spec.sparse or not launch.readable(spec):
-        return unpack(packed, spec, dtype)
-    expanded: Tensor = launch.expand(packed, spec, dtype, launch.EXPAND)
-    return expanded
+    by_torch = partial(unpack, packed, spec, dtype)
+    if not _kernels_run(dtype) or launch is None or not launch.readable(spec):
+        return by_torch()
+    by_kernel = Candidate("unpacking kernel", partial(launch.unpacked, packed, spec, dtype))
+    return choose((packed["values"].device.index, dtype, spec, "unpacked"), [by_kernel], by_torch)
 
 
 def packed_linear(
@@ -98,7 +95,8 @@ def packed_linear(
     """
 
     def by_scratch() -> Tensor:
-        return linear(x.to(dtype), scratch(packed, spec, dtype))
+        plain_x = x if x.dim() == 2 else x[:, :, :32].reshape(1, -1)
+        return linear(plain_x.to(dtype), scratch(packed, spec, dtype))
 
     tokens = x.shape[0]
     if not _kernels_run(dtype) or launch is None or not launch.readable(spec) or tokens > launch.MOST_TOKENS:
@@ -106,17 +104,12 @@ def packed_linear(
     plain = not spec.sparse and spec.bits == 16
     if plain and tokens > 1:
         return by_scratch()
-    made = dtype
-    more: dict[str, bool] = {}
-    if codes is not None and tokens == 1 and codes.sparse and launch.readable(codes):
-        made = torch.float32
-        if launch.balanced_fits(codes) and not spec.sparse:
-            more = {"spaced": True}
+    made, more = launch.handed_on(spec, tokens, codes, dtype)
     candidates = [
         Candidate(f"{kernel.__name__} {config}", partial(kernel, x, packed, spec, config, made, **more))
         for kernel, config in launch.options(spec, tokens)
     ]
-    if plain or tokens > DECODE_TOKENS:
+    if tokens >= SCRATCH_TOKENS or (tokens > 1 and not spec.sparse):
         candidates.append(Candidate("scratch", by_scratch))
     bucket = tokens if tokens <= 4 else 1 << (tokens - 1).bit_length()
-    return choose((x.device.index, dtype, spec, bucket), candidates, failures)
+    return choose((x.device.index, dtype, spec, bucket), candidates, by_scratch)

@@ -4,8 +4,6 @@ Importing this module needs Triton. Every function takes x (tokens, columns), co
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -13,72 +11,65 @@ import triton.language as tl
 from torch import Tensor
 
 from cospadi.format import MatrixSpec, Packed
-from cospadi.kernels import triton_balanced, triton_kernels
-from cospadi.solvers.projection import parse_pattern
+from cospadi.kernels import triton_balanced, triton_kernels, triton_walk
+from cospadi.kernels.launch_common import FLOATS, Config, aligned, common, elements, padded, per_word, pitch, readable
+from cospadi.kernels.launch_dense import dense, expand_integers, few_tokens, one_token, one_token_fits, span
+
+__all__ = [  # and what the modules beneath have
+    "Config", "balanced", "balanced_fits", "dense", "expand", "expand_integers", "few_tokens", "handed_on", "one_token",
+    "one_token_fits", "options", "per_word", "pitch", "pitched", "readable", "span", "sparse", "unit", "unpacked",
+    "walk",
+]  # fmt: skip
 
 MOST_TOKENS = 64  # of the decode kernels
-_FLOATS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
-
-@dataclass(frozen=True)
-class Config:
-    """Launch parameters: rows and width of a tile (words, or stored elements), lanes to a word, warps, stages."""
-
-    rows: int
-    width: int
-    warps: int
-    lanes: int = 32
-    stages: int = 1
-
-    def __str__(self) -> str:
-        return f"{self.rows}x{self.width} lanes {self.lanes} warps {self.warps} stages {self.stages}"
-
-
-# What is worth trying, the likely best first (measured on an H200); about three each, since the first call of a shape
-# compiles and times them all.
-BALANCED = (Config(8, 4, 1), Config(4, 8, 1), Config(16, 8, 4), Config(4, 32, 4))
+# What is worth trying, the likely best first (measured on an H100 and an H200 on shapes of an 8B model); at most five a
+# product, since the first call of a shape compiles and times them all. Small matrices need many words to a row to fill
+# the device, large ones want few.
+BALANCED = (Config(8, 4, 1), Config(4, 8, 1), Config(4, 32, 4))
+BALANCED_ONE = (Config(4, 8, 1), Config(4, 32, 4))
+WALK = (Config(8, 4, 1), Config(4, 8, 1), Config(4, 32, 4))
 SPARSE_ONE = (Config(8, 4, 1, 8), Config(8, 8, 2, 8), Config(8, 1, 2, 8))
-SPARSE_MANY = (Config(64, 4, 4, 8), Config(16, 4, 1, 8), Config(32, 4, 2, 8))
-DENSE_ONE = (Config(4, 1024, 4), Config(4, 2048, 4))
-DENSE_ONE_PACKED = (Config(4, 512, 4), Config(4, 256, 4))  # elements are 32-bit words
-DENSE_MANY = (Config(32, 128, 4, stages=4), Config(16, 256, 2, stages=4), Config(16, 128, 2, stages=5))
+SPARSE_MANY = (Config(64, 4, 4, 8), Config(16, 4, 1, 8))
+DENSE_ONE = (Config(4, 1024, 4), Config(2, 1024, 2))
+DENSE_ONE_PACKED = (Config(4, 256, 4), Config(4, 512, 4))  # elements are 32-bit words
+DENSE_MANY = (Config(16, 256, 2, stages=4), Config(32, 128, 4, stages=4))
 DENSE_MANY_PACKED = (Config(32, 64, 4), Config(16, 32, 2, stages=4))
+ONE_TOKEN = (Config(8, 32, 4), Config(4, 64, 4), Config(8, 64, 4))  # width in chunks of 16 bytes
+FEW_TOKENS = (Config(32, 4, 4, stages=3), Config(16, 4, 4, stages=3), Config(16, 8, 8, stages=2))  # width in spans
 EXPAND = Config(2, 16, 1)
+EXPAND_INTEGERS = Config(2, 1024, 4)  # width in columns
 
 
-def pitch(tokens: int) -> int:
-    """Columns of z from mask word to mask word in the balanced kernel.
-
-    The j-th set bits of two words lie at about the same place, so with 32 the threads of a warp would meet in the same
-    banks of the first-level cache: 5.8 rounds a load for one token, 2.2 with 36 (simulated with random masks; the
-    kernel gains little from it on an H200, where integer arithmetic limits it first).
-    """
-    return 36 if tokens <= 2 else 34 if tokens <= 4 else 33
+Option = tuple[Callable[..., Tensor], Config]
 
 
-def options(spec: MatrixSpec, tokens: int) -> list[tuple[Callable[..., Tensor], Config]]:
+def options(spec: MatrixSpec, tokens: int) -> list[Option]:
     """Kernels and launch parameters that compute ``x Mᵀ`` for this spec and number of tokens, the likely best first."""
     if not spec.sparse:
-        if spec.bits == 16 or (spec.bits == 8 and spec.symmetric):
-            return [(dense, config) for config in (DENSE_ONE if tokens == 1 else DENSE_MANY)]
-        return [(dense, config) for config in (DENSE_ONE_PACKED if tokens == 1 else DENSE_MANY_PACKED)]
-    found: list[tuple[Callable[..., Tensor], Config]] = []
-    if tokens <= 16 and balanced_fits(spec):
-        found += [(balanced, config) for config in BALANCED]
-    if not found:
-        found += [(sparse, config) for config in (SPARSE_ONE if tokens == 1 else SPARSE_MANY)]
-    return found
+        bytes_ = spec.bits == 16 or (spec.bits == 8 and spec.symmetric)
+        if tokens == 1:
+            chosen: list[Option] = [(one_token, config) for config in ONE_TOKEN] if one_token_fits(spec) else []
+            rest = DENSE_ONE if bytes_ else DENSE_ONE_PACKED
+        else:
+            chosen = [(few_tokens, config) for config in FEW_TOKENS] if span(spec) else []
+            rest = DENSE_MANY if bytes_ else DENSE_MANY_PACKED
+        return [*chosen, *((dense, config) for config in (rest[:1] if chosen else rest))]
+    if balanced_fits(spec) and tokens == 1:
+        (large, small), leaner = BALANCED_ONE, [(walk, config) for config in WALK]
+        return [(balanced, large), *leaner, (balanced, small)]
+    if balanced_fits(spec) and tokens <= 16:
+        return [(balanced, config) for config in BALANCED]
+    return [(sparse, config) for config in (SPARSE_ONE if tokens == 1 else SPARSE_MANY)]
 
 
-def per_word(spec: MatrixSpec) -> int:
-    """Values of a full mask word; 0 where it varies (pattern ``"free"``)."""
-    balanced = parse_pattern(spec.pattern)
-    return 0 if balanced is None else balanced[0] * 32 // balanced[1]
-
-
-def readable(spec: MatrixSpec) -> bool:
-    """Whether a kernel reads the stored values themselves (16, 8, 4, 2 bits; zero points only where dense)."""
-    return spec.bits in (16, 8, 4, 2) and (spec.symmetric or not spec.sparse)
+def handed_on(
+    spec: MatrixSpec, tokens: int, reader: MatrixSpec | None, dtype: torch.dtype
+) -> tuple[torch.dtype, dict[str, bool]]:
+    """How the outputs of a matrix go to the codes `reader`, if any: their dtype, and options of the kernel."""
+    if reader is None or tokens != 1 or not reader.sparse or not readable(reader):
+        return dtype, {}
+    return torch.float32, {"spaced": True} if balanced_fits(reader) and not spec.sparse else {}
 
 
 def unit(spec: MatrixSpec) -> int:
@@ -91,21 +82,6 @@ def balanced_fits(spec: MatrixSpec) -> bool:
     if not spec.sparse or not readable(spec) or spec.columns % 32 or per_word(spec) == 0:
         return False
     return unit(spec) > 0 and spec.group % (unit(spec) // spec.bits) == 0
-
-
-def _padded(tokens: int) -> int:
-    """Tokens of a tile: 1, or at least 16 for the tensor cores."""
-    return 1 if tokens == 1 else max(16, triton.next_power_of_2(tokens))
-
-
-def _elements(packed: Packed, spec: MatrixSpec) -> Tensor:
-    """Values as the element kernels read them: floats, signed bytes, or bytes that hold several or unsigned ones."""
-    values = packed["values"].contiguous()
-    return values.view(torch.uint8) if values.dtype == torch.int32 else values
-
-
-def _common(packed: Packed, spec: MatrixSpec) -> dict[str, Any]:
-    return {"BITS": spec.bits, "SCALED": spec.integer, "GROUP": 0 if spec.groups == 1 else spec.group}
 
 
 def pitched(x: Tensor) -> Tensor:
@@ -132,9 +108,7 @@ def balanced(x: Tensor, packed: Packed, spec: MatrixSpec, config: Config, out_dt
     z = x if x.dim() == 4 else pitched(x)
     tokens = 1 if x.dim() == 4 else x.shape[0]
     out = torch.empty(tokens, spec.rows, dtype=out_dtype, device=x.device)
-    values = packed["values"].contiguous()
-    if values.data_ptr() % 16:
-        values = values.clone()
+    values = aligned(packed["values"])
     triton_balanced.balanced_linear_kernel[(triton.cdiv(spec.rows, config.rows),)](
         z,
         values.view(spec.rows, -1).view(torch.int64 if unit(spec) == 64 else torch.int32),
@@ -147,7 +121,7 @@ def balanced(x: Tensor, packed: Packed, spec: MatrixSpec, config: Config, out_dt
         tokens,
         z.shape[1] * z.shape[2],
         UNIT=unit(spec),
-        FLOAT=_FLOATS.get(values.dtype, tl.float32),
+        FLOAT=FLOATS.get(values.dtype, tl.float32),
         PER_WORD=per_word(spec),
         TOKENS=z.shape[3],
         PLANES=z.shape[0],
@@ -156,7 +130,33 @@ def balanced(x: Tensor, packed: Packed, spec: MatrixSpec, config: Config, out_dt
         WORDS=config.width,
         num_warps=config.warps,
         num_stages=config.stages,
-        **_common(packed, spec),
+        **common(packed, spec),
+    )
+    return out
+
+
+def walk(x: Tensor, packed: Packed, spec: MatrixSpec, config: Config, out_dtype: torch.dtype) -> Tensor:
+    """Sparse rows that satisfy :func:`balanced_fits`, one token, also as :func:`pitched` gives it."""
+    z = x if x.dim() == 4 else pitched(x)
+    out = torch.empty(1, spec.rows, dtype=out_dtype, device=x.device)
+    values = aligned(packed["values"])
+    triton_walk.walk_linear_kernel[(triton.cdiv(spec.rows, config.rows),)](
+        z,
+        values.view(spec.rows, -1).view(torch.int32),
+        packed["mask"].contiguous(),
+        packed.get("scales", out),
+        out,
+        spec.rows,
+        spec.columns // 32,
+        spec.groups,
+        FLOAT=FLOATS.get(values.dtype, tl.float32),
+        PER_WORD=per_word(spec),
+        PITCH=z.shape[2],
+        ROWS=config.rows,
+        WORDS=config.width,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        **common(packed, spec),
     )
     return out
 
@@ -164,7 +164,7 @@ def balanced(x: Tensor, packed: Packed, spec: MatrixSpec, config: Config, out_dt
 def sparse(x: Tensor, packed: Packed, spec: MatrixSpec, config: Config, out_dtype: torch.dtype) -> Tensor:
     """Sparse rows of any pattern; 1 to MOST_TOKENS tokens, x also in float32 where there is one."""
     out = torch.empty(x.shape[0], spec.rows, dtype=out_dtype, device=x.device)
-    values, mask = _elements(packed, spec), packed["mask"].contiguous()
+    values, mask = elements(packed, spec), packed["mask"].contiguous()
     triton_kernels.sparse_linear_kernel[(triton.cdiv(spec.rows, config.rows),)](
         x,
         values,
@@ -178,59 +178,20 @@ def sparse(x: Tensor, packed: Packed, spec: MatrixSpec, config: Config, out_dtyp
         spec.groups,
         x.shape[0],
         PER_WORD=per_word(spec),
-        TOKENS=_padded(x.shape[0]),
+        TOKENS=padded(x.shape[0]),
         ROWS=config.rows,
         WORDS=config.width,
         LANES=config.lanes,
         num_warps=config.warps,
         num_stages=config.stages,
-        **_common(packed, spec),
-    )
-    return out
-
-
-def dense(
-    x: Tensor, packed: Packed, spec: MatrixSpec, config: Config, out_dtype: torch.dtype, spaced: bool = False
-) -> Tensor:
-    """Dense rows of 16, 8, 4 or 2 bits; 1 to MOST_TOKENS tokens.
-
-    With `spaced`, for one token and rows in whole runs of 32, the result is as :func:`pitched` gives it.
-    """
-    tokens = x.shape[0]
-    if spaced:
-        out = torch.empty(1, spec.rows // 32, pitch(1), 1, dtype=torch.float32, device=x.device)
-    else:
-        out = torch.empty(tokens, spec.rows, dtype=out_dtype, device=x.device)
-    values = packed["values"].contiguous()
-    zeros = x if spec.symmetric else packed["zeros"].contiguous()
-    triton_kernels.dense_linear_kernel[(triton.cdiv(spec.rows, config.rows),)](
-        x,
-        values,
-        packed.get("scales", x),
-        zeros,
-        out,
-        spec.rows,
-        spec.columns,
-        values.stride(0),
-        spec.groups,
-        zeros.stride(0),
-        tokens,
-        PER=32 // spec.bits if values.dtype == torch.int32 else 1,
-        SYMMETRIC=spec.symmetric,
-        TOKENS=_padded(tokens),
-        PITCH=pitch(1) if spaced else 32,
-        ROWS=config.rows,
-        COLUMNS=config.width,
-        num_warps=config.warps,
-        num_stages=config.stages,
-        **_common(packed, spec),
+        **common(packed, spec),
     )
     return out
 
 
 def expand(packed: Packed, spec: MatrixSpec, dtype: torch.dtype, config: Config) -> Tensor:
-    """A sparse matrix made dense, (rows, columns) `dtype`."""
-    values, mask = _elements(packed, spec), packed["mask"].contiguous()
+    """Sparse rows made dense, (rows, columns) `dtype`."""
+    values, mask = elements(packed, spec), packed["mask"].contiguous()
     out = torch.empty(spec.rows, spec.columns, dtype=dtype, device=mask.device)
     triton_kernels.expand_kernel[(triton.cdiv(spec.rows, config.rows),)](
         values,
@@ -247,6 +208,13 @@ def expand(packed: Packed, spec: MatrixSpec, dtype: torch.dtype, config: Config)
         WORDS=config.width,
         num_warps=config.warps,
         num_stages=config.stages,
-        **_common(packed, spec),
+        **common(packed, spec),
     )
     return out
+
+
+def unpacked(packed: Packed, spec: MatrixSpec, dtype: torch.dtype) -> Tensor:
+    """A matrix that is :func:`readable` and not stored as it is, made dense, (rows, columns) `dtype`."""
+    if spec.sparse:
+        return expand(packed, spec, dtype, EXPAND)
+    return expand_integers(packed, spec, dtype, EXPAND_INTEGERS)

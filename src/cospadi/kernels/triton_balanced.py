@@ -60,7 +60,7 @@ def walked(
     return bits, sums, more
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "words", "groups", "tokens", "plane"])
 def balanced_linear_kernel(
     z,
     values,

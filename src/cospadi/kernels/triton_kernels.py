@@ -6,7 +6,9 @@ the lane's own in the word. Under a pattern n:m every full word holds the same n
 product; under ``"free"`` it is a running count of the words gone by. Within the lane the place moves on by one a set
 bit. Lanes of a word read neighbouring addresses, so every byte of values comes from memory once.
 
-Integers are widened in registers. A single scale per row multiplies the sum, one per group every value.
+Integers are widened in registers. A single scale per row multiplies the sum, one per group every value. Kernels that do
+better on the layers that plans make are in `cospadi.kernels.triton_balanced` and `triton_walk` (balanced sparse rows)
+and `triton_integers` (dense integers); those here read everything else.
 """
 # Triton's arguments have no Python types.
 # ruff: noqa: ANN001, ANN201, ANN202
@@ -30,6 +32,19 @@ def _parallel_sums(word):
 
 
 popcount = _parallel_sums if os.environ.get("TRITON_INTERPRET") == "1" else libdevice.popc
+
+
+@triton.jit
+def half(word, part: tl.constexpr, FLOAT: tl.constexpr):
+    """The low (part 0) or high (1) 16-bit float of 32-bit words, as float32."""
+    if FLOAT == tl.bfloat16:  # noqa: SIM300 (the upper half of a float32)
+        if part == 0:  # noqa: SIM108
+            value = (word << 16).to(tl.float32, bitcast=True)
+        else:
+            value = (word & -65536).to(tl.float32, bitcast=True)
+    else:
+        value = (word >> (16 * part)).to(tl.int16).to(FLOAT, bitcast=True).to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -60,7 +75,7 @@ def value_of_bit(of_row, of_scales, own, place, index, BITS: tl.constexpr, GROUP
     return value, one
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "groups", "tokens"])
 def sparse_linear_kernel(
     z,
     values,
@@ -144,7 +159,7 @@ def sparse_linear_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "groups", "zero_stride", "tokens"])
 def dense_linear_kernel(
     x,
     values,
@@ -247,7 +262,7 @@ def dense_linear_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "groups"])
 def expand_kernel(
     values,
     mask,

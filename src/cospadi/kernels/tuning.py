@@ -22,7 +22,7 @@ REPEATS = 5
 FILLS = 8  # some 0.2 ms on an H200, longer than a launch takes the host
 _enabled = True
 _choices: dict[Hashable, str] = {}
-_failed: set[str] = set()
+_failed: dict[tuple[Hashable, str], str] = {}
 
 
 @dataclass(frozen=True)
@@ -50,50 +50,66 @@ def clear() -> None:
     _failed.clear()
 
 
-def choose(key: Hashable, candidates: Sequence[Candidate], failures: tuple[type[Exception], ...] = ()) -> Tensor:
-    """Run the best candidate.
+def failures() -> dict[tuple[Hashable, str], str]:
+    """Candidates that did not run, by key and name, and why (a copy)."""
+    return dict(_failed)
+
+
+def choose(key: Hashable, candidates: Sequence[Candidate], resort: Run | None = None) -> Tensor:
+    """Run the best candidate. One that does not compile, or asks for more than the device has, is ruled out, aloud.
 
     Args:
         key: the shape and whatever else the choice depends on.
         candidates: all give the same tensor; the likely best first.
-        failures: exceptions that only rule a candidate out, such as one that needs more shared memory than there is.
+        resort: what to run if none of them does, and only then.
 
     Returns:
         the result of the chosen candidate.
 
     Raises:
-        RuntimeError: if every candidate failed in one of these ways.
+        RuntimeError: if every candidate failed and there is no other resort.
+        torch.OutOfMemoryError: as it comes.
     """
     chosen = _choices.get(key)
     for candidate in candidates:
         if candidate.name == chosen:
             return candidate.run()
-    usable = [c for c in candidates if c.name not in _failed]
+    usable = [c for c in candidates if (key, c.name) not in _failed]
     if len(usable) > 1 and _enabled and not torch.cuda.is_current_stream_capturing():
-        usable = _ranked(usable, failures)
+        usable = _ranked(key, usable)
         if usable:
             _choices[key] = usable[0].name
     for candidate in usable:
         try:
             return candidate.run()
-        except failures as error:
-            _rule_out(candidate, error)
+        except Exception as error:
+            _rule_out(key, candidate, error)
+    if resort is not None:
+        return resort()
     raise RuntimeError("no kernel of this layer runs on this device; see the warnings above")
 
 
-def _ranked(candidates: Sequence[Candidate], failures: tuple[type[Exception], ...]) -> list[Candidate]:
+def _ranked(key: Hashable, candidates: Sequence[Candidate]) -> list[Candidate]:
     timed: list[tuple[float, int, Candidate]] = []
     for candidate in candidates:
         try:
             timed.append((_seconds(candidate.run), len(timed), candidate))
-        except failures as error:
-            _rule_out(candidate, error)
+        except Exception as error:
+            _rule_out(key, candidate, error)
     return [candidate for _, _, candidate in sorted(timed, key=lambda entry: entry[:2])]
 
 
-def _rule_out(candidate: Candidate, error: Exception) -> None:
-    if candidate.name not in _failed:
-        _failed.add(candidate.name)
+def _rule_out(key: Hashable, candidate: Candidate, error: Exception) -> None:
+    """Remember that a candidate does not run.
+
+    Compilers fail in ways of their own, from memory that does not suffice to an assertion, so any error counts, except
+    that the device has no memory left, which says nothing about the candidate.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    said = candidate.name in {name for _, name in _failed}
+    _failed[key, candidate.name] = str(error)
+    if not said:
         logger.warning("kernel %s does not run on this device (%s); using another", candidate.name, error)
 
 

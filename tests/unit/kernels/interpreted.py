@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cospadi.format import MatrixSpec, unpack
-from cospadi.kernels import launch
+from cospadi.kernels import cuda, launch, tuning
 from cospadi.kernels.synthetic import random_packed
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before anything imports triton"
@@ -145,3 +145,140 @@ def test_every_spec_has_options_that_agree(kind):
         assert options
         for kernel, config in (options[0], options[-1]):
             check(kernel(x, packed, spec, config, torch.float16), x, packed, spec)
+
+
+TOKENS = (2, 3, 4, 7, 16)
+# bits, group, symmetric, columns: whole chunks of 16 bytes, a tile that lacks some, groups of one and of many
+CHUNKED = [(8, 0, True, 48), (8, 16, True, 208), (8, 64, True, 144), (8, 48, False, 80), (4, 32, True, 160)]
+CHUNKED += [(4, 64, False, 96), (2, 0, False, 128), (2, 64, True, 192), (8, 0, False, 16)]
+
+
+@pytest.mark.parametrize("kind", CHUNKED, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_integers_of_one_token(kind, dtype):
+    bits, group, symmetric, columns = kind
+    spec = MatrixSpec(21, columns, bits=bits, group=group, symmetric=symmetric)
+    assert launch.one_token_fits(spec)
+    packed, x = random_packed(spec, dtype), inputs(1, columns, dtype)
+    check(launch.one_token(x, packed, spec, launch.Config(8, 8, 4), torch.float32), x, packed, spec, 1e-5)
+    check(launch.one_token(x, packed, spec, launch.Config(4, 2, 4), torch.float32), x, packed, spec, 1e-5)
+
+
+def test_what_the_kernel_of_one_token_refuses():
+    for spec in (
+        MatrixSpec(4, 100, bits=8),
+        MatrixSpec(4, 96, bits=8, group=24),
+        MatrixSpec(4, 96, bits=4, group=16),
+        MatrixSpec(4, 96, bits=16),
+        MatrixSpec(4, 96, bits=3),
+        MatrixSpec(4, 96, "8:32", 0, 8),
+    ):
+        assert not launch.one_token_fits(spec)
+
+
+def test_one_token_spaced_and_from_an_odd_address():
+    spec = MatrixSpec(64, 96, bits=8, group=32)
+    packed = random_packed(spec, torch.float16)
+    x = inputs(1, 97)[:, 1:]
+    config = launch.Config(4, 4, 4)
+    plain = launch.one_token(x, packed, spec, config, torch.float32)
+    check(plain, x, packed, spec, 1e-5)
+    spaced = launch.one_token(x, packed, spec, config, torch.float32, spaced=True)
+    assert torch.equal(spaced[:, :, :32], launch.pitched(plain)[:, :, :32])
+
+
+SPANNED = [(8, 0, True, 109), (8, 16, True, 50), (8, 64, True, 200), (8, 96, True, 230), (8, 128, False, 150)]
+SPANNED += [(8, 0, False, 33), (4, 64, True, 109), (4, 16, False, 77), (2, 32, True, 109), (2, 0, False, 40)]
+
+
+@pytest.mark.parametrize("kind", SPANNED, ids=str)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_integers_of_a_few_tokens(kind, tokens):
+    bits, group, symmetric, columns = kind
+    spec = MatrixSpec(21, columns, bits=bits, group=group, symmetric=symmetric)
+    assert launch.span(spec)
+    packed, x = random_packed(spec, torch.float16), inputs(tokens, columns)
+    spans = 2 if tokens % 2 else 4
+    check(launch.few_tokens(x, packed, spec, launch.Config(16, spans, 4), torch.float32), x, packed, spec, 1e-3)
+
+
+def test_what_the_kernel_of_a_few_tokens_refuses():
+    assert launch.span(MatrixSpec(4, 100, bits=8, group=96)) == 32
+    for spec in (
+        MatrixSpec(4, 100, bits=8, group=7),
+        MatrixSpec(4, 100, bits=8, group=24),
+        MatrixSpec(4, 100, bits=16),
+        MatrixSpec(4, 100, bits=3),
+        MatrixSpec(4, 96, "8:32", 0, 8),
+    ):
+        assert not launch.span(spec)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("scales", [(0, True), (16, True), (7, True), (64, False), (6, False), (0, False)], ids=str)
+def test_unpacking_integers(bits, scales):
+    group, symmetric = scales
+    spec = MatrixSpec(21, 109, bits=bits, group=group, symmetric=symmetric)
+    packed = random_packed(spec, torch.float32)
+    dense = launch.expand_integers(packed, spec, torch.float32, launch.Config(4, 64, 4))
+    assert torch.allclose(dense, unpack(packed, spec, torch.float32), rtol=1e-6, atol=0)
+
+
+WALKED = [*BALANCED, ("12:32", 8, 8), ("16:32", 8, 48), ("16:32", 8, 16), ("12:32", 16, 0), ("8:32", 8, 64)]
+
+
+@pytest.mark.parametrize("kind", WALKED, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_walking_from_the_top(kind, dtype):
+    pattern, bits, group = kind
+    spec = MatrixSpec(9, 160, pattern, 0, bits, group)
+    assert launch.balanced_fits(spec)
+    packed, x = random_packed(spec, dtype), inputs(1, 160, dtype)
+    for config in (launch.Config(8, 2, 4), launch.Config(4, 8, 4)):
+        check(launch.walk(x, packed, spec, config, torch.float32), x, packed, spec, 1e-5)
+    z = launch.pitched(x)
+    check(launch.walk(z, packed, spec, launch.Config(4, 4, 4), torch.float32), x, packed, spec, 1e-5)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("kind", [("12:32", 8, 64), ("16:32", 16, 0)], ids=str)
+def test_balanced_rows_of_every_number_of_tokens(kind, tokens):
+    pattern, bits, group = kind
+    spec = MatrixSpec(11, 96, pattern, 0, bits, group)
+    packed, x = random_packed(spec, torch.float16), inputs(tokens, 96)
+    check(launch.balanced(x, packed, spec, launch.Config(4, 8, 4), torch.float32), x, packed, spec, 1e-3)
+
+
+FACTORS = [
+    ((8, 64), ("12:32", 8, 64)),
+    ((16, 0), ("16:32", 16, 0)),
+    ((4, 32), ("free", 4, 8)),
+    ((3, 0), ("8:16", 4, 16)),
+]
+
+
+@pytest.mark.parametrize("kind", FACTORS, ids=str)
+@pytest.mark.parametrize("tokens", [1, 4, 70])
+@pytest.mark.parametrize("broken", [False, True])
+def test_both_products_as_a_layer_makes_them(kind, tokens, broken, monkeypatch):
+    """What the first product hands on is what the second reads, also where no kernel can be launched."""
+    (bits, group), (pattern, width, size) = kind
+    first = MatrixSpec(64, 96, bits=bits, group=group)
+    second = MatrixSpec(21, 64, pattern, 30 if pattern == "free" else 0, width, size)
+    stored = random_packed(first, torch.float16), random_packed(second, torch.float16, seed=1)
+    x = inputs(tokens, 96)
+    monkeypatch.setattr(tuning, "_enabled", False)
+    if broken:
+
+        def fails(*_, **__):
+            raise AssertionError("does not compile")
+
+        monkeypatch.setattr(launch, "options", lambda *_: [(fails, launch.Config(1, 1, 1))])
+        monkeypatch.setattr(launch, "unpacked", fails)
+    hidden = cuda.packed_linear(x, stored[0], first, torch.float16, second)
+    y = cuda.packed_linear(hidden, stored[1], second, torch.float16)
+    assert y.dtype == torch.float16
+    exact = x.double() @ unpack(stored[0], first, torch.float64).T @ unpack(stored[1], second, torch.float64).T
+    assert float((y.double() - exact).norm() / exact.norm()) < 4e-3
+    assert bool(tuning.failures()) == broken
+    tuning.clear()
