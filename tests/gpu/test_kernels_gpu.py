@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from cospadi.format import MatrixSpec
+from cospadi.format import MatrixSpec, unpack
 from cospadi.kernels import cuda, factored_linear, reference, tuning
+from cospadi.kernels.ahead import compile_ahead
 from cospadi.kernels.synthetic import random_packed
 
 pytestmark = [
@@ -14,18 +15,32 @@ pytestmark = [
 
 CODES = [
     ("16:32", 0, 16, 0, True),
-    ("16:32", 0, 8, 0, True),
+    ("12:32", 0, 8, 64, True),
     ("8:16", 0, 4, 16, True),
     ("5:8", 0, 8, 0, True),
     ("free", 301, 16, 0, True),
     ("free", 301, 4, 8, True),
     ("free", 301, 8, 8, False),
     ("16:32", 0, 14, 0, True),
-    ("dense", 0, 16, 0, True),
     ("dense", 0, 4, 64, False),
 ]
-DICTIONARIES = [None, (16, 0, True), (8, 0, True), (4, 64, True), (3, 32, False)]
-TOKENS = (1, 3, 4, 16, 33, 300)
+DICTIONARIES = [None, (16, 0, True), (8, 64, True), (8, 0, False), (4, 64, True), (2, 7, True), (3, 32, False)]
+TOKENS = (1, 4, 16, 33, 300)
+SIZES = [(384, 640, 515), (200, 609, 77)]
+# Both factors of the layers that plans make, and of some they do not: every kernel and all its configurations.
+CANDIDATES = [
+    (MatrixSpec(515, 640, "16:32", 0, 16), (1, 4, 16)),
+    (MatrixSpec(515, 608, "12:32", 0, 8, 64), (1, 2, 16)),
+    (MatrixSpec(77, 640, "8:32", 0, 8, 64), (1,)),
+    (MatrixSpec(77, 640, "8:16", 0, 4, 16), (1, 3)),
+    (MatrixSpec(77, 609, "free", 301, 16), (1, 16)),
+    (MatrixSpec(608, 640, bits=8, group=64), (1, 4, 16)),
+    (MatrixSpec(610, 656, bits=8), (1, 7)),
+    (MatrixSpec(77, 640, bits=4, group=64, symmetric=False), (1, 4)),
+    (MatrixSpec(77, 640, bits=2, group=64), (1, 4)),
+    (MatrixSpec(77, 609, bits=8, group=7), (1, 4)),
+    (MatrixSpec(77, 609, bits=16), (1,)),
+]
 
 
 def make(d_in, atoms, rows, codes, dictionary, dtype=torch.bfloat16):
@@ -51,16 +66,50 @@ def check(case, tokens, dtype=torch.bfloat16, limit=None):
     assert error < (limit or limits[dtype]), (tokens, error)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_ahead():
+    """Compiling one kernel after the other would take most of the time of these tests."""
+    todo = [(spec, count, None) for spec, tokens in CANDIDATES for count in tokens]
+    for sizes in SIZES:
+        for codes in CODES:
+            spec = make(*sizes, codes, (16, 0, True))[3]
+            todo += [(spec, count, None) for count in TOKENS if codes[2] != 14]
+    compile_ahead(todo, torch.bfloat16)
+
+
 @pytest.fixture(autouse=True)
 def forget():
+    """Candidates are timed where a test says so only: timing is not what most are about."""
+    tuning.clear()
+    tuning.set_tuning(False)
+    yield
+    failed = tuning.failures()
     tuning.clear()
     tuning.set_tuning(True)
-    yield
-    tuning.set_tuning(True)
+    assert not failed
+
+
+@pytest.mark.parametrize("case", CANDIDATES, ids=str)
+def test_every_candidate(case):
+    """Each kernel on its own, with every configuration, where only its own arithmetic counts."""
+    spec, tokens = case
+    packed = random_packed(spec, torch.bfloat16, "cuda")
+    exact = unpack(packed, spec, torch.float64)
+    launch = cuda.launch
+    for count in tokens:
+        x = torch.randn(count, spec.columns, device="cuda", dtype=torch.bfloat16)
+        wanted = x.double() @ exact.T
+        for kernel, config in launch.options(spec, count):
+            y = kernel(x, packed, spec, config, torch.bfloat16)
+            error = float((y.double() - wanted).norm() / wanted.norm())
+            assert error < 4e-3, (kernel.__name__, str(config), count, error)
+    if spec.bits != 16 or spec.sparse:
+        made = launch.unpacked(packed, spec, torch.bfloat16).double()
+        assert float((made - exact).norm() / exact.norm()) < 4e-3
 
 
 @pytest.mark.parametrize("codes", CODES, ids=str)
-@pytest.mark.parametrize("sizes", [(384, 640, 515), (200, 609, 77)], ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_codes_of_every_kind(sizes, codes):
     case = make(*sizes, codes, (16, 0, True))
     for tokens in TOKENS:
@@ -71,7 +120,7 @@ def test_codes_of_every_kind(sizes, codes):
 @pytest.mark.parametrize("dictionary", DICTIONARIES, ids=str)
 def test_dictionaries_of_every_kind(dictionary):
     case = make(640, 384, 515, ("16:32", 0, 16, 0, True), dictionary)
-    for tokens in TOKENS:
+    for tokens in (1, 4, 300):
         check(case, tokens, limit=6e-3 if dictionary and dictionary[0] == 3 else 5e-3)
 
 
@@ -89,7 +138,8 @@ def test_more_tokens_than_rebuilding_costs():
 
 
 def test_the_choice_is_timed_once_and_kept():
-    case = make(384, 640, 512, ("16:32", 0, 16, 0, True), (8, 0, True))
+    case = make(384, 640, 512, ("16:32", 0, 16, 0, True), (8, 64, True))
+    tuning.set_tuning(True)
     check(case, 1)
     chosen = tuning.choices()
     assert len(chosen) == 2
@@ -99,7 +149,7 @@ def test_the_choice_is_timed_once_and_kept():
 
 @pytest.mark.parametrize("tuned", [True, False])
 def test_captured_in_a_graph(tuned):
-    case = make(384, 640, 512, ("16:32", 0, 16, 0, True), (8, 0, True))
+    case = make(384, 640, 512, ("16:32", 0, 16, 0, True), (8, 64, True))
     x = torch.randn(1, 384, device="cuda", dtype=torch.bfloat16)
     tuning.set_tuning(tuned)
     factored_linear(x, *case)
@@ -127,6 +177,22 @@ def test_a_kernel_that_does_not_fit_is_ruled_out(monkeypatch):
         cuda.launch, "options", lambda s, t: [*options(s, t), (cuda.launch.sparse, cuda.launch.SPARSE_ONE[0])]
     )
     check(case, 1)
+    assert tuning.failures()
+    tuning.clear()
+
+
+def test_without_any_kernel_that_runs(monkeypatch):
+    case = make(384, 640, 512, ("12:32", 0, 8, 64, True), (8, 64, True))
+
+    def fails(*_, **__):
+        raise AssertionError("the compiler's own")
+
+    monkeypatch.setattr(cuda.launch, "options", lambda *_: [(fails, cuda.launch.Config(1, 1, 1))])
+    monkeypatch.setattr(cuda.launch, "unpacked", fails)
+    for tokens in (1, 4):
+        check(case, tokens, limit=6e-3)
+    assert tuning.failures()
+    tuning.clear()
 
 
 def test_without_triton(monkeypatch, caplog):
