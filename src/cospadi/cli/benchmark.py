@@ -40,7 +40,9 @@ def benchmark(
             show_default="all; on a CPU smollm2-135m",
         ),
     ] = None,
-    keep: Annotated[str, typer.Option(help="Shares of the bytes to keep, with commas.")] = "0.6,0.4",
+    keep: Annotated[
+        str, typer.Option(help="Shares of the bytes to keep, with commas; 0.4:8 for one with 8 bits only.")
+    ] = "0.6,0.4",
     bits: Annotated[str, typer.Option(help="Bits of the factors, with commas: 16, 8, 4 …")] = "16,8",
     tokens: Annotated[
         str | None, typer.Option(help="Tokens at once, with commas.", show_default="1,4,16,2048; on a CPU 1,16,256")
@@ -51,11 +53,16 @@ def benchmark(
     prompt: Annotated[
         int | None, typer.Option(min=2, help="Tokens of the whole model's prefill.", show_default="2048; on a CPU 256")
     ] = None,
+    products: Annotated[bool, typer.Option("--products/--no-products", help="Measure single groups of layers.")] = True,
     whole: Annotated[bool, typer.Option("--whole/--no-whole", help="Measure a whole model.")] = True,
     load: Annotated[
         bool, typer.Option("--load", help="Also write checkpoints to OUT, time their loading, remove them.")
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="One shape, two numbers of tokens, fewer rounds.")] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that compile kernels first (GPU).", show_default="one a core, up to 14"),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="New directory for numbers and plot.", show_default=False)] = None,
     device: DeviceOption = None,
     seed: SeedOption = None,
@@ -66,10 +73,10 @@ def benchmark(
         raise UsageError("a model and --shapes are both given: give one of them")
     if load and out is None:
         raise UsageError("--load writes checkpoints for a while: name a directory for them with --out DIR")
-    keeps = _numbers(keep, "--keep", float, lambda share: 0 < share <= 1, "shares above 0 and up to 1, such as 0.6,0.4")
-    widths = _numbers(bits, "--bits", int, lambda width: width in (16, 8, 4, 3, 2), "some of 16,8,4,3,2")
+    widths = _widths(bits, "--bits")
+    ways = _ways(keep, widths)
     counts = _numbers(tokens or "", "--tokens", int, lambda count: count > 0, "whole numbers above 0, such as 1,2048")
-    if not keeps or not widths:
+    if not ways:
         raise UsageError("nothing to measure: --keep and --bits name at least one number each")
     if out is not None:
         check_new_directory(out)
@@ -84,14 +91,15 @@ def benchmark(
     settings = Settings(
         model=model,
         shapes=tuple(split(shapes)),
-        keeps=keeps,
-        bits=widths,
+        ways=ways,
         tokens=counts,
         layers=layers,
         prompt=prompt,
+        products=products,
         whole=whole,
         load=load,
         quick=quick,
+        jobs=jobs or 0,
         device=device or "auto",
         seed=seed or 0,
     )
@@ -110,6 +118,25 @@ def benchmark(
     if files:
         kinds = ",".join(path.suffix.removeprefix(".") for path in files)
         stdout.print(f"\nFiles: {files[0].with_suffix('')}.{{{kinds}}}", markup=False, soft_wrap=True)
+
+
+def _widths(text: str, option: str) -> tuple[int, ...]:
+    return _numbers(text, option, int, lambda width: width in (16, 8, 4, 3, 2), "some of 16,8,4,3,2")
+
+
+def _ways(text: str, widths: tuple[int, ...]) -> tuple[tuple[float, int], ...]:
+    """Pairs of keep and bits; a keep without bits of its own is taken with all of `widths`.
+
+    Raises:
+        UsageError: if one is no share, or no number of bits.
+    """
+    found: list[tuple[float, int]] = []
+    for word in split(text):
+        share, _, width = word.partition(":")
+        wanted = "shares above 0 and up to 1, such as 0.6,0.4 or 0.6:16,0.4:8"
+        keeps = _numbers(share, "--keep", float, lambda keep: 0 < keep <= 1, wanted)
+        found += [(keep, own) for keep in keeps for own in (_widths(width, "--keep") if width else widths)]
+    return tuple(dict.fromkeys(found))
 
 
 def _numbers(

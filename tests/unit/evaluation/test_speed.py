@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cospadi.checkpoint import file_bytes
 from cospadi.checkpoint.convert import factored_layers
 from cospadi.errors import BudgetError, ModelError, NumericalError, OutputError, RecipeError
-from cospadi.evaluation.speed import SHAPES, Settings, benchmark, layers, loading, timing
+from cospadi.evaluation.speed import SHAPES, Settings, benchmark, layers, loading, run, timing
 from cospadi.evaluation.speed.layers import Bench, random_stored, relative_error
 from cospadi.evaluation.speed.shapes import (
     Subject,
@@ -83,15 +83,15 @@ def test_all_ways_spend_the_same_bytes():
 
 def test_variants_of_a_dense_model_and_of_a_checkpoint(tmp_path):
     dense = subject()
-    found = variants(dense, (0.8, 0.5), (16, 8))
+    found = variants(dense, ((0.8, 16), (0.8, 8), (0.5, 16), (0.5, 8)))
     assert [(way.keep, way.bits) for way in found] == [(0.8, 16), (0.8, 8), (0.5, 16), (0.5, 8)]
     assert all(found[1].of(group).codes.bits == 8 == found[1].of(group).dictionary.bits for group in dense.groups)
     specs = tuple(found[3].specs.values())
-    [own] = variants(replace(dense, stored=specs), (0.8,), (16,))
+    [own] = variants(replace(dense, stored=specs), ((0.8, 16),))
     assert own.bits is None and own.specs == found[3].specs
     assert own.keep == pytest.approx(sum(s.bytes for s in specs) / sum(g.dense_bytes for g in dense.groups))
     with pytest.raises(ModelError, match="fits the groups"):
-        variants(Subject("other", tiny_config("gpt_neox"), specs), (0.8,), (16,))
+        variants(Subject("other", tiny_config("gpt_neox"), specs), ((0.8, 16),))
 
 
 def test_only_what_this_package_stores(tmp_path):
@@ -138,7 +138,7 @@ def test_enough_copies_to_empty_the_cache(monkeypatch):
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3_text"])
 def test_random_models_are_made_in_their_final_form(architecture):
     model_of = subject(architecture, tie_word_embeddings=True)
-    [way] = variants(model_of, (0.7,), (8,))
+    [way] = variants(model_of, ((0.7, 8),))
     model = random_model(model_of, way, CPU, 3)
     expected = [spec for group in model_of.groups if (spec := way.of(group))]
     assert [layer.group for layer in factored_layers(model)] == [s for s in expected for _ in s.modules]
@@ -201,7 +201,7 @@ class _Synchronising(TorchDispatchMode):
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_a_decode_step_fits_a_cuda_graph(architecture):
     model_of = subject(architecture)
-    for way in (None, *variants(model_of, (0.8,), (8,))):
+    for way in (None, *variants(model_of, ((0.8, 8),))):
         decoder = Decoder(random_model(model_of, way, CPU, 0), CPU)
         decoder.step()  # lays out the cache
         with _Synchronising() as mode:
@@ -224,7 +224,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
 
 def test_loading_leaves_nothing_behind(tmp_path, monkeypatch):
     model_of = subject()
-    [way] = variants(model_of, (0.6,), (16,))
+    [way] = variants(model_of, ((0.6, 16),))
     monkeypatch.setattr(loading, "TURNS", 1)
     sizes = {}
     real = loading._load
@@ -248,7 +248,7 @@ def test_loading_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_equal_shapes_of_several_models_are_measured_once():
     bench = Bench(CPU, 1, 0, 1e9)
     one, other = subject(), Subject("twin", subject("qwen3").config)
-    ways = {s.name: variants(s, (0.7,), (16,)) for s in (one, other)}
+    ways = {s.name: variants(s, ((0.7, 16),)) for s in (one, other)}
     rows = [row for part in layers.measure_layers([one, other], bench, ways, [1, 70]) for row in part]
     assert len(rows) == len({shape_of(group) for group in one.groups}) * 2
     assert all(row["shapes"] == ["tiny", "twin"] for row in rows)
@@ -270,3 +270,17 @@ def test_defaults_suit_the_device():
 def test_wrong_devices():
     with pytest.raises(RecipeError, match="is not a device"):
         benchmark(Settings(device="gpu7"))
+
+
+def test_kernels_are_compiled_ahead_for_all_that_is_timed(monkeypatch):
+    ahead = pytest.importorskip("cospadi.kernels.ahead")
+    asked = []
+    monkeypatch.setattr(ahead, "compile_ahead", lambda products, dtype, jobs: asked.extend(products))
+    settings = Settings(ways=((0.6, 8),), tokens=(1, 4), prompt=64)
+    model_of = subject()
+    run._compile_ahead(settings, [model_of], {model_of.name: variants(model_of, settings.ways)})
+    spec = planned(model_of.groups[0], 0.6, 8)
+    for count in (1, 4, 64):
+        assert (spec.dictionary, count, spec.codes) in asked
+        assert (spec.codes, count, None) in asked
+    assert any(matrix.pattern == "free" and matrix.bits == 16 for matrix, _, _ in asked)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -15,11 +15,23 @@ import torch
 
 from cospadi.engine.machine import device_name, resolve_device, versions
 from cospadi.errors import ResourceError
-from cospadi.evaluation.speed.layers import Bench, measure_layers
+from cospadi.evaluation.speed.layers import DTYPE, Bench, measure_layers
 from cospadi.evaluation.speed.loading import measure_loading
-from cospadi.evaluation.speed.shapes import METHOD, named_shape, of_model, shape_of, variants
+from cospadi.evaluation.speed.shapes import (
+    METHOD,
+    Subject,
+    Variant,
+    anonymous,
+    bitmask,
+    low_rank,
+    named_shape,
+    of_model,
+    shape_of,
+    variants,
+)
 from cospadi.evaluation.speed.timing import CACHES_OVER, cache_bytes, copy_bandwidth
 from cospadi.evaluation.speed.whole import CACHE_TOKENS, SEEN_TOKENS, measure_model
+from cospadi.format import GroupSpec
 
 Progress = Callable[..., None]
 Results = dict[str, Any]
@@ -36,28 +48,31 @@ class Settings:
         model: a model directory or hub id whose configuration is taken; None: `shapes`.
         shapes: names of :data:`~cospadi.evaluation.speed.shapes.SHAPES`; the first is measured as a whole model too.
             Empty: all that suit the device.
-        keeps: shares of the bytes to keep; ignored for a compressed checkpoint.
-        bits: of dictionary and values; ignored for a compressed checkpoint.
+        ways: pairs of a share of the bytes to keep and the bits of dictionary and values; ignored for a compressed
+            checkpoint.
         tokens: rows of x. Empty: what suits the device.
         layers: decoder layers of the whole model; None for all.
         prompt: tokens of a prefill. None: what suits the device.
+        products: measure single groups of layers.
         whole: measure the whole model.
         load: write and load checkpoints as well.
         quick: fewer shapes, tokens and rounds by default.
+        jobs: processes that compile kernels before anything is timed; 0: as many as are worth it.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         seed: of weights and inputs.
     """
 
     model: str | None = None
     shapes: tuple[str, ...] = ()
-    keeps: tuple[float, ...] = (0.6, 0.4)
-    bits: tuple[int, ...] = (16, 8)
+    ways: tuple[tuple[float, int], ...] = ((0.6, 16), (0.6, 8), (0.4, 16), (0.4, 8))
     tokens: tuple[int, ...] = ()
     layers: int | None = None
     prompt: int | None = None
+    products: bool = True
     whole: bool = True
     load: bool = False
     quick: bool = False
+    jobs: int = 0
     device: str = "auto"
     seed: int = 0
 
@@ -115,32 +130,32 @@ def benchmark(
     subjects = (
         [of_model(settings.model, layers)] if settings.model else [named_shape(n, layers) for n in settings.shapes]
     )
-    ways = {subject.name: variants(subject, settings.keeps, settings.bits) for subject in subjects}
+    ways = {subject.name: variants(subject, settings.ways) for subject in subjects}
     torch.manual_seed(settings.seed)
     rounds = QUICK_ROUNDS if settings.quick else ROUNDS
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        if device.type == "cuda":
+            report("compile", 0, 1, "")
+            _compile_ahead(settings, subjects, ways)
         report("copy", 0, 1, "")
         bench = Bench(device, rounds, settings.seed, copy_bandwidth(device, rounds))
         results = _header(settings, device, command) | {"copy_bytes_per_second": bench.copied}
         results |= {"rounds": rounds, "layers": [], "models": [], "loading": []}
+        first = subjects[0]
         total = len({(shape_of(g), w.keep) for s in subjects for g in s.groups for w in ways[s.name]})
-        for done, rows in enumerate(measure_layers(subjects, bench, ways, settings.tokens), 1):
+        measured = measure_layers(subjects, bench, ways, settings.tokens) if settings.products else iter(())
+        for done, rows in enumerate(measured, 1):
             results["layers"] += rows
             report("layers", done, total, rows[0]["group"])
             partial(_with_kernels(results, device))
-        first = subjects[0]
         steps = len(ways[first.name]) + 1
         if settings.whole:
             counted = iter(range(steps))
-            results["models"] = measure_model(
-                first,
-                ways[first.name],
-                bench,
-                settings.prompt or PROMPT,
-                lambda label: report("model", next(counted), steps, label),
-            )
+            say = lambda label: report("model", next(counted), steps, label)  # noqa: E731
+            for row in measure_model(first, ways[first.name], bench, settings.prompt or PROMPT, say):
+                results["models"].append(row)
+                partial(_with_kernels(results, device))
             report("model", steps, steps, "")
-            partial(_with_kernels(results, device))
         if settings.load:
             if out is None:
                 raise ResourceError("loading needs a directory to write checkpoints to: name one with --out DIR")
@@ -149,6 +164,30 @@ def benchmark(
                 results["loading"].append(measure_loading(first, way, device, settings.seed, out, say))
             report("load", 1, 1, "")
     return _with_kernels(results, device)
+
+
+def _compile_ahead(settings: Settings, subjects: Sequence[Subject], ways: dict[str, list[Variant]]) -> None:
+    """Compile what will be timed, in parallel."""
+    from cospadi.kernels.ahead import compile_ahead
+
+    groups: dict[GroupSpec, set[int]] = {}
+    for subject in subjects:
+        for group in {shape_of(g): g for g in subject.groups}.values():
+            specs = [spec for way in ways[subject.name] if (spec := way.of(group)) is not None]
+            counts = set(settings.tokens) if settings.products else set()
+            if settings.whole and subject is subjects[0]:
+                counts |= {1, settings.prompt or PROMPT}
+            rivals = [made for spec in specs for make in (low_rank, bitmask) if (made := make(group, spec.bytes))]
+            for spec in specs + (rivals if settings.products else []):
+                groups.setdefault(anonymous(spec), set()).update(counts)
+    products = [
+        (matrix, count, reader)
+        for spec, counts in groups.items()
+        for count in counts
+        for matrix, reader in ((spec.dictionary, spec.codes), (spec.codes, None))
+        if matrix is not None
+    ]
+    compile_ahead(products, DTYPE, jobs=settings.jobs)
 
 
 def _header(settings: Settings, device: torch.device, command: str) -> Results:
@@ -165,8 +204,8 @@ def _header(settings: Settings, device: torch.device, command: str) -> Results:
         "command": command,
         "seed": settings.seed,
         "settings": {
-            "model": settings.model, "shapes": list(settings.shapes), "keeps": list(settings.keeps),
-            "bits": list(settings.bits), "tokens": list(settings.tokens), "layers": settings.layers,
+            "model": settings.model, "shapes": list(settings.shapes), "ways": [list(way) for way in settings.ways],
+            "tokens": list(settings.tokens), "layers": settings.layers,
             "prompt": settings.prompt, "quick": settings.quick,
         },
         "method": METHOD,

@@ -7,6 +7,7 @@ are no zeros.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -161,8 +162,8 @@ def _prepared(config: PreTrainedConfig, name: str, layers: int | None) -> PreTra
     return shortened
 
 
-def variants(subject: Subject, keeps: tuple[float, ...], bits: tuple[int, ...]) -> list[Variant]:
-    """How the layers of a subject are stored: every keep with every number of bits, or as the checkpoint says.
+def variants(subject: Subject, ways: Sequence[tuple[float, int]]) -> list[Variant]:
+    """How the layers of a subject are stored: by each pair of keep and bits, or as the checkpoint says.
 
     Raises:
         BudgetError: if a keep is too small for these layers.
@@ -178,8 +179,7 @@ def variants(subject: Subject, keeps: tuple[float, ...], bits: tuple[int, ...]) 
         Variant(
             f"keep {keep:g}, {width} bits", keep, width, {g.modules: planned(g, keep, width) for g in subject.groups}
         )
-        for keep in keeps
-        for width in bits
+        for keep, width in ways
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -120,7 +120,7 @@ def measure_model(
     bench: Bench,
     prompt: int,
     say: Callable[[str], None] = lambda _: None,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Decode step, prefill and memory of a model in every variant, each timed in turn with the dense model.
 
     Args:
@@ -130,7 +130,7 @@ def measure_model(
         prompt: tokens of a prefill.
         say: is told which variant is under way.
 
-    Returns:
+    Yields:
         a row for the dense model, with None for the keep, then one a variant.
     """
     device = bench.device
@@ -138,22 +138,18 @@ def measure_model(
         say("dense")
         before = allocated(device)
         dense = random_model(subject, None, device, bench.seed)
-        rows = [
-            _memory(dense, before, device) | {"shape": subject.name, "variant": "dense", "keep": None, "bits": None}
-        ]
+        known = {"shape": subject.name, "layers": dense.config.get_text_config().num_hidden_layers, "prompt": prompt}
+        yield _memory(dense, before, device) | known | {"variant": "dense", "keep": None, "bits": None}
         for variant in variants:
             say(variant.label)
             before = allocated(device)
             model = random_model(subject, variant, device, bench.seed)
             with torch.no_grad():
                 model(torch.ones(1, 1, dtype=torch.long, device=device), use_cache=False)  # siblings are joined now
-            row = _memory(model, before, device) | {"shape": subject.name, "variant": variant.label}
-            row |= {"keep": variant.keep, "bits": variant.bits}
-            rows.append(row | _times(dense, model, bench, prompt))
+            row = _memory(model, before, device) | known
+            row |= {"variant": variant.label, "keep": variant.keep, "bits": variant.bits}
+            yield row | _times(dense, model, bench, prompt)
             del model
-        for row in rows:
-            row |= {"layers": dense.config.get_text_config().num_hidden_layers, "prompt": prompt}
-    return rows
 
 
 def _memory(model: PreTrainedModel, before: int | None, device: torch.device) -> dict[str, Any]:
