@@ -153,10 +153,10 @@ CHUNKED = [(8, 0, True, 48), (8, 16, True, 208), (8, 64, True, 144), (8, 48, Fal
 CHUNKED += [(4, 64, False, 96), (2, 0, False, 128), (2, 64, True, 192), (8, 0, False, 16)]
 
 
-@pytest.mark.parametrize("kind", CHUNKED, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_integers_of_one_token(kind, dtype):
-    bits, group, symmetric, columns = kind
+@pytest.mark.parametrize("turn", range(len(CHUNKED)))
+def test_integers_of_one_token(turn):
+    dtype = (torch.float16, torch.bfloat16)[turn % 2]
+    bits, group, symmetric, columns = CHUNKED[turn]
     spec = MatrixSpec(21, columns, bits=bits, group=group, symmetric=symmetric)
     assert launch.one_token_fits(spec)
     packed, x = random_packed(spec, dtype), inputs(1, columns, dtype)
@@ -191,9 +191,9 @@ SPANNED = [(8, 0, True, 109), (8, 16, True, 50), (8, 64, True, 200), (8, 96, Tru
 SPANNED += [(8, 0, False, 33), (4, 64, True, 109), (4, 16, False, 77), (2, 32, True, 109), (2, 0, False, 40)]
 
 
-@pytest.mark.parametrize("kind", SPANNED, ids=str)
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_integers_of_a_few_tokens(kind, tokens):
+@pytest.mark.parametrize("turn", range(len(SPANNED)))
+def test_integers_of_a_few_tokens(turn):
+    kind, tokens = SPANNED[turn], TOKENS[turn % len(TOKENS)]
     bits, group, symmetric, columns = kind
     spec = MatrixSpec(21, columns, bits=bits, group=group, symmetric=symmetric)
     assert launch.span(spec)
@@ -227,15 +227,14 @@ def test_unpacking_integers(bits, scales):
 WALKED = [*BALANCED, ("12:32", 8, 8), ("16:32", 8, 48), ("16:32", 8, 16), ("12:32", 16, 0), ("8:32", 8, 64)]
 
 
-@pytest.mark.parametrize("kind", WALKED, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_walking_from_the_top(kind, dtype):
-    pattern, bits, group = kind
+@pytest.mark.parametrize("turn", range(len(WALKED)))
+def test_walking_from_the_top(turn):
+    dtype = (torch.float16, torch.bfloat16)[turn % 2]
+    pattern, bits, group = WALKED[turn]
     spec = MatrixSpec(9, 160, pattern, 0, bits, group)
     assert launch.balanced_fits(spec)
     packed, x = random_packed(spec, dtype), inputs(1, 160, dtype)
-    for config in (launch.Config(8, 2, 4), launch.Config(4, 8, 4)):
-        check(launch.walk(x, packed, spec, config, torch.float32), x, packed, spec, 1e-5)
+    check(launch.walk(x, packed, spec, launch.Config(8, 2, 4), torch.float32), x, packed, spec, 1e-5)
     z = launch.pitched(x)
     check(launch.walk(z, packed, spec, launch.Config(4, 4, 4), torch.float32), x, packed, spec, 1e-5)
 
@@ -258,11 +257,11 @@ FACTORS = [
 
 
 @pytest.mark.parametrize("kind", FACTORS, ids=str)
-@pytest.mark.parametrize("tokens", [1, 4, 70])
-@pytest.mark.parametrize("broken", [False, True])
-def test_both_products_as_a_layer_makes_them(kind, tokens, broken, monkeypatch):
+@pytest.mark.parametrize("way", [(1, False), (4, False), (70, False), (1, True), (4, True)], ids=str)
+def test_both_products_as_a_layer_makes_them(kind, way, monkeypatch):
     """What the first product hands on is what the second reads, also where no kernel can be launched."""
     (bits, group), (pattern, width, size) = kind
+    tokens, broken = way
     first = MatrixSpec(64, 96, bits=bits, group=group)
     second = MatrixSpec(21, 64, pattern, 30 if pattern == "free" else 0, width, size)
     stored = random_packed(first, torch.float16), random_packed(second, torch.float16, seed=1)
