@@ -67,7 +67,7 @@ def choices(bits: Bits) -> list[Choice]:
             others; ``"any"``: also integers of 8 to 2 bits, with a dictionary and without.
     """
     if bits == 16:
-        return [Choice("pursuit", {"pattern": pattern}, costly=True) for pattern in ("16:32", "12:32")]
+        return [Choice("pursuit", {"pattern": pattern}, costly=True) for pattern in ("16:32", "12:32", "10:32")]
 
     def dictionary(bits: int, least: float, most: float) -> Choice:
         options = {"dictionary_bits": bits, "value_bits": bits, "pattern": "16:32"}
