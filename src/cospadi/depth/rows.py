@@ -93,7 +93,7 @@ def stream_rows(
         for ids, mask in evidence.batched(tokens, f"blocks {start} to {stop - 1}"):
             embedded = replay.embed(ids)
             features, out = states_before(replay, embedded, fit, fits)
-            original = through(replay, embedded, 0, stop)
+            original = original_after(replay, embedded, out, fit, fits)
             real = mask.to(out.device)
             m, lacking = features[real], (original - out)[real]
             if fit.fold == "transform":
@@ -157,6 +157,19 @@ def _run(replay: LayerReplay, hidden: Tensor, fit: Fit) -> tuple[Tensor, Tensor]
         return out, out
     out, features = fit.branch.run(replay, hidden, of_inputs=fit.fold == "down")
     return features, out
+
+
+def original_after(replay: LayerReplay, hidden: Tensor, out: Tensor, fit: Fit, fits: dict[int, Fit]) -> Tensor:
+    """The original stream after a run.
+
+    Args:
+        replay: of the original model.
+        hidden: input of the first block.
+        out: of the block before the run; without earlier corrections that is the original stream up to there.
+        fit: the place.
+        fits: earlier corrections, by their blocks.
+    """
+    return through(replay, hidden, 0, fit.run[1]) if fits else through(replay, out, *fit.run)
 
 
 def through(replay: LayerReplay, hidden: Tensor, first: int, last: int) -> Tensor:

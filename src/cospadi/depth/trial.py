@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cospadi.depth.evidence import REMEDY, Evidence, Tokens
-from cospadi.depth.rows import Fit, Rows, states_before, through, weights_of
+from cospadi.depth.rows import Fit, Rows, original_after, states_before, through, weights_of
 from cospadi.depth.sleb import head_replay, summed_loss
 from cospadi.depth.transform import RIDGES, Structure, correction, least_squares
 from cospadi.errors import BudgetError, NumericalError
@@ -110,7 +110,7 @@ def tried(
         for ids, mask in evidence.batched(tokens, f"error without {_named(place)}"):
             embedded = replay.embed(ids)
             features, out = states_before(replay, embedded, place, fits)
-            original = through(replay, embedded, 0, place.run[1])
+            original = original_after(replay, embedded, out, place, fits)
             real = mask.to(out.device)
             weight = weights_of(original[real], relative=relative)
             for index, fit in enumerate(options):
