@@ -25,6 +25,7 @@ from cospadi.report.model_card import _section as card_section
 from cospadi.report.model_card import _table as card_table
 from cospadi.report.style import CSS
 from cospadi.report.text import (
+    DASH,
     arrow,
     error_text,
     human_bytes,
@@ -90,21 +91,39 @@ def depth_headlines(report: Mapping[str, Any]) -> list[Fact]:
 
 
 def run_rows(report: Mapping[str, Any]) -> list[list[str]]:
-    """A row for every removed run: blocks, what took their place, distance, error of the transform."""
+    """A row for every removed run: blocks, what took their place, distance, error of the correction."""
     told = mapping(report.get("prune"))
     transforms = {tuple(sequence(item.get("removed"))): item for item in sequence(told.get("transforms"))}
     distances = sequence(mapping(report.get("distances")).get("cosine"))
     rows = []
     for first, stop in sequence(told.get("runs")):
         transform = mapping(transforms.get(tuple(range(first, stop))))
-        place = "a linear block" if transform and not transform.get("into") else str(transform.get("into") or "nothing")
+        corrected = bool(transform) and transform.get("corrected", True)
+        place = str(transform.get("into") or "a linear block") if corrected else "nothing"
         distance = number(distances[first][stop]) if len(distances) > stop else None
         rows.append(
             [
                 str(first) if stop - first == 1 else f"{first}-{stop - 1}",
                 place,
                 "–" if distance is None else f"{distance:.4f}",
-                error_text(transform.get("error")),
+                error_text(transform.get("error")) if corrected else DASH,
+            ]
+        )
+    return rows
+
+
+def trial_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """A row for every run that was tried: blocks, ridge of its correction, held-out error and loss."""
+    rows = []
+    for trial in map(mapping, sequence(mapping(report.get("prune")).get("trials"))):
+        first, stop = sequence(trial.get("run"))
+        ridge, loss, error = (number(trial.get(key)) for key in ("ridge", "loss", "error"))
+        rows.append(
+            [
+                str(first) if stop - first == 1 else f"{first}-{stop - 1}",
+                "no correction" if not trial.get("corrected") else DASH if ridge is None else f"{ridge:g}",
+                DASH if error is None else f"{error:.4g}",
+                DASH if loss is None else f"{loss:.4f}",
             ]
         )
     return rows
@@ -176,11 +195,17 @@ def depth_page(report: Mapping[str, Any]) -> str:
     columns = [("removed blocks", False), ("in their place", False), ("cosine distance", True), ("error", True)]
     rows = [[escape(cell) for cell in row] for row in run_rows(report)]
     remark = (
-        '<p class="remark">Error: squared error of the transform on the calibration text, against plain removal.</p>\n'
+        '<p class="remark">Error: squared error of the correction on the text that it was fitted to, against plain '
+        "removal.</p>\n"
+    )
+    tried = html_table(
+        [("blocks", False), ("ridge", True), ("held-out error", True), ("held-out loss", True)],
+        [[escape(cell) for cell in row] for row in trial_rows(report)],
     )
     sections = [
         html_warnings(warnings_of(report)),
         html_section("The cut", remark + html_table(columns, rows) if rows else ""),
+        html_section("Runs that were tried", tried if trial_rows(report) else ""),
         html_section("All pairs of blocks", _figures(report)),
         html_section("Recipe", html_code(yaml_text(report.get("recipe")))),
         html_section("Calibration text", html_facts(calibration_facts(report))),
@@ -265,7 +290,12 @@ def print_prune(report: Mapping[str, Any], console: Console) -> None:
     """The end of ``cospadi prune``: what was cut, the bytes, the warnings."""
     print_heading(console, model_name(report), report.get("method"))
     print_facts(console, depth_headlines(report))
-    transforms = [row for row in run_rows(report) if row[1] != "nothing"]
-    for removed, place, _, error in transforms:
-        console.print(f"Blocks {removed} became {place}, error {error} of plain removal's", style="dim", markup=False)
+    corrects = bool(sequence(mapping(report.get("prune")).get("transforms")))
+    for removed, place, _, error in run_rows(report):
+        if place != "nothing":
+            told = f"Blocks {removed} became {place}, error {error} of plain removal's"
+        else:
+            told = f"Blocks {removed} went without a correction: none was better on held-out text" if corrects else ""
+        if told:
+            console.print(told, style="dim", markup=False)
     print_warnings(console, report)
