@@ -96,15 +96,30 @@ def chosen_run(distances: Tensor, blocks: int, start: int | None = None, first: 
         RecipeError: if `start` is before `first`, or the run would pass the last block.
         BudgetError: if no run is so short.
     """
-    count = len(distances) - 1
-    if first + blocks > count:
-        raise BudgetError(f"cannot remove {blocks} of {count} blocks in a row: the method keeps the first {first}")
+    require_run(len(distances) - 1, blocks, start, first)
     if start is not None:
-        if not first <= start <= count - blocks:
-            why = " (the method keeps those before)" if first and start < first else ""
-            raise RecipeError(
-                f"start={start}: a run of {blocks} of {count} blocks starts at {first} to {count - blocks}{why}"
-            )
         return start
     prices = distances.diagonal(blocks)[first:]
     return first + int((prices == prices.min()).nonzero()[-1])
+
+
+def require_run(count: int, blocks: int, start: int | None = None, first: int = 0) -> None:
+    """Look whether a run can be removed; methods do so before they read any text.
+
+    Args:
+        count: blocks of the model.
+        blocks: length of the run.
+        start: the first block that shall go, if the user said so.
+        first: the first block that may go.
+
+    Raises:
+        RecipeError: if `start` is before `first`, or the run would pass the last block.
+        BudgetError: if no run is so short.
+    """
+    if first + blocks > count:
+        raise BudgetError(f"cannot remove {blocks} of {count} blocks in a row: the method keeps the first {first}")
+    if start is not None and not first <= start <= count - blocks:
+        why = " (the method keeps those before)" if first and start < first else ""
+        raise RecipeError(
+            f"start={start}: a run of {blocks} of {count} blocks starts at {first} to {count - blocks}{why}"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -91,6 +92,7 @@ class Evidence:
         seed: of every random choice.
         progress: called as progress(phase, done, total, detail, error).
         memo: what a method wants to keep for its next size, under its own name.
+        spent: when distances were begun, and the seconds that they took.
     """
 
     view: ModelView
@@ -99,12 +101,21 @@ class Evidence:
     seed: int = 0
     progress: Progress = _silent
     memo: dict[str, Any] = field(default_factory=dict)
+    spent: tuple[float, float] = (0.0, 0.0)
 
     @cached_property
     def pairs(self) -> PairDistances:
         """Distances between the hidden states of all pairs of depths."""
+        begun = time.perf_counter()
         with self.walk(self.tokens, "distances") as batches:
-            return pair_distances(batches, len(self.view.layers) + 1)
+            found = pair_distances(batches, len(self.view.layers) + 1)
+        self.spent = begun, time.perf_counter() - begun
+        return found
+
+    def seconds_since(self, moment: float) -> float:
+        """Seconds that distances took, if they were begun after a moment of ``time.perf_counter``."""
+        begun, seconds = self.spent
+        return seconds if begun >= moment else 0.0
 
     @contextmanager
     def walk(self, tokens: Tokens, phase: str) -> Iterator[Iterator[tuple[list[Tensor], Tensor]]]:

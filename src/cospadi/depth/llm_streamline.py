@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from cospadi.depth.base import depth_method
-from cospadi.depth.distances import chosen_run
+from cospadi.depth.distances import chosen_run, require_run
 from cospadi.depth.evidence import Evidence
 from cospadi.depth.surgery import Cut
 
@@ -24,6 +24,7 @@ def llm_streamline(evidence: Evidence, blocks: int, *, start: Annotated[int, Fie
     Raises:
         RecipeError: if the run would pass the last block.
     """
+    require_run(len(evidence.view.layers), blocks, start)
     first = chosen_run(evidence.pairs.cosine, blocks, start)
     distance = float(evidence.pairs.cosine[first, first + blocks])
     return Cut(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cospadi.depth.base import depth_method
 from cospadi.depth.choose import choose_runs
-from cospadi.depth.distances import chosen_run
+from cospadi.depth.distances import chosen_run, require_run
 from cospadi.depth.evidence import Evidence
 from cospadi.depth.rows import Fit, Fold, Rows, place, stream_rows
 from cospadi.depth.surgery import Cut
@@ -111,6 +111,7 @@ def replaceme(
         raise RecipeError(f"select={select} tries single runs; several transforms are chosen by select=cosine")
     if transforms > 1 and start is not None:
         raise RecipeError("start says where one run begins; leave it out with several transforms")
+    require_run(len(evidence.view.layers), blocks, start, first=1)
     measure = "loss" if select in (None, "loss") else "error"
     distances = evidence.pairs.cosine
 

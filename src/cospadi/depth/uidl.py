@@ -1,7 +1,7 @@
 """The Unreasonable Ineffectiveness of the Deeper Layers (arXiv 2403.17887), without its healing."""
 
 from cospadi.depth.base import depth_method
-from cospadi.depth.distances import chosen_run
+from cospadi.depth.distances import chosen_run, require_run
 from cospadi.depth.evidence import Evidence
 from cospadi.depth.surgery import Cut
 
@@ -21,6 +21,7 @@ def uidl(evidence: Evidence, blocks: int, *, start: int | None = None) -> Cut:
     Raises:
         RecipeError: if the run would pass the last block.
     """
+    require_run(len(evidence.view.layers), blocks, start)
     first = chosen_run(evidence.pairs.angular, blocks, start)
     distance = float(evidence.pairs.angular[first, first + blocks])
     return Cut(

@@ -191,9 +191,10 @@ class PruneRun(Run):
         evidence = self.make_evidence(view, blocks, device)
         begun = time.perf_counter()
         with widened(evidence.view.model, device):
-            pairs = evidence.pairs
-            self.seconds["calibrate"] = time.perf_counter() - begun
+            # The decision comes first: what cannot be is refused before any text is run.
             edit = decide(section, evidence)
+            pairs = evidence.pairs
+        self.seconds["calibrate"] = evidence.seconds_since(begun)
         model = edit.apply(view)
         self.seconds["prune"] = time.perf_counter() - begun - self.seconds["calibrate"]
         after = _sizes(ModelView(model, view.layers_name, (), view.extra_outputs))

@@ -184,6 +184,28 @@ def test_more_blocks_than_can_go_are_refused(name, blocks):
         remove(evidence(deep_model()), name, blocks)
 
 
+@pytest.mark.parametrize(
+    ("name", "blocks", "options"),
+    [
+        ("replaceme", 5, {}),
+        ("replaceme", 2, {"start": 4}),
+        ("replaceme", 2, {"fold": "down", "separate": True}),
+        ("replaceme", 2, {"transforms": 2, "start": 1}),
+        ("uidl", 2, {"start": 4}),
+        ("llm_streamline", 2, {"start": -1}),
+        ("sleb", 4, {}),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_text_is_run(name, blocks, options):
+    def progress(*_):
+        raise AssertionError("text was run")
+
+    found = evidence(deep_model())
+    found.progress = progress
+    with pytest.raises((BudgetError, RecipeError)):
+        remove(found, name, blocks, **options)
+
+
 def test_unknown_methods_and_options_name_the_nearest():
     with pytest.raises(RecipeError, match="did you mean 'replaceme'"):
         get_depth_method("replace_me")

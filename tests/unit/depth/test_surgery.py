@@ -34,6 +34,7 @@ def test_what_is_left_computes_what_the_whole_does_without_the_blocks(architectu
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text"])
 def test_every_block_knows_its_new_index(architecture):
+    # Fault of the authors' code: blocks behind the cut looked up the cache by their old numbers.
     pruned = without_blocks(discover_layers(deep_model(architecture)), (1, 3))
     for place, layer in enumerate(pruned.layers):
         indices = {v for m in layer.modules() for k, v in vars(m).items() if k == "layer_idx"}
