@@ -40,7 +40,7 @@ class SharedMatrices(nn.Module):
             self.coefficients = nn.Parameter(torch.empty(layers, atoms))
         else:
             sizes = config.coefficient_embedding_size, config.coefficient_hidden_size
-            self.network = CoefficientNetwork(layers, atoms, *sizes)
+            self.network = CoefficientNetwork(layers, atoms, *sizes, config.coefficient_rate)
 
     def forward(self, layer: int) -> Tensor:
         """The weight of one layer.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
@@ -30,6 +31,8 @@ class SharedAttentionFields:
         attention_rank: r of "low_rank"; a third of the hidden size by default, as in the paper's comparison.
         coefficient_embedding_size: width of the per-block embeddings of "masa" in training.
         coefficient_hidden_size: width of the perceptron that turns them into coefficients.
+        coefficient_rate: how fast embeddings and perceptron learn under optimizers of the Adam family, relative to the
+            learning rate: they are stored 1 / rate as large as they are used.
         folded: whether coefficients are plain numbers instead of the output of that perceptron.
         compose_weights: whether `from_pretrained` composes every layer's matrix once (fast, as large as a dense model
             and its atoms besides). Otherwise they are composed at every call and the model stays small.
@@ -41,6 +44,7 @@ class SharedAttentionFields:
     attention_rank: int | None = None
     coefficient_embedding_size: int = 64
     coefficient_hidden_size: int = 64
+    coefficient_rate: float = 1.0
     folded: bool = False
     compose_weights: bool = False
 
@@ -125,6 +129,8 @@ def _complete(config: SharedAttentionConfig) -> None:
                 raise RecipeError(f"attention_rank {config.attention_rank} is not between 1 and {largest} ({name})")
     if min(config.coefficient_embedding_size, config.coefficient_hidden_size) < 1:
         raise RecipeError("coefficient_embedding_size and coefficient_hidden_size must be at least 1")
+    if not 0 < config.coefficient_rate < math.inf:
+        raise RecipeError(f"coefficient_rate {config.coefficient_rate} must be a number above 0")
 
 
 def stock_fields(config: SharedAttentionConfig) -> dict[str, Any]:

@@ -6,9 +6,9 @@ import torch
 from cospadi.sharing.coefficients import CoefficientNetwork, compose
 
 
-def network(layers=7, atoms=3, embedding=10, hidden=12, seed=0):
+def network(layers=7, atoms=3, embedding=10, hidden=12, seed=0, rate=1.0):
     torch.manual_seed(seed)
-    built = CoefficientNetwork(layers, atoms, embedding, hidden)
+    built = CoefficientNetwork(layers, atoms, embedding, hidden, rate)
     built.initialise()
     return built
 
@@ -55,3 +55,24 @@ def test_gradients_reach_atoms_and_network():
     compose(net(2), atoms).square().sum().backward()
     assert net.embedding.grad[2].abs().max() > 0 and net.embedding.grad[1].abs().max() == 0
     assert net.first_weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_a_lower_rate_is_the_same_function_with_smaller_steps(rate):
+    """Adam's steps do not depend on the scale of gradients: stored 1 / rate as large, parameters move rate as far."""
+    plain, slow = network(layers=6, embedding=64, hidden=64).double(), network(6, 3, 64, 64, rate=rate).double()
+    torch.testing.assert_close(slow.table(), plain.table(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(slow.all_layers(), slow.table())
+    torch.testing.assert_close(slow.table().norm(dim=1), torch.ones(6).double(), rtol=0, atol=1e-4)
+    for (name, stored), used in zip(slow.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(stored * rate, used, rtol=1e-4, atol=1e-6, msg=name)
+    target, tables = torch.randn(6, 3, dtype=torch.float64), []
+    for net, learning_rate in ((slow, 1e-2), (plain, rate * 1e-2)):
+        optimizer = torch.optim.AdamW(net.parameters(), lr=learning_rate, eps=1e-20, weight_decay=0.0)
+        for _ in range(5):
+            optimizer.zero_grad()
+            (net.all_layers() - target).square().sum().backward()
+            optimizer.step()
+        tables.append(net.table())
+    assert (tables[0] - target).norm() < (network(6, 3, 64, 64).double().table() - target).norm()
+    torch.testing.assert_close(tables[0], tables[1], rtol=1e-3, atol=1e-4)

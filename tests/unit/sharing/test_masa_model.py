@@ -36,6 +36,7 @@ DESIGNS = {
     "masa_qkv": {"shared_types": ["q", "k", "v"]},
     "masa_gqa_biases": {"num_key_value_heads": 2, "attention_bias": True, "num_atoms": 3},
     "masa_head_dim": {"head_dim": 8},
+    "masa_slow_coefficients": {"coefficient_rate": 0.1},
 }
 
 
@@ -244,6 +245,8 @@ def test_folded_configuration_can_be_trained_too():
         ({"attention_sharing": "dense", "num_key_value_heads": 2}, "are 'gqa'"),
         ({"num_key_value_heads": 3}, "evenly"),
         ({"coefficient_hidden_size": 0}, "at least 1"),
+        ({"coefficient_rate": 0.0}, "coefficient_rate 0.0 must be a number above 0"),
+        ({"coefficient_rate": float("inf")}, "above 0"),
     ],
 )
 def test_wrong_configurations(fields, message):
