@@ -41,7 +41,10 @@ DESIGNS: dict[str, dict[str, Any]] = {
     "repeat": {"attention_sharing": "repeat"},
     "masa_qkv": {"attention_sharing": "masa", "shared_types": ["q", "k", "v"]},
     "masa_qkvo": {"attention_sharing": "masa"},
+    "masa_qkvo_slow": {"attention_sharing": "masa", "coefficient_rate": 0.1},
 }
+ON_REQUEST = ("masa_qkvo_slow",)
+"""Designs that are trained only if named."""
 
 
 @dataclass(frozen=True)
@@ -315,7 +318,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", default=STDLIB, help=".txt or .jsonl file (or .xz of one), hub data set; %(default)s")
     parser.add_argument("--tokenizer", help="directory or hub id; default: that of the embedded model")
     parser.add_argument("--tiny", action="store_true", help="0.3 M parameters: a minute on a CPU")
-    parser.add_argument("--designs", nargs="+", choices=list(DESIGNS), default=list(DESIGNS))
+    parser.add_argument(
+        "--designs", nargs="+", choices=list(DESIGNS), default=[name for name in DESIGNS if name not in ON_REQUEST]
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
     parser.add_argument("--save-every", type=float, default=120, help="seconds between two states; %(default)s")

@@ -124,7 +124,8 @@ def test_trainer_resumes_to_the_same_weights(tmp_path):
 def test_example_trains_every_design_and_writes_one_table(text, tmp_path, capsys):
     import train
 
-    rows = train.main([*QUICK, *text, "--out", str(tmp_path)])
+    named = ["--designs", *train.DESIGNS]
+    rows = train.main([*QUICK, *text, *named, "--out", str(tmp_path)])
     assert [row["design"] for row in rows] == list(train.DESIGNS)
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["rows"] == rows and written["settings"]["hidden"] == 24
@@ -140,7 +141,7 @@ def test_example_trains_every_design_and_writes_one_table(text, tmp_path, capsys
     assert attention == rows[-1]["attention_parameters"] and model.config.folded
     assert len(AutoTokenizer.from_pretrained(tmp_path / "masa_qkvo-0" / "model")) == 257
     before = (tmp_path / "dense-0" / "result.json").stat().st_mtime_ns
-    assert train.main([*QUICK, *text, "--out", str(tmp_path)]) == rows  # nothing is trained again
+    assert train.main([*QUICK, *text, *named, "--out", str(tmp_path)]) == rows  # nothing is trained again
     assert (tmp_path / "dense-0" / "result.json").stat().st_mtime_ns == before
     with pytest.raises(RecipeError, match=r"other settings \(rate 0.003, now 0.1"):
         train.main([*QUICK, *text, "--out", str(tmp_path), "--rate", "0.1"])
