@@ -15,7 +15,7 @@ from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from cospadi.errors import CalibrationError, RecipeError
+from cospadi.errors import CalibrationError, CheckpointError, RecipeError
 from cospadi.sharing import MasaConfig, MasaForCausalLM
 from tiny import byte_tokenizer, tiny_text, token_ids
 
@@ -49,14 +49,14 @@ def tiny_masa(**fields):
     return MasaForCausalLM(MasaConfig(**sizes, num_attention_heads=4, tie_word_embeddings=True, **fields))
 
 
-def trainer(directory, **options):
+def trainer(directory, fields=None, **options):
     ids = token_ids(16, 12)
     rows = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
     settings = {"learning_rate": 1e-2, "weight_decay": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 2}
     arguments = TrainingArguments(
         directory, per_device_train_batch_size=8, use_cpu=True, report_to=[], disable_tqdm=True, **settings, **options
     )
-    return Trainer(tiny_masa(), arguments, train_dataset=rows)
+    return Trainer(tiny_masa(**(fields or {})), arguments, train_dataset=rows)
 
 
 def test_trainer_in_bfloat16_learns_and_its_checkpoint_loads(tmp_path):
@@ -73,6 +73,24 @@ def test_trainer_in_bfloat16_learns_and_its_checkpoint_loads(tmp_path):
         assert torch.equal(loaded(ids).logits, trained(ids).logits)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Directory of a trained model, with its logits and what it generated before it was folded and saved."""
+    directory = tmp_path_factory.mktemp("trained")
+    run = trainer(directory, max_steps=20, save_strategy="no")
+    run.train()
+    model, ids = run.model.eval(), token_ids(2, 12)
+    with torch.no_grad():
+        wanted = {"ids": ids, "logits": model(ids).logits}
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
+    wanted["generated"] = model.generate(ids, use_cache=False, **options)
+    assert torch.equal(model.generate(ids, use_cache=True, **options), wanted["generated"])
+    model.fold()
+    model.save_pretrained(directory)
+    save_file(wanted, directory / "wanted.safetensors")
+    return directory
+
+
 FRESH = """
 import sys
 {first}
@@ -85,6 +103,10 @@ else:
     wanted, model = load_file(sys.argv[1] + "/wanted.safetensors"), Auto.from_pretrained(sys.argv[1])
     with torch.no_grad():
         assert torch.equal(model(wanted["ids"]).logits, wanted["logits"])
+    for cached in (True, False):
+        options = dict(max_new_tokens=8, do_sample=False, use_cache=cached, eos_token_id=None)
+        found = model.generate(wanted["ids"], attention_mask=torch.ones_like(wanted["ids"]), **options)
+        assert torch.equal(found, wanted["generated"]), cached
     print(type(model).__name__)
 """
 
@@ -98,15 +120,10 @@ else:
     ],
     ids=["model", "model-after-torch", "config"],
 )
-def test_a_fresh_process_loads_it_without_importing_the_package(tmp_path, first, imported, name):
-    model, ids = tiny_masa().eval(), token_ids(2, 12)
-    model.fold()
-    model.save_pretrained(tmp_path)
-    with torch.no_grad():
-        save_file({"ids": ids, "logits": model(ids).logits}, tmp_path / "wanted.safetensors")
+def test_a_fresh_process_loads_it_without_importing_the_package(trained, first, imported, name):
     code = FRESH.format(first=first, imported=imported)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-c", code, str(tmp_path)]
+    command = [sys.executable, "-c", code, str(trained)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=sys.prefix, env=environment)
     assert done.stdout.strip() == name, done.stderr
 
@@ -119,6 +136,15 @@ def test_trainer_resumes_to_the_same_weights(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-3"))
     for (name, one), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_trainer_refuses_to_resume_with_another_configuration(tmp_path):
+    trainer(tmp_path, max_steps=1, save_steps=1).train()
+    for fields in ({"attention_sharing": "repeat"}, {"attention_sharing": "dense"}, {"folded": True}):
+        with pytest.raises(CheckpointError, match="not that of the configured attention"):
+            trainer(tmp_path, fields, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    with pytest.raises(RuntimeError, match=r"size mismatch for model.shared_attention.q.atoms"):
+        trainer(tmp_path, {"num_atoms": 3}, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_example_trains_every_design_and_writes_one_table(text, tmp_path, capsys):

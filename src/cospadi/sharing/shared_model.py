@@ -16,9 +16,13 @@ from cospadi.checkpoint.headers import read_directory
 from cospadi.errors import CheckpointError
 from cospadi.sharing.attention import LowRankProjection, SharedMatrices, SharedProjection
 from cospadi.sharing.coefficients import CoefficientNetwork
+from cospadi.sharing.configuration import PROJECTIONS
 
 ALIGNMENT = 64
 """Bytes; what PyTorch's allocator gives."""
+
+ENDINGS = tuple(f"{name}_proj.{part}" for name in PROJECTIONS for part in ("weight", "down", "up"))
+"""Of tensors that are one layer's own, in the designs that have such."""
 
 
 class SharedAttentionModel(PreTrainedModel):
@@ -63,9 +67,28 @@ class SharedAttentionModel(PreTrainedModel):
             projection.release()
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``nn.Module`` does; composed weights would be stale and are released."""
+        """As ``nn.Module`` does; composed weights would be stale and are released.
+
+        Raises:
+            CheckpointError: if the state is that of another design, also where ``strict=False`` asks for leniency, as
+                transformers' ``Trainer`` does when it resumes: attention would keep its random start.
+        """
         self.release()
-        return super().load_state_dict(*args, **kwargs)
+        found = super().load_state_dict(*args, **kwargs)
+        # parts of a model (shards, adapters) lack other tensors too
+        rest = set(getattr(self, "all_tied_weights_keys", None) or ())
+        partial = any(not _of_attention(name) and name not in rest for name in found.missing_keys)
+        faults = {name: "is missing" for name in found.missing_keys if _of_attention(name) and not partial}
+        faults |= {name: "is not part of the configured model" for name in found.unexpected_keys if _of_attention(name)}
+        if faults:
+            name, config = min(faults), self.config
+            fields = ("attention_sharing", "shared_types", "folded")
+            configured = ", ".join(f"{field} {getattr(config, field)!r}" for field in fields)
+            raise CheckpointError(
+                f"the state to be loaded is not that of the configured attention ({configured}): tensor {name} "
+                f"{faults[name]} ({len(faults)} tensors do not fit); go on with the configuration it was trained with"
+            )
+        return found
 
     @classmethod
     def from_pretrained(
@@ -98,6 +121,11 @@ class SharedAttentionModel(PreTrainedModel):
 
 def _projections(model: nn.Module) -> Iterable[SharedProjection]:
     return (module for module in model.modules() if isinstance(module, SharedProjection))
+
+
+def _of_attention(name: str) -> bool:
+    """Whether a tensor is part of what designs differ in."""
+    return "shared_attention." in name or name.endswith(ENDINGS)
 
 
 def _align(model: nn.Module) -> None:

@@ -186,3 +186,40 @@ def test_mismatched_sizes_may_be_ignored_outside_the_shared_matrices(copied):
     edit_tensors(copied, with_tensor(Q + "coefficients", torch.zeros(6, 3)))
     with pytest.raises(CheckpointError, match="coefficients"):
         AutoModelForCausalLM.from_pretrained(copied, ignore_mismatched_sizes=True)
+
+
+def small(design="masa", **fields):
+    sizes = {"vocab_size": 257, "hidden_size": 24, "intermediate_size": 44, "num_hidden_layers": 6}
+    tied = {"tie_word_embeddings": True}
+    return MasaForCausalLM(MasaConfig(**sizes, **tied, num_attention_heads=4, attention_sharing=design, **fields))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ({}, {"design": "repeat"}, r"'repeat'.*k.network.embedding is not part"),
+        ({"design": "repeat"}, {}, r"'masa'.*k.network.embedding is missing"),
+        ({}, {"design": "dense"}, r"'dense'.*q_proj.weight is missing|'dense'.*k_proj.weight is missing"),
+        ({"design": "dense"}, {}, "k_proj.weight is not part"),
+        ({"design": "dense"}, {"design": "low_rank"}, "k_proj.down is missing"),
+        ({}, {"folded": True}, r"folded True.*k.coefficients is missing"),
+        ({"folded": True}, {}, r"folded False.*k.coefficients is not part"),
+        ({}, {"shared_types": ["q", "k", "v"]}, r"\['q', 'k', 'v'\].*o_proj.weight is missing"),
+    ],
+)
+def test_a_state_of_another_design_is_refused_where_leniency_is_asked_for(before, now, message):
+    """As transformers' Trainer does, which would go on with a random attention."""
+    state = {name: value for name, value in small(**before).state_dict().items() if not name.startswith("lm_head")}
+    with pytest.raises(CheckpointError, match=message):
+        small(**now).load_state_dict(state, strict=False)
+
+
+def test_states_of_parts_are_loaded_where_leniency_is_asked_for():
+    source, target = small(), small()
+    state = source.state_dict()
+    names = sorted(state)
+    for shard in (names[::2], names[1::2]):
+        target.load_state_dict({name: state[name] for name in shard}, strict=False)
+    assert all(torch.equal(value, state[name]) for name, value in target.state_dict().items())
+    found = target.load_state_dict({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(1)}, strict=False)
+    assert len(found.unexpected_keys) == 1
