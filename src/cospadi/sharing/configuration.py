@@ -108,7 +108,13 @@ def _complete(config: SharedAttentionConfig) -> None:
         near = get_close_matches(str(design), DESIGNS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(DESIGNS)}"
         raise RecipeError(f"attention_sharing {design!r} is not known; {hint}")
-    types = list(config.shared_types)
+    for name in ("num_atoms", "attention_rank", "coefficient_embedding_size", "coefficient_hidden_size"):
+        value = getattr(config, name)
+        if not isinstance(value, int) and (value is not None or name.startswith("coefficient")):
+            raise RecipeError(f"{name} {value!r} must be a whole number")
+    if not isinstance(config.coefficient_rate, int | float) or not 0 < config.coefficient_rate < math.inf:
+        raise RecipeError(f"coefficient_rate {config.coefficient_rate!r} must be a number above 0")
+    types = list(config.shared_types or ())
     if not types or len(set(types)) != len(types) or not set(types) <= set(PROJECTIONS):
         raise RecipeError(f"shared_types {types} must be some of {', '.join(PROJECTIONS)}, each once")
     config.shared_types = [name for name in PROJECTIONS if name in types]
@@ -129,8 +135,6 @@ def _complete(config: SharedAttentionConfig) -> None:
                 raise RecipeError(f"attention_rank {config.attention_rank} is not between 1 and {largest} ({name})")
     if min(config.coefficient_embedding_size, config.coefficient_hidden_size) < 1:
         raise RecipeError("coefficient_embedding_size and coefficient_hidden_size must be at least 1")
-    if not 0 < config.coefficient_rate < math.inf:
-        raise RecipeError(f"coefficient_rate {config.coefficient_rate} must be a number above 0")
 
 
 def stock_fields(config: SharedAttentionConfig) -> dict[str, Any]:

@@ -247,6 +247,11 @@ def test_folded_configuration_can_be_trained_too():
         ({"coefficient_hidden_size": 0}, "at least 1"),
         ({"coefficient_rate": 0.0}, "coefficient_rate 0.0 must be a number above 0"),
         ({"coefficient_rate": float("inf")}, "above 0"),
+        ({"coefficient_rate": "0.1"}, "above 0"),
+        ({"num_atoms": 2.5}, r"num_atoms 2\.5 must be a whole number"),
+        ({"attention_rank": "8"}, "attention_rank '8' must be a whole number"),
+        ({"coefficient_embedding_size": None}, "coefficient_embedding_size None must be a whole number"),
+        ({"shared_types": None}, "must be some of q, k, v, o"),
     ],
 )
 def test_wrong_configurations(fields, message):
