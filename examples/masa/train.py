@@ -41,7 +41,7 @@ DESIGNS: dict[str, dict[str, Any]] = {
     "repeat": {"attention_sharing": "repeat"},
     "masa_qkv": {"attention_sharing": "masa", "shared_types": ["q", "k", "v"]},
     "masa_qkvo": {"attention_sharing": "masa"},
-    "masa_qkvo_slow": {"attention_sharing": "masa", "coefficient_rate": 0.1},
+    "masa_qkvo_slow": {"attention_sharing": "masa", "coefficient_rate": 0.1, "coefficient_start": "spread"},
 }
 ON_REQUEST = ("masa_qkvo_slow",)
 """Designs that are trained only if named."""

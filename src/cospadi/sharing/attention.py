@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import initialization as init
 
 from cospadi.errors import ModelError
-from cospadi.sharing.coefficients import CoefficientNetwork, compose
+from cospadi.sharing.coefficients import CoefficientNetwork, compose, spread_rows
 from cospadi.sharing.configuration import SharedAttentionConfig, assignment
 
 
@@ -29,7 +29,7 @@ class SharedMatrices(nn.Module):
     def __init__(self, shape: tuple[int, int], config: SharedAttentionConfig) -> None:
         super().__init__()
         layers, atoms = config.num_hidden_layers, config.num_atoms or 1
-        self.assignment = assignment(config)
+        self.assignment, self.start = assignment(config), config.coefficient_start
         self.stacked: tuple[Tensor, ...] | None = None  # while `composed_together` is active
         self.atoms = nn.Parameter(torch.empty(atoms, *shape))
         self.network: CoefficientNetwork | None = None
@@ -40,7 +40,8 @@ class SharedMatrices(nn.Module):
             self.coefficients = nn.Parameter(torch.empty(layers, atoms))
         else:
             sizes = config.coefficient_embedding_size, config.coefficient_hidden_size
-            self.network = CoefficientNetwork(layers, atoms, *sizes, config.coefficient_rate)
+            rate, start = config.coefficient_rate, config.coefficient_start
+            self.network = CoefficientNetwork(layers, atoms, *sizes, rate=rate, start=start)
 
     def forward(self, layer: int) -> Tensor:
         """The weight of one layer.
@@ -106,6 +107,8 @@ class SharedMatrices(nn.Module):
         init.normal_(self.atoms, std=std)
         if self.coefficients is not None and not getattr(self.coefficients, "_is_hf_initialized", False):
             init.normal_(self.coefficients)
+            if self.start == "spread":
+                self.coefficients.copy_(spread_rows(*self.coefficients.shape))
             self.coefficients.div_(self.coefficients.norm(dim=1, keepdim=True))
 
     def extra_repr(self) -> str:

@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import initialization as init
 
+STARTS = ("network", "spread")
+"""Coefficients before training: what random parameters give, or as different from block to block as they can be."""
+ROUNDS = 100
+"""Of `spread_rows`; the frame is tight to 1e-3 by then, mostly to far less."""
+
 
 class CoefficientNetwork(nn.Module):
     """One embedding per block and a three-layer perceptron that all blocks share: c_l = MLP(e_l).
@@ -32,11 +37,21 @@ class CoefficientNetwork(nn.Module):
         embedding_size: width of an embedding.
         hidden_size: width of both hidden layers.
         rate: what an optimizer of the Adam family multiplies its learning rate with, in effect; weight decay stays.
+        start: one of `STARTS`.
     """
 
-    def __init__(self, layers: int, atoms: int, embedding_size: int, hidden_size: int, rate: float = 1.0) -> None:
+    def __init__(
+        self,
+        layers: int,
+        atoms: int,
+        embedding_size: int,
+        hidden_size: int,
+        *,
+        rate: float = 1.0,
+        start: str = "network",
+    ) -> None:
         super().__init__()
-        self.rate = rate
+        self.rate, self.start = rate, start
         # Parameters of this module itself: transformers would not call the initialisation of a module without any.
         self.embedding = nn.Parameter(torch.empty(layers, embedding_size))
         self.first_weight = nn.Parameter(torch.empty(hidden_size, embedding_size))
@@ -62,9 +77,11 @@ class CoefficientNetwork(nn.Module):
         return self._perceptron(self.embedding)
 
     def _perceptron(self, embedding: Tensor) -> Tensor:
+        return self._linear(self._hidden(embedding), self.last_weight, self.last_bias)
+
+    def _hidden(self, embedding: Tensor) -> Tensor:
         hidden = functional.relu(self._linear(self._used(embedding), self.first_weight, self.first_bias))
-        hidden = functional.relu(self._linear(hidden, self.second_weight, self.second_bias))
-        return self._linear(hidden, self.last_weight, self.last_bias)
+        return functional.relu(self._linear(hidden, self.second_weight, self.second_bias))
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return functional.linear(x, self._used(weight), self._used(bias))
@@ -80,6 +97,10 @@ class CoefficientNetwork(nn.Module):
     def initialise(self) -> None:
         """Random weights and embeddings such that ‖c_l‖ = 1 for every block.
 
+        Behind two layers of ReLU hidden units of all blocks are alike, and so are coefficients from a random last
+        layer, the start "network". For "spread" the last layer is the one of least norm that gives `spread_rows`; with
+        more blocks than hidden units, the one that comes closest.
+
         With atoms of independent entries of variance σ² the entries of W_l then have variance ‖c_l‖² σ² = σ², as those
         of a dense layer. Does nothing if a parameter was read from a checkpoint.
         """
@@ -90,7 +111,29 @@ class CoefficientNetwork(nn.Module):
         for bias in (self.first_bias, self.second_bias, self.last_bias):
             init.zeros_(bias)
         init.normal_(self.embedding, std=1 / self.rate)
+        if self.start == "spread":
+            inverse = torch.linalg.pinv(self._hidden(self.embedding).double())
+            wanted = spread_rows(len(self.embedding), len(self.last_weight)).to(inverse)
+            self.last_weight.copy_((inverse @ wanted).T / self.rate)
         self.embedding.div_(self.table().norm(dim=1, keepdim=True).clamp_min(1e-6))
+
+
+def spread_rows(count: int, width: int) -> Tensor:
+    """Random unit rows that point in directions as different as possible: a tight frame.
+
+    Args:
+        count: of rows.
+        width: of a row; with `width` = `count` rows are orthogonal.
+
+    Returns:
+        (count, width), float64; if `count` ≥ `width` columns are orthogonal and of equal norm.
+    """
+    rows = torch.randn(count, width, dtype=torch.float64)
+    for _ in range(ROUNDS):  # alternates between equal singular values and rows of unit norm
+        left, _, right = torch.linalg.svd(rows, full_matrices=False)
+        rows = left @ right
+        rows = rows / rows.norm(dim=1, keepdim=True)
+    return rows
 
 
 def compose(coefficients: Tensor, atoms: Tensor) -> Tensor:

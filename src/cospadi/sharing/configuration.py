@@ -11,6 +11,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.vit.configuration_vit import ViTConfig
 
 from cospadi.errors import RecipeError
+from cospadi.sharing.coefficients import STARTS
 
 DESIGNS = ("dense", "gqa", "low_rank", "sequential", "repeat", "masa")
 """Every layer its own matrices; fewer key and value heads; rank r; consecutive layers share a matrix; matrices repeat
@@ -33,6 +34,8 @@ class SharedAttentionFields:
         coefficient_hidden_size: width of the perceptron that turns them into coefficients.
         coefficient_rate: how fast embeddings and perceptron learn under optimizers of the Adam family, relative to the
             learning rate: they are stored 1 / rate as large as they are used.
+        coefficient_start: "network", what a random perceptron gives for random embeddings, or "spread", coefficients
+            that differ from layer to layer as much as they can.
         folded: whether coefficients are plain numbers instead of the output of that perceptron.
         compose_weights: whether `from_pretrained` composes every layer's matrix once (fast, as large as a dense model
             and its atoms besides). Otherwise they are composed at every call and the model stays small.
@@ -45,6 +48,7 @@ class SharedAttentionFields:
     coefficient_embedding_size: int = 64
     coefficient_hidden_size: int = 64
     coefficient_rate: float = 1.0
+    coefficient_start: str = "network"
     folded: bool = False
     compose_weights: bool = False
 
@@ -114,6 +118,8 @@ def _complete(config: SharedAttentionConfig) -> None:
             raise RecipeError(f"{name} {value!r} must be a whole number")
     if not isinstance(config.coefficient_rate, int | float) or not 0 < config.coefficient_rate < math.inf:
         raise RecipeError(f"coefficient_rate {config.coefficient_rate!r} must be a number above 0")
+    if config.coefficient_start not in STARTS:
+        raise RecipeError(f"coefficient_start {config.coefficient_start!r} must be one of {', '.join(STARTS)}")
     types = list(config.shared_types or ())
     if not types or len(set(types)) != len(types) or not set(types) <= set(PROJECTIONS):
         raise RecipeError(f"shared_types {types} must be some of {', '.join(PROJECTIONS)}, each once")

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from cospadi.sharing.coefficients import CoefficientNetwork, compose
+from cospadi.sharing.coefficients import CoefficientNetwork, compose, spread_rows
 
 
-def network(layers=7, atoms=3, embedding=10, hidden=12, seed=0, rate=1.0):
+def network(layers=7, atoms=3, embedding=10, hidden=12, seed=0, **how):
     torch.manual_seed(seed)
-    built = CoefficientNetwork(layers, atoms, embedding, hidden, rate)
+    built = CoefficientNetwork(layers, atoms, embedding, hidden, **how)
     built.initialise()
     return built
 
@@ -76,3 +76,31 @@ def test_a_lower_rate_is_the_same_function_with_smaller_steps(rate):
         tables.append(net.table())
     assert (tables[0] - target).norm() < (network(6, 3, 64, 64).double().table() - target).norm()
     torch.testing.assert_close(tables[0], tables[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("count", "width"), [(6, 2), (12, 4), (7, 3), (6, 6), (3, 1), (3, 5)])
+def test_spread_rows_are_a_tight_frame_of_unit_rows(count, width):
+    torch.manual_seed(0)
+    rows = spread_rows(count, width)
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(count).double())
+    if count >= width:
+        torch.testing.assert_close(rows.T @ rows, torch.eye(width).double() * count / width, rtol=0, atol=2e-3)
+    if count <= width:
+        torch.testing.assert_close(rows @ rows.T, torch.eye(count).double())
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.1])
+def test_a_spread_start_differs_from_layer_to_layer(rate):
+    def alike(start):
+        tables = [network(12, 4, 64, 64, seed, rate=rate, start=start).table() for seed in range(5)]
+        assert all(torch.allclose(table.norm(dim=1), torch.ones(12), atol=1e-4) for table in tables)
+        return sum((table @ table.T).square().mean().item() for table in tables) / 5
+
+    assert alike("spread") == pytest.approx(1 / 4, abs=1e-3)  # 1 / S, the least there is
+    assert alike("network") > 0.4
+
+
+def test_more_layers_than_hidden_units_are_spread_as_far_as_that_goes():
+    table = network(layers=40, atoms=6, embedding=8, hidden=24, start="spread").table()
+    assert torch.isfinite(table).all()
+    torch.testing.assert_close(table.norm(dim=1), torch.ones(40), rtol=0, atol=1e-4)

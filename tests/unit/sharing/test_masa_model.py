@@ -36,7 +36,7 @@ DESIGNS = {
     "masa_qkv": {"shared_types": ["q", "k", "v"]},
     "masa_gqa_biases": {"num_key_value_heads": 2, "attention_bias": True, "num_atoms": 3},
     "masa_head_dim": {"head_dim": 8},
-    "masa_slow_coefficients": {"coefficient_rate": 0.1},
+    "masa_slow_coefficients": {"coefficient_rate": 0.1, "coefficient_start": "spread"},
 }
 
 
@@ -224,9 +224,12 @@ def test_a_copy_is_independent():
 
 
 def test_folded_configuration_can_be_trained_too():
-    built = model(folded=True)
-    assert isinstance(built.model.shared_attention["q"], SharedMatrices)
-    torch.testing.assert_close(built.model.shared_attention["q"].coefficients.norm(dim=1), torch.ones(6))
+    for start in ("network", "spread"):
+        matrices = model(folded=True, coefficient_start=start).model.shared_attention["q"]
+        assert isinstance(matrices, SharedMatrices)
+        torch.testing.assert_close(matrices.coefficients.norm(dim=1), torch.ones(6))
+    gram = matrices.coefficients.T @ matrices.coefficients
+    torch.testing.assert_close(gram, 3 * torch.eye(2), rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -248,6 +251,7 @@ def test_folded_configuration_can_be_trained_too():
         ({"coefficient_rate": 0.0}, "coefficient_rate 0.0 must be a number above 0"),
         ({"coefficient_rate": float("inf")}, "above 0"),
         ({"coefficient_rate": "0.1"}, "above 0"),
+        ({"coefficient_start": "far"}, "coefficient_start 'far' must be one of network, spread"),
         ({"num_atoms": 2.5}, r"num_atoms 2\.5 must be a whole number"),
         ({"attention_rank": "8"}, "attention_rank '8' must be a whole number"),
         ({"coefficient_embedding_size": None}, "coefficient_embedding_size None must be a whole number"),
