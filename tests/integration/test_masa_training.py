@@ -355,12 +355,28 @@ def test_vision_example_beats_chance(tmp_path):
     import vision
 
     arguments = ["--designs", "dense", "masa_qkvo", "--seeds", "0", "--epochs", "4", "--layers", "3", "--hidden", "32"]
+    arguments += ["--processes", "2"]
     out = tmp_path / "deep" / "digits.json"
     rows = vision.main([*arguments, "--batch", "32", "--rate", "4e-3", "--device", "cpu", "--out", str(out)])
     assert json.loads(out.read_text())["rows"] == rows
     assert all(row["accuracy"] > 0.3 for row in rows)
     assert rows[1]["attention_parameters"] == 4 * (32 * 32 + 3) and rows[0]["attention_parameters"] == 12 * 32 * 32
     assert rows[0]["parameters"] - rows[1]["parameters"] == 4 * (2 * 32 * 32 - 3)
+
+
+def test_validation_leaves_the_test_images_unseen(monkeypatch):
+    pytest.importorskip("sklearn")
+    import vision
+
+    monkeypatch.setattr(vision, "normalised", lambda *parts: parts)
+    train, train_labels, test, _ = vision.digits(3)
+    less, less_labels, held, held_labels = vision.digits(3, validate=True)
+    assert (len(train), len(test), len(less), len(held)) == (1437, 360, 1149, 288)
+    together = sorted(map(bytes, np.concatenate([less, held])))
+    assert together == sorted(map(bytes, train))
+    assert sorted([*less_labels, *held_labels]) == sorted(train_labels)
+    with pytest.raises(CalibrationError, match="--validate is for the digits"):
+        vision.main(["--images", "some/images", "--validate", "--device", "cpu", "--out", "x.json"])
 
 
 def test_shifted_images_are_moved_by_at_most_one_pixel():
