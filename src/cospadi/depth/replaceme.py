@@ -44,6 +44,7 @@ def replaceme(
     structure: Structure = "full",
     rank: Annotated[int, Field(ge=1)] = 64,
     ridge: Annotated[float, Field(ge=0)] | None = None,
+    gain: Annotated[float, Field(gt=0, le=1)] = 1.0,
     relative: bool = True,
     transforms: Annotated[int, Field(ge=1)] = 1,
     consecutive: bool = False,
@@ -80,6 +81,8 @@ def replaceme(
             :func:`~cospadi.depth.transform.least_squares`.
         rank: of ``low_rank``.
         ridge: relative ridge of least squares towards plain removal; left out: chosen as `select` says.
+        gain: of the ridges on trial the largest that brings at least this share of the best one's gain over plain
+            removal. Less than 1 gives up some of it on text like the calibration text, and keeps more elsewhere.
         relative: least squares counts the error of every token against the size of its hidden state L_{i+n}, which is
             what the next norm sees; False: all alike, as published. Without it the few tokens with massive activations
             (the first of a sequence above all) decide the fit, and the other tokens pay.
@@ -157,7 +160,7 @@ def replaceme(
             return options[0], rows, []
         losses = "all" if measure == "loss" else "none"
         found = tried(evidence, options, fits, held, relative=relative, losses=losses)
-        return options[best(found, measure)], rows, found
+        return options[best(found, measure, gain)], rows, found
 
     trials: list[Trial] = []
     if transforms > 1:

@@ -132,19 +132,24 @@ def tried(
     ]
 
 
-def best(trials: Sequence[Trial], measure: str) -> int:
+def best(trials: Sequence[Trial], measure: str, gain: float = 1.0) -> int:
     """Index of the trial of least loss, or of least error; the first of equals.
 
     Args:
         trials: to choose from.
         measure: ``loss`` or ``error``.
+        gain: below 1: the first trial that brings this share of what the best one brings against the first.
     """
 
     def price(index: int) -> float:
         value = trials[index].loss if measure == "loss" else trials[index].error
         return inf if value is None or not isfinite(value) else value
 
-    return min(range(len(trials)), key=price)
+    least = min(range(len(trials)), key=price)
+    if gain == 1 or not isfinite(price(0)) or not isfinite(price(least)):
+        return least
+    allowed = price(0) - gain * (price(0) - price(least))
+    return next((index for index in range(least) if price(index) <= allowed), least)
 
 
 def _losses(evidence: Evidence, options: Sequence[Fit], fits: dict[int, Fit], tokens: Tokens) -> list[float]:

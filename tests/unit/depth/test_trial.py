@@ -178,6 +178,16 @@ def test_the_nearest_runs_come_first():
         cheapest(distances, 6, 1, first=1)
 
 
+def test_a_smaller_gain_takes_a_larger_ridge():
+    prices = [10.0, 6.0, 4.0, 2.0, 3.0]
+    trials = [Trial((1, 2), None, bool(price < 10), 0.0, price) for price in prices]
+    assert [best(trials, "loss", gain) for gain in (1.0, 0.99, 0.75, 0.5, 0.1)] == [3, 3, 2, 1, 1]
+    assert best([Trial((1, 2), None, False, 0.0, 1.0), trials[1]], "loss", 0.5) == 0  # nothing is gained
+    found = evidence(predicting())
+    ridges = [remove(found, 1, start=2, gain=gain).facts()["transforms"][0]["ridge"] for gain in (1.0, 0.3)]
+    assert None not in ridges and ridges[1] >= ridges[0]
+
+
 def test_nan_never_wins_and_nothing_finite_is_refused():
     trials = [Trial((1, 2), None, False, 1.0, float("nan")), Trial((1, 2), 0.1, True, 2.0, 3.0)]
     assert best(trials, "loss") == 1 and best(trials, "error") == 0
