@@ -235,9 +235,9 @@ def test_little_text_is_warned_of_in_the_report(model, tmp_path, text):
     done = command(
         "prune", model, tmp_path / "o", "--blocks", 1, "--calibration", text, "--samples", 1, "--seq-len", 16
     )
-    assert done.code == 0 and "16 tokens, fewer than the 44 dimensions" in " ".join(done.out.split())
+    assert done.code == 0 and "16 tokens, fewer than the 24 dimensions" in " ".join(done.out.split())
     report = json.loads((tmp_path / "o/report.json").read_text())
-    assert any("fewer than the 44" in line for line in report["warnings"])
+    assert any("fewer than the 24" in line for line in report["warnings"])
 
 
 def test_a_pruned_checkpoint_can_be_compressed(model, tmp_path, flags):

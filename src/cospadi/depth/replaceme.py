@@ -37,11 +37,11 @@ def replaceme(
     blocks: int,
     *,
     solver: Solver = "least_squares",
-    fold: Fold | None = None,
+    fold: Fold = "transform",
     select: Select | None = None,
     candidates: Annotated[int, Field(ge=1)] = 8,
     samples: Annotated[int, Field(ge=2)] = 32,
-    structure: Structure = "full",
+    structure: Structure | None = None,
     rank: Annotated[int, Field(ge=1)] = 64,
     ridge: Annotated[float, Field(ge=0)] | None = None,
     gain: Annotated[float, Field(gt=0, le=1)] = 1.0,
@@ -58,16 +58,19 @@ def replaceme(
 
     Block i gives L_i = Y_i + M_i, M_i = A_i W what its MLP's last layer W makes of A_i. A run i+1 … i+n goes, and W is
     changed so that block i gives, as nearly as it can, L_{i+n}; so the architecture is unchanged and nothing is added.
-    As published W becomes W T, T a least-squares fit of M_i T to L_{i+n} − Y_i (``fold=transform``); by default all of
-    W is fitted (``fold=down``), which can say more. Inputs come from the model as pruned so far, targets from the
-    original one; with one run that is what is published.
+    As published W becomes W T, T a least-squares fit of M_i T to L_{i+n} − Y_i; by default T is the best orthonormal
+    matrix. A fit without that constraint has the lower error on text like the calibration text and learns that text's
+    domain: fitted to encyclopedia text, llama-29m was better on documentation with the orthonormal T than with a full
+    one or with all of W refitted (``fold=down``), at 1, 2 and 3 removed blocks of 9. The paper saw the opposite at 8B
+    (of unweighted errors), so with much text of the right kind try ``structure=full``. Inputs come from the model as
+    pruned so far, targets from the original one; with one run that is what is published.
 
     Args:
         evidence: model and text.
         blocks: how many go.
         solver: ``least_squares`` (closed form) or ``cosine`` (Adam on cos(M T, L_{i+n} − Y_i), as published).
-        fold: ``down``: W + D, D of least ‖A D − (L_{i+n} − L_i)‖²; ``transform``: W T. Left out: ``down`` wherever it
-            is possible: not with ``solver=cosine``, another `structure` or `separate`.
+        fold: ``transform``: W T; ``down``: W + D, D of least ‖A D − (L_{i+n} − L_i)‖², not with ``solver=cosine``, a
+            `structure` or `separate`.
         select: by what the run and the ridge are chosen: ``loss`` (the default): of the nearest runs, the one with
             which the model's loss is least, each with a least-squares fit to half of the first `samples` sequences
             and measured on the other half; then the ridge with which it is least on every eighth sequence (or fewer:
@@ -78,9 +81,11 @@ def replaceme(
         candidates: so many of the nearest runs are tried.
         samples: trials of runs see the first so many sequences; at most half as many are held out afterwards.
         structure: of T: ``full``, ``diagonal``, ``orthonormal`` or ``low_rank``; see
-            :func:`~cospadi.depth.transform.least_squares`.
+            :func:`~cospadi.depth.transform.least_squares`. Left out: ``orthonormal`` of a folded T by least squares,
+            else ``full``.
         rank: of ``low_rank``.
-        ridge: relative ridge of least squares towards plain removal; left out: chosen as `select` says.
+        ridge: relative ridge of least squares towards plain removal; left out: chosen as `select` says, of an
+            orthonormal T between none and plain removal.
         gain: of the ridges on trial the largest that brings at least this share of the best one's gain over plain
             removal. Less than 1 gives up some of it on text like the calibration text, and keeps more elsewhere.
         relative: least squares counts the error of every token against the size of its hidden state L_{i+n}, which is
@@ -101,15 +106,15 @@ def replaceme(
         ModelError: if nothing can be folded (a norm follows the MLP) and `separate` is not set.
         NumericalError: on NaN or Inf in activations, or if no loss is finite.
     """
+    if structure is None:
+        structure = "full" if solver == "cosine" or fold == "down" or separate else "orthonormal"
     if solver == "cosine" and structure not in ("full", "diagonal"):
         raise RecipeError(f"the cosine solver learns full or diagonal transforms, not structure={structure}")
-    whole = solver == "least_squares" and structure == "full" and not separate
-    if fold == "down" and not whole:
+    if fold == "down" and (solver == "cosine" or structure != "full" or separate):
         raise RecipeError(
             "fold=down fits the whole down projection by least squares: leave out solver, structure and separate, or "
             "say fold=transform"
         )
-    fold = fold or ("down" if whole else "transform")
     if transforms > 1 and select in ("loss", "error"):
         raise RecipeError(f"select={select} tries single runs; several transforms are chosen by select=cosine")
     if transforms > 1 and start is not None:
@@ -138,7 +143,8 @@ def replaceme(
         if rows.equations.tokens < len(rows.equations.gram):
             warnings.warn(
                 f"the correction is fitted to {rows.equations.tokens} tokens, fewer than the "
-                f"{len(rows.equations.gram)} dimensions of the layer: the ridge decides the rest; give more --samples",
+                f"{len(rows.equations.gram)} dimensions of the layer: in the others it stays near plain removal; give "
+                "more --samples",
                 stacklevel=2,
             )
         if solver == "least_squares":
@@ -177,7 +183,13 @@ def replaceme(
         fit, rows, found = solve(place(evidence, run, fold, separate=separate), fits)
         fits[run[0] - 1] = fit
         told.append(_told(evidence, fit, rows, found))
-    facts = {"measure": MEASURES[measure if trials else "cosine"], "solver": solver, "fold": fold, "transforms": told}
+    facts = {
+        "measure": MEASURES[measure if trials else "cosine"],
+        "solver": solver,
+        "fold": fold,
+        "structure": structure,
+        "transforms": told,
+    }
     return _cut(evidence, fits, facts | ({"trials": [asdict(trial) for trial in trials]} if trials else {}))
 
 

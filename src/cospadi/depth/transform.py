@@ -30,9 +30,9 @@ def least_squares(
 
     Args:
         equations: of M and R.
-        ridge: relative ridge, at least 0; it does not apply to orthonormal transforms.
-        structure: ``full``; ``diagonal``: T = diag(t); ``orthonormal``: TᵀT = I, the polar factor of C (Procrustes);
-            ``low_rank``: T = I + AB with AB of that rank, by reduced-rank regression.
+        ridge: relative ridge, at least 0.
+        structure: ``full``; ``diagonal``: T = diag(t); ``orthonormal``: TᵀT = I, the polar factor of C + αI
+            (Procrustes); ``low_rank``: T = I + AB with AB of that rank, by reduced-rank regression.
         rank: of ``low_rank``.
 
     Returns:
@@ -46,7 +46,9 @@ def least_squares(
     identity = torch.eye(width, dtype=gram.dtype, device=gram.device)
     _require_rows(equations)
     if structure == "orthonormal":
-        return polar_factor(cross.cpu())
+        if ridge > 0:  # min ‖M T − R‖² + α‖T − I‖² over rotations is max tr(Tᵀ(C + αI))
+            return polar_factor((cross + ridge * gram.diagonal().mean() * identity).cpu(), rank=width)
+        return polar_factor(cross.cpu(), rank=equations.tokens)  # of fewer rows than columns the rest is rounding
     if structure == "diagonal":
         power = gram.diagonal() + ridge * gram.diagonal().mean()
         step = torch.where(power > 0, (cross - gram).diagonal() / power.clamp_min(1e-300), 0.0)

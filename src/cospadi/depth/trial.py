@@ -74,10 +74,13 @@ def solutions(
         ridge: asked for; None: the choice is open, and no correction at all stands first in it.
         held_out: whether there is other text to choose by; without it only one ridge is offered.
     """
+    ridges: Sequence[float]
     if ridge is not None:
-        ridges: Sequence[float] = (ridge,)
+        ridges = (ridge,)
+    elif structure == "orthonormal":
+        ridges = (0.0,)
     else:
-        ridges = RIDGES if held_out and structure != "orthonormal" else (LONE_RIDGE,)
+        ridges = RIDGES if held_out else (LONE_RIDGE,)
     found = [fit] if ridge is None else []
     for each in ridges:
         if fit.fold == "down":

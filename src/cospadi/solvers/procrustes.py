@@ -15,12 +15,17 @@ def leading_directions(target: Tensor, count: int) -> Tensor:
     return vectors[:, -count:].flip(1).to(target.dtype)
 
 
-def polar_factor(matrix: Tensor) -> Tensor:
+def polar_factor(matrix: Tensor, *, rank: int | None = None) -> Tensor:
     """U Vᵀ for the thin SVD U Σ Vᵀ of a matrix (d, k), k <= d: the nearest matrix with orthonormal columns.
 
     It maximises tr(DᵀM) over DᵀD = I, which is the Procrustes problem min ‖Y − D S‖² for M = Y Sᵀ. Found as
     M (MᵀM)^(−1/2), several times faster than the SVD, which is left for matrices (nearly) without full rank: there the
     missing directions are any orthonormal ones, all equally good.
+
+    Args:
+        matrix: M (d, k).
+        rank: that a square M has at most; what lies beyond is rounding. Of the equally good rotations it is then the
+            one nearest to the identity.
     """
     wide = matrix.double()
     polar: Tensor
@@ -31,8 +36,13 @@ def polar_factor(matrix: Tensor) -> Tensor:
         for _ in range(2):  # Newton-Schulz: squares what the square of the condition number cost
             polar = polar @ (1.5 * eye - 0.5 * (polar.T @ polar))
     else:
-        u, _, vt = torch.linalg.svd(wide, full_matrices=False)
+        u, singular, vt = torch.linalg.svd(wide, full_matrices=False)
         polar = u @ vt
+        if rank is not None:
+            rank = min(rank, int((singular > len(wide) * torch.finfo(wide.dtype).eps * singular[0]).sum()))
+            free_u, free_vt = u[:, rank:], vt[rank:]
+            left, _, right = torch.linalg.svd(free_u.T @ free_vt.T)  # W of greatest tr(U₂ W V₂ᵀ)
+            polar = u[:, :rank] @ vt[:rank] + free_u @ (left @ right) @ free_vt
     return polar.to(matrix.dtype)
 
 

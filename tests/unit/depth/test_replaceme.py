@@ -58,13 +58,13 @@ def test_the_folded_model_equals_the_unfolded_one(architecture, fold):
     assert (logits(folded, IDS) - logits(pruned(model, Cut((2, 3))), IDS)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("fold", ["down", "transform"])
+@pytest.mark.parametrize(("fold", "structure"), [("down", "full"), ("transform", "full"), ("transform", "orthonormal")])
 @pytest.mark.parametrize("relative", [True, False])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "granite"])
-def test_the_correction_minimises_the_distance_of_the_hidden_states(architecture, relative, fold):
+def test_the_correction_minimises_the_distance_of_the_hidden_states(architecture, relative, fold, structure):
     model = deep_model(architecture)
     found = evidence(model)
-    cut = remove(found, 2, start=2, ridge=0.0, relative=relative, fold=fold)
+    cut = remove(found, 2, start=2, ridge=0.0, relative=relative, fold=fold, structure=structure)
     told = cut.facts()["transforms"][0]
     assert told["removed"] == [2, 3] and f".{told['into'].split('.')[-1]}" in str(list(cut.weights))
 
@@ -80,8 +80,10 @@ def test_the_correction_minimises_the_distance_of_the_hidden_states(architecture
 
     best = missed(pruned(model, cut))
     assert best / missed(pruned(model, Cut((2, 3)))) == pytest.approx(told["error"], rel=1e-3)
-    for _ in range(5):  # no other map does better
-        nearby = torch.eye(24, dtype=torch.float64) + 1e-2 * torch.randn(24, 24, dtype=torch.float64)
+    for _ in range(5):  # no other map does better, or no other rotation
+        nudge = 1e-2 * torch.randn(24, 24, dtype=torch.float64)
+        turned = torch.linalg.matrix_exp(nudge - nudge.T)
+        nearby = turned if structure == "orthonormal" else torch.eye(24, dtype=torch.float64) + nudge
         name = next(name for name in cut.weights if name.endswith("weight"))
         weight = cut.weights[name]
         if fold == "down":
@@ -91,11 +93,8 @@ def test_the_correction_minimises_the_distance_of_the_hidden_states(architecture
         assert missed(pruned(model, Cut((2, 3), cut.weights | {name: weight}))) > best
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_the_refitted_layer_is_that_of_numpy(architecture):
-    model = deep_model(architecture).double()
-    found = evidence(model)
-    cut = remove(found, 2, start=2, ridge=0.0, relative=False)
+def states(found):
+    """What the last layer of block 1 gets and gives, the output of block 1, and that of block 3, one token a row."""
     view = found.view
     with LayerReplay(view) as replay:
         path = find_branch(view, 1, replay).path
@@ -106,13 +105,21 @@ def test_the_refitted_layer_is_that_of_numpy(architecture):
         layer.register_forward_hook(lambda _m, _a, out: seen.update(out=out if torch.is_tensor(out) else out[0])),
         view.layers[4].register_forward_pre_hook(lambda _m, args: seen.update(after=args[0])),
     ]
-    logits(model, found.tokens.ids)
+    logits(view.model, found.tokens.ids)
     for handle in handles:
         handle.remove()
-    inputs = seen["a"].flatten(0, 1)
+    return path, *(seen[name].flatten(0, 1) for name in ("a", "m", "out", "after"))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_refitted_layer_is_that_of_numpy(architecture):
+    model = deep_model(architecture).double()
+    found = evidence(model)
+    cut = remove(found, 2, start=2, ridge=0.0, relative=False, fold="down")
+    path, inputs, given, out, after = states(found)
     if architecture == "gpt2":
         inputs = functional.pad(inputs, (0, 1), value=1.0)
-    lacking = (seen["after"] - seen["out"] + seen["m"]).flatten(0, 1)
+    lacking = after - out + given
     expected = np.linalg.lstsq(inputs.numpy(), lacking.numpy(), rcond=None)[0]
     weight = next(value for name, value in cut.weights.items() if name.endswith(f"1.{path}.weight"))
     ours = weight if architecture == "gpt2" else weight.T
@@ -120,6 +127,37 @@ def test_the_refitted_layer_is_that_of_numpy(architecture):
     if architecture == "gpt2":
         bias = next(value for name, value in cut.weights.items() if name.endswith("bias"))
         np.testing.assert_allclose(bias.numpy(), expected[-1], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize(("structure", "solved"), [("full", "lstsq"), (None, "procrustes")])
+def test_the_folded_transform_is_that_of_numpy(structure, solved):
+    model = deep_model().double()
+    found = evidence(model)
+    options = {} if structure is None else {"structure": structure}
+    cut = remove(found, 2, start=2, ridge=0.0, relative=False, **options)
+    assert cut.facts()["structure"] == (structure or "orthonormal")
+    path, _, given, out, after = states(found)
+    lacking = (after - out + given).numpy()
+    if solved == "lstsq":
+        expected = np.linalg.lstsq(given.numpy(), lacking, rcond=None)[0]
+    else:
+        left, _, right = np.linalg.svd(given.numpy().T @ lacking)
+        expected = left @ right
+    folded = expected.T @ model.model.layers[1].get_submodule(path).weight.detach().numpy()
+    np.testing.assert_allclose(cut.weights[f"model.layers.1.{path}.weight"].numpy(), folded, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_the_default_transform_is_orthonormal(blocks):
+    found = evidence(deep_model("qwen3"))
+    cut, same = remove(found, blocks), remove(found, blocks, structure="orthonormal", fold="transform")
+    assert cut.facts() == same.facts() and cut.facts()["structure"] == "orthonormal"
+    assert all(torch.equal(weight, same.weights[name]) for name, weight in cut.weights.items())
+    # a rotation of what the layer gives changes the length of none of it
+    first = cut.removed[0] - 1
+    (weight,) = remove(found, blocks, start=first + 1, ridge=0.0).weights.values()
+    before = found.view.layers[first].mlp.down_proj.weight.double()
+    torch.testing.assert_close(weight.double().norm(dim=0), before.norm(dim=0), rtol=1e-5, atol=1e-6)
 
 
 def test_the_run_is_that_of_least_cosine_distance_and_the_first_block_stays():
@@ -144,8 +182,9 @@ def test_the_run_is_that_of_least_cosine_distance_and_the_first_block_stays():
 @pytest.mark.parametrize(
     "options",
     [
-        {"ridge": 1e-2},
-        {"ridge": 1e-2, "fold": "transform"},
+        {"ridge": 0.0},
+        {"ridge": 1e-2, "fold": "down"},
+        {"ridge": 1e-2, "structure": "full"},
         {"solver": "cosine", "select": "cosine", "epochs": 2, "learning_rate": 1e-2},
         {"ridge": 1e-2, "separate": True},
     ],
@@ -173,7 +212,7 @@ def test_padding_does_not_enter(options):
 def test_the_second_correction_sees_the_model_as_it_is_then(fold):
     model = deep_model(blocks=7)
     found = evidence(model)
-    cut = remove(found, 2, transforms=2, ridge=0.0, relative=False, fold=fold)
+    cut = remove(found, 2, transforms=2, ridge=0.0, relative=False, fold=fold, structure="full")
     a, b = (told["removed"][0] for told in cut.facts()["transforms"])
     assert b > a + 1 and cut.removed == (a, b)
     edited = pruned(model, cut)
@@ -212,9 +251,10 @@ def test_a_norm_after_the_branch_is_named_and_has_a_way_out(architecture):
 
 def test_little_text_is_warned_of():
     found = evidence(deep_model(), sequences=1, length=20)
-    with pytest.warns(UserWarning, match="20 tokens, fewer than the 44"):
-        cut = remove(found, 1)
-    assert all(bool(weight.isfinite().all()) for weight in cut.weights.values())
+    for options, width in (({}, 24), ({"structure": "full"}, 24), ({"fold": "down"}, 44)):
+        with pytest.warns(UserWarning, match=f"20 tokens, fewer than the {width}"):
+            cut = remove(found, 1, **options)
+        assert all(bool(weight.isfinite().all()) for weight in cut.weights.values())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         remove(evidence(deep_model(), sequences=4), 1)
@@ -228,6 +268,7 @@ def test_little_text_is_warned_of():
         ({"transforms": 2, "select": "loss"}, "select=cosine"),
         ({"fold": "down", "separate": True}, "fold=transform"),
         ({"fold": "down", "solver": "cosine"}, "fold=transform"),
+        ({"fold": "down", "structure": "orthonormal"}, "fold=transform"),
         ({"fold": "up"}, "fold"),
         ({"ridge": -1}, "ridge"),
         # Fault of the authors' code: its triangular transform crashes after the fit. Here it is refused before.

@@ -150,6 +150,37 @@ def test_an_orthonormal_transform_is_the_nearest_rotation():
         assert error(inputs, targets, turn) >= best
 
 
+def test_a_ridge_turns_a_rotation_back_towards_the_identity():
+    inputs, targets = problem()
+    sums = equations(inputs, targets)
+    alpha = 0.3 * sums.gram.diagonal().mean()
+    identity = torch.eye(12, dtype=torch.float64)
+    found = least_squares(sums, structure="orthonormal", ridge=0.3)
+
+    def price(turn):
+        return sums.loss(turn) + float(alpha * (turn - identity).square().sum())
+
+    for _ in range(20):
+        nudge = 0.05 * torch.randn(12, 12, dtype=torch.float64)
+        assert price(found @ torch.linalg.matrix_exp(nudge - nudge.T)) > price(found)
+    far, near = (least_squares(sums, structure="orthonormal", ridge=ridge) for ridge in (0.0, 1e9))
+    torch.testing.assert_close(near, identity, rtol=0, atol=1e-6)
+    assert (far - identity).norm() > (found - identity).norm() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_rotation_leaves_alone_what_little_text_says_nothing_about(dtype):
+    inputs, targets = problem(tokens=5, dtype=dtype)
+    same = least_squares(equations(inputs, inputs), structure="orthonormal")
+    torch.testing.assert_close(same, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-5)
+    sums = equations(inputs, targets)
+    found = least_squares(sums, structure="orthonormal")
+    torch.testing.assert_close(found.T @ found, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-9)
+    pulled = least_squares(sums, structure="orthonormal", ridge=1e-5)  # as a ridge does that is next to none
+    torch.testing.assert_close(found, pulled, rtol=0, atol=1e-2)
+    assert sums.loss(found) <= sums.loss(pulled) + 1e-6
+
+
 @pytest.mark.parametrize("rank", [1, 4, 12, 99])
 def test_low_rank_is_the_best_step_of_its_rank(rank):
     inputs, targets = problem()

@@ -85,10 +85,10 @@ def test_the_run_of_least_held_out_loss_goes_and_not_the_nearest():
         assert loss(pruned(model, same), held.ids) == pytest.approx(trial["loss"], abs=1e-4)
 
 
-@pytest.mark.parametrize("fold", ["down", "transform"])
-def test_the_run_of_least_error_is_another_choice(fold):
+@pytest.mark.parametrize(("fold", "structure"), [("down", "full"), ("transform", "full"), ("transform", "orthonormal")])
+def test_the_run_of_least_error_is_another_choice(fold, structure):
     found = evidence(predicting())
-    cut = remove(found, 1, select="error", fold=fold)
+    cut = remove(found, 1, select="error", fold=fold, structure=structure)
     trials = cut.facts()["trials"]
     chosen = min(trials, key=lambda trial: trial["error"])
     assert cut.removed == (chosen["run"][0],) and cut.removed != (5,)
@@ -98,7 +98,7 @@ def test_the_run_of_least_error_is_another_choice(fold):
     for trial in trials:
         where = place(found, tuple(trial["run"]), fold, separate=False)
         rows = stream_rows(found, where, {}, fitted, relative=True)
-        options = solutions(rows, where, "full", 1, None, held_out=True)
+        options = solutions(rows, where, structure, 1, None, held_out=True)
         other = stream_rows(found, where, {}, held, relative=True).equations
         errors = []
         for option in options:
@@ -107,7 +107,9 @@ def test_the_run_of_least_error_is_another_choice(fold):
         assert trial["error"] == pytest.approx(min(errors), rel=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"fold": "transform"}, {"solver": "cosine", "learning_rate": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{}, {"fold": "down"}, {"structure": "full"}, {"solver": "cosine", "learning_rate": 0.5}]
+)
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_the_result_is_never_worse_on_held_out_text_than_plain_removal(blocks, options):
     for model in (predicting(), deep_model(blocks=6, seed=blocks)):
@@ -127,7 +129,7 @@ def test_a_correction_that_harms_is_left_out():
     for seed in range(6):
         found = evidence(deep_model(seed=seed), sequences=8, length=6)
         with pytest.warns(UserWarning, match="fewer than"):
-            cut = remove(found, 1)
+            cut = remove(found, 1, fold="down")
         told = cut.facts()["transforms"][0]
         left_out += not told["corrected"]
         assert told["corrected"] or (told["error"] == 1.0 and not cut.weights and told["ridge"] is None)
@@ -142,7 +144,7 @@ def test_held_out_sequences_are_not_fitted_to():
     fitted, held = found.tokens.parted(8)
     assert len(held.ids) == 2 and len(fitted.ids) == 14
     if told["corrected"]:
-        same = remove(Evidence(found.view, fitted), 2, start=2, ridge=told["ridge"])
+        same = remove(Evidence(found.view, fitted), 2, start=2, fold="down", ridge=told["ridge"])
         for name, weight in cut.weights.items():
             torch.testing.assert_close(same.weights[name], weight)
 
@@ -161,7 +163,7 @@ def test_parts_share_nothing_and_a_lone_sequence_is_both():
 def test_more_text_needs_less_ridge():
     def chosen(sequences):
         found = evidence(deep_model(), sequences=sequences, length=12)
-        told = remove(found, 1, start=2, select="error").facts()["transforms"][0]
+        told = remove(found, 1, start=2, select="error", fold="down").facts()["transforms"][0]
         return told["ridge"] if told["corrected"] else float("inf")
 
     assert chosen(512) < chosen(8)
