@@ -26,16 +26,17 @@ from cospadi.report.text import publishable
 
 PRUNING = "uidl,shortgpt,llm_streamline,sleb,laco,magnitude,random,replaceme"
 FACTORISATION = "pursuit,svd_llm"
-PUBLISHED = {"fold": "transform", "select": "cosine", "relative": False}
+PUBLISHED = {"structure": "full", "select": "cosine", "relative": False}
 VARIANTS = {
-    "replaceme_transform": {"fold": "transform"},
+    "replaceme_full": {"structure": "full"},
+    "replaceme_down": {"fold": "down"},
     "replaceme_nearest": {"select": "cosine"},
+    "replaceme_down_nearest": {"fold": "down", "select": "cosine"},
     "replaceme_error": {"select": "error"},
     "replaceme_two": {"transforms": 2},
     "replaceme_published": PUBLISHED | {"ridge": 0.0},
     "replaceme_cosine": {"solver": "cosine"},
     "replaceme_cosine_published": PUBLISHED | {"solver": "cosine"},
-    "replaceme_orthonormal": {"structure": "orthonormal"},
     "replaceme_diagonal": {"structure": "diagonal"},
     "replaceme_low_rank": {"structure": "low_rank"},
     "replaceme_separate": {"separate": True},
@@ -52,7 +53,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--text", nargs="+", help="to measure on; the first is WikiText-2 raw, test part")
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
     parser.add_argument("--tasks", default="", help="task files with commas")
-    parser.add_argument("--tasks-limit", type=int)
+    parser.add_argument("--tasks-limit", type=int, help="so many pairs of a task file in all, of its paradigms in turn")
     parser.add_argument("--blocks", default="1,2,3", help="how many blocks go")
     parser.add_argument("--methods", default=f"{PRUNING},slicegpt,llm_pruner,{FACTORISATION}")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="ReplaceMe with other options")
