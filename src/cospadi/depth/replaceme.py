@@ -115,6 +115,11 @@ def replaceme(
             "fold=down fits the whole down projection by least squares: leave out solver, structure and separate, or "
             "say fold=transform"
         )
+    if gain < 1 and (ridge is not None or solver == "cosine" or structure == "orthonormal"):
+        raise RecipeError(
+            "gain chooses among ridges: leave out ridge and solver, and say fold=down or structure=full, diagonal or "
+            "low_rank"
+        )
     if transforms > 1 and select in ("loss", "error"):
         raise RecipeError(f"select={select} tries single runs; several transforms are chosen by select=cosine")
     if transforms > 1 and start is not None:
