@@ -22,11 +22,14 @@ STOCK = """
 import sys, torch
 from transformers import AutoModelForCausalLM
 assert not any(name.startswith("cospadi") for name in sys.modules)
+sys.modules["cospadi"] = None  # any import of the package fails from here on
 stock, separate = sys.argv[1:]
 model, info = AutoModelForCausalLM.from_pretrained(stock, output_loading_info=True)
 assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
 ids = torch.arange(2, 14)[None]
 print(model(ids).logits.detach().double().sum().item(), model.config.num_hidden_layers)
+tokens = [model.generate(ids, max_new_tokens=9, do_sample=False, use_cache=cached) for cached in (True, False)]
+assert torch.equal(*tokens)
 try:
     AutoModelForCausalLM.from_pretrained(separate)
 except Exception as error:

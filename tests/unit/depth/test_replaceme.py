@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
 from cospadi.depth import Evidence, Tokens, get_depth_method
 from cospadi.depth.branch import find_branch
@@ -13,7 +14,7 @@ from cospadi.depth.surgery import Cut
 from cospadi.errors import BudgetError, ModelError, RecipeError
 from cospadi.model_view import LayerReplay, discover_layers
 from tiny import token_ids
-from unit.depth.models import FOLDABLE, deep_model, logits
+from unit.depth.models import FOLDABLE, STANDARD, deep_model, generated, logits
 
 IDS = token_ids(2, 20, seed=4)
 
@@ -241,6 +242,21 @@ def test_touching_runs_share_one_transform():
     assert len(together.facts()["transforms"]) == len(together.facts()["runs"])
     with pytest.raises(BudgetError, match="runs"):
         remove(found, 5, transforms=3)
+
+
+@pytest.mark.parametrize("architecture", STANDARD)
+def test_every_architecture_is_pruned_saved_and_read_again(architecture, tmp_path):
+    model = deep_model(architecture)
+    stock = architecture in FOLDABLE
+    cut = remove(evidence(model), 2, start=2, ridge=0.1, **({} if stock else {"separate": True}))
+    assert bool(cut.weights) == stock
+    made = pruned(model, cut)
+    made.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is type(model) and not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(logits(loaded, IDS), logits(made, IDS))
+    assert (logits(loaded, IDS) - logits(pruned(model, Cut((2, 3))), IDS)).abs().max() > 1e-4
+    assert torch.equal(generated(loaded, IDS, True), generated(loaded, IDS, False))
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text"])
