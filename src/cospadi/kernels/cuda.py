@@ -4,11 +4,15 @@ The two products are chosen apart, each per shape and number of tokens, by `cosp
 stays in float32 between them. Specs without a kernel (3 and 14 bits, sparse with zero points), layers in other dtypes
 than 16-bit floats, and machines without Triton take the dense path: factors unpacked into a scratch, then cuBLAS. So do
 products whose kernels all fail to compile or to run.
+
+In eager mode the host is what a decode step waits for, so all that follows from the spec is worked out at the first
+call and found again by one key (`tuning.ways`).
 """
 
 import logging
-from functools import partial
+from collections.abc import Callable, Hashable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +20,7 @@ from torch.nn.functional import linear
 
 from cospadi.format import MatrixSpec, Packed, unpack
 from cospadi.kernels.cost import rebuild_pays
-from cospadi.kernels.tuning import Candidate, choose
+from cospadi.kernels.tuning import Candidate, Run, Way, ways
 
 launch: ModuleType | None
 try:
@@ -29,6 +33,7 @@ logger = logging.getLogger(__name__)
 _said = False
 
 SCRATCH_TOKENS = 4  # from here on, small matrices may be faster unpacked, which the cache then holds
+MANY_TOKENS = 65  # from here on all numbers of tokens are alike: no decode kernel takes so many
 
 
 def _kernels_run(dtype: torch.dtype) -> bool:
@@ -54,27 +59,51 @@ def cuda_forward(
     codes_spec: MatrixSpec,
 ) -> Tensor:
     """``(x D) S`` for x (tokens, d_in) on a CUDA device; returns (tokens, rows) in the dtype of x."""
-    tokens, dtype = x.shape[0], x.dtype
-    if tokens == 0:
+    if x.shape[0] == 0:
         return x.new_empty(0, codes_spec.rows)
-    with torch.cuda.device(x.device):
-        hidden = x.contiguous()
-        if dictionary is not None and dictionary_spec is not None:
-            if rebuild_pays(tokens, dictionary_spec, codes_spec):
-                return linear(x, scratch(codes, codes_spec, dtype) @ scratch(dictionary, dictionary_spec, dtype))
-            hidden = packed_linear(hidden, dictionary, dictionary_spec, dtype, codes_spec)
-        return packed_linear(hidden, codes, codes_spec, dtype)
+    device = x.device
+    if device.index is None or device.index == torch.cuda.current_device():
+        return _forward(x, dictionary, dictionary_spec, codes, codes_spec)
+    with torch.cuda.device(device):  # Triton launches on the current device
+        return _forward(x, dictionary, dictionary_spec, codes, codes_spec)
+
+
+def _forward(
+    x: Tensor,
+    dictionary: Packed | None,
+    dictionary_spec: MatrixSpec | None,
+    codes: Packed,
+    codes_spec: MatrixSpec,
+) -> Tensor:
+    dtype = x.dtype
+    hidden = x.contiguous()
+    if dictionary is not None and dictionary_spec is not None:
+        if rebuild_pays(x.shape[0], dictionary_spec, codes_spec):
+            return linear(x, scratch(codes, codes_spec, dtype) @ scratch(dictionary, dictionary_spec, dtype))
+        hidden = packed_linear(hidden, dictionary, dictionary_spec, dtype, codes_spec)
+    return packed_linear(hidden, codes, codes_spec, dtype)
 
 
 def scratch(packed: Packed, spec: MatrixSpec, dtype: torch.dtype) -> Tensor:
     """A stored matrix made dense, (rows, columns) `dtype`; 16-bit dense ones as they are."""
+    values = packed["values"]
     if not spec.sparse and spec.bits == 16:
-        return packed["values"].to(dtype)
-    by_torch = partial(unpack, packed, spec, dtype)
+        return values.to(dtype)
+    key = (values.device.index, dtype, spec, "unpacked")
+    way = ways.get(key)
+    if way is None:
+        way = ways[key] = _unpacking(key, spec, dtype)
+    return way(packed)
+
+
+def _unpacking(key: Hashable, spec: MatrixSpec, dtype: torch.dtype) -> Run:
+    def by_torch(packed: Packed) -> Tensor:
+        return unpack(packed, spec, dtype)
+
     if not _kernels_run(dtype) or launch is None or not launch.readable(spec):
-        return by_torch()
-    by_kernel = Candidate("unpacking kernel", partial(launch.unpacked, packed, spec, dtype))
-    return choose((packed["values"].device.index, dtype, spec, "unpacked"), [by_kernel], by_torch)
+        return by_torch
+    kernel = launch.unpacked
+    return Way(key, [Candidate("unpacking kernel", lambda packed: kernel(packed, spec, dtype))], by_torch)
 
 
 def packed_linear(
@@ -93,23 +122,35 @@ def packed_linear(
     Returns:
         (tokens, rows) in `dtype`, or as said.
     """
+    tokens = x.shape[0]
+    key = (x.device.index, dtype, spec, codes, min(tokens, MANY_TOKENS))
+    way = ways.get(key)
+    if way is None:
+        way = ways[key] = _multiplying(x.device.index, spec, tokens, dtype, codes)
+    return way(x, packed)
 
-    def by_scratch() -> Tensor:
+
+def _multiplying(
+    device: int | None, spec: MatrixSpec, tokens: int, dtype: torch.dtype, codes: MatrixSpec | None
+) -> Run:
+    """What :func:`packed_linear` does with all that it knows before it sees the tensors."""
+
+    def by_scratch(x: Tensor, packed: Packed) -> Tensor:
         plain_x = x if x.dim() == 2 else x[:, :, :32].reshape(1, -1)
         return linear(plain_x.to(dtype), scratch(packed, spec, dtype))
 
-    tokens = x.shape[0]
     if not _kernels_run(dtype) or launch is None or not launch.readable(spec) or tokens > launch.MOST_TOKENS:
-        return by_scratch()
+        return by_scratch
     plain = not spec.sparse and spec.bits == 16
     if plain and tokens > 1:
-        return by_scratch()
+        return by_scratch
     made, more = launch.handed_on(spec, tokens, codes, dtype)
-    candidates = [
-        Candidate(f"{kernel.__name__} {config}", partial(kernel, x, packed, spec, config, made, **more))
-        for kernel, config in launch.options(spec, tokens)
-    ]
+
+    def by(kernel: Callable[..., Tensor], config: Any) -> Candidate:
+        return Candidate(f"{kernel.__name__} {config}", lambda x, packed: kernel(x, packed, spec, config, made, **more))
+
+    candidates = [by(kernel, config) for kernel, config in launch.options(spec, tokens)]
     if tokens >= SCRATCH_TOKENS or (tokens > 1 and not spec.sparse):
         candidates.append(Candidate("scratch", by_scratch))
     bucket = tokens if tokens <= 4 else 1 << (tokens - 1).bit_length()
-    return choose((x.device.index, dtype, spec, bucket), candidates, by_scratch)
+    return Way((device, dtype, spec, bucket), candidates, by_scratch)

@@ -4,15 +4,27 @@ Importing this module needs Triton. Every function takes x (tokens, columns), co
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from cospadi.format import MatrixSpec, Packed
 from cospadi.kernels import triton_balanced, triton_kernels, triton_walk
-from cospadi.kernels.launch_common import FLOATS, Config, aligned, common, elements, padded, per_word, pitch, readable
+from cospadi.kernels.launch_common import (
+    FLOATS,
+    Config,
+    aligned,
+    common,
+    elements,
+    padded,
+    parts,
+    per_word,
+    pitch,
+    power_of_2,
+    readable,
+)
 from cospadi.kernels.launch_dense import dense, expand_integers, few_tokens, one_token, one_token_fits, span
 
 __all__ = [  # and what the modules beneath have
@@ -72,6 +84,7 @@ def handed_on(
     return torch.float32, {"spaced": True} if balanced_fits(reader) and not spec.sparse else {}
 
 
+@lru_cache(maxsize=4096)
 def unit(spec: MatrixSpec) -> int:
     """Bits that the balanced kernel loads as one: 64 or 32, where a mask word's values fill whole ones; else 0."""
     return next((size for size in (64, 32) if per_word(spec) * spec.bits % size == 0), 0)
@@ -90,16 +103,16 @@ def pitched(x: Tensor) -> Tensor:
     In float32 for one token, else in the dtype of x; tokens up to a power of two, at most 8 in a plane.
     """
     tokens, columns = x.shape
-    padded = triton.next_power_of_2(tokens)
-    each = min(padded, 8)
-    shape = (padded // each, columns // 32, pitch(each), each)
+    rounded = power_of_2(tokens)
+    each = min(rounded, 8)
+    shape = (rounded // each, columns // 32, pitch(each), each)
     if tokens == 1:
         out = torch.empty(shape, dtype=torch.float32, device=x.device)
     else:
         out = torch.empty(shape, dtype=x.dtype, device=x.device)
-    if tokens < padded:
-        x = torch.nn.functional.pad(x, (0, 0, 0, padded - tokens))
-    out[:, :, :32] = x.view(padded // each, each, -1, 32).permute(0, 2, 3, 1)
+    if tokens < rounded:
+        x = torch.nn.functional.pad(x, (0, 0, 0, rounded - tokens))
+    out[:, :, :32] = x.view(rounded // each, each, -1, 32).permute(0, 2, 3, 1)
     return out
 
 
@@ -109,7 +122,7 @@ def balanced(x: Tensor, packed: Packed, spec: MatrixSpec, config: Config, out_dt
     tokens = 1 if x.dim() == 4 else x.shape[0]
     out = torch.empty(tokens, spec.rows, dtype=out_dtype, device=x.device)
     values = aligned(packed["values"])
-    triton_balanced.balanced_linear_kernel[(triton.cdiv(spec.rows, config.rows),)](
+    triton_balanced.balanced_linear_kernel[(parts(spec.rows, config.rows),)](
         z,
         values.view(spec.rows, -1).view(torch.int64 if unit(spec) == 64 else torch.int32),
         packed["mask"].contiguous(),
@@ -130,7 +143,7 @@ def balanced(x: Tensor, packed: Packed, spec: MatrixSpec, config: Config, out_dt
         WORDS=config.width,
         num_warps=config.warps,
         num_stages=config.stages,
-        **common(packed, spec),
+        **common(spec),
     )
     return out
 
@@ -140,7 +153,7 @@ def walk(x: Tensor, packed: Packed, spec: MatrixSpec, config: Config, out_dtype:
     z = x if x.dim() == 4 else pitched(x)
     out = torch.empty(1, spec.rows, dtype=out_dtype, device=x.device)
     values = aligned(packed["values"])
-    triton_walk.walk_linear_kernel[(triton.cdiv(spec.rows, config.rows),)](
+    triton_walk.walk_linear_kernel[(parts(spec.rows, config.rows),)](
         z,
         values.view(spec.rows, -1).view(torch.int32),
         packed["mask"].contiguous(),
@@ -156,7 +169,7 @@ def walk(x: Tensor, packed: Packed, spec: MatrixSpec, config: Config, out_dtype:
         WORDS=config.width,
         num_warps=config.warps,
         num_stages=config.stages,
-        **common(packed, spec),
+        **common(spec),
     )
     return out
 
@@ -165,7 +178,7 @@ def sparse(x: Tensor, packed: Packed, spec: MatrixSpec, config: Config, out_dtyp
     """Sparse rows of any pattern; 1 to MOST_TOKENS tokens, x also in float32 where there is one."""
     out = torch.empty(x.shape[0], spec.rows, dtype=out_dtype, device=x.device)
     values, mask = elements(packed, spec), packed["mask"].contiguous()
-    triton_kernels.sparse_linear_kernel[(triton.cdiv(spec.rows, config.rows),)](
+    triton_kernels.sparse_linear_kernel[(parts(spec.rows, config.rows),)](
         x,
         values,
         mask,
@@ -184,7 +197,7 @@ def sparse(x: Tensor, packed: Packed, spec: MatrixSpec, config: Config, out_dtyp
         LANES=config.lanes,
         num_warps=config.warps,
         num_stages=config.stages,
-        **common(packed, spec),
+        **common(spec),
     )
     return out
 
@@ -193,7 +206,7 @@ def expand(packed: Packed, spec: MatrixSpec, dtype: torch.dtype, config: Config)
     """Sparse rows made dense, (rows, columns) `dtype`."""
     values, mask = elements(packed, spec), packed["mask"].contiguous()
     out = torch.empty(spec.rows, spec.columns, dtype=dtype, device=mask.device)
-    triton_kernels.expand_kernel[(triton.cdiv(spec.rows, config.rows),)](
+    triton_kernels.expand_kernel[(parts(spec.rows, config.rows),)](
         values,
         mask,
         packed.get("scales", out),
@@ -208,7 +221,7 @@ def expand(packed: Packed, spec: MatrixSpec, dtype: torch.dtype, config: Config)
         WORDS=config.width,
         num_warps=config.warps,
         num_stages=config.stages,
-        **common(packed, spec),
+        **common(spec),
     )
     return out
 

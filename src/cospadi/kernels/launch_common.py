@@ -1,10 +1,10 @@
 """What the launching functions of all Triton kernels share: launch parameters, and views of stored tensors."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -38,6 +38,7 @@ def pitch(tokens: int) -> int:
     return 36 if tokens <= 2 else 34 if tokens <= 4 else 33
 
 
+@lru_cache(maxsize=4096)
 def per_word(spec: MatrixSpec) -> int:
     """Values of a full mask word; 0 where it varies (pattern ``"free"``)."""
     balanced = parse_pattern(spec.pattern)
@@ -49,9 +50,22 @@ def readable(spec: MatrixSpec) -> bool:
     return spec.bits in (16, 8, 4, 2) and (spec.symmetric or not spec.sparse)
 
 
+def parts(size: int, each: int) -> int:
+    """Parts of `each` that hold `size`, the last perhaps not full.
+
+    Triton's own `cdiv` and `next_power_of_2` look at their arguments as a compiler does, microseconds a call.
+    """
+    return -(-size // each)
+
+
+def power_of_2(number: int) -> int:
+    """The least power of two that is at least `number` >= 1."""
+    return 1 << (number - 1).bit_length()
+
+
 def padded(tokens: int) -> int:
     """Tokens of a tile: 1, or at least 16 for the tensor cores."""
-    return 1 if tokens == 1 else max(16, triton.next_power_of_2(tokens))
+    return 1 if tokens == 1 else max(16, power_of_2(tokens))
 
 
 def elements(packed: Packed, spec: MatrixSpec) -> Tensor:
@@ -66,8 +80,9 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
-def common(packed: Packed, spec: MatrixSpec) -> dict[str, Any]:
-    """Constants that the kernels of any matrix take."""
+@lru_cache(maxsize=4096)
+def common(spec: MatrixSpec) -> dict[str, Any]:
+    """Constants that the kernels of any matrix take. Shared: not to be changed."""
     return {"BITS": spec.bits, "SCALED": spec.integer, "GROUP": 0 if spec.groups == 1 else spec.group}
 
 

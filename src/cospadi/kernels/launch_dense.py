@@ -1,12 +1,13 @@
 """Launching the Triton kernels for dense rows. See `cospadi.kernels.launch`."""
 
+from functools import lru_cache
+
 import torch
-import triton
 from torch import Tensor
 
 from cospadi.format import MatrixSpec, Packed
 from cospadi.kernels import triton_integers, triton_kernels
-from cospadi.kernels.launch_common import FLOATS, Config, aligned, common, elements, output, padded, pitch
+from cospadi.kernels.launch_common import FLOATS, Config, aligned, common, elements, output, padded, parts, pitch
 
 
 def one_token_fits(spec: MatrixSpec) -> bool:
@@ -15,6 +16,7 @@ def one_token_fits(spec: MatrixSpec) -> bool:
     return not spec.sparse and spec.bits in (8, 4, 2) and spec.columns % chunk == 0 and spec.group % chunk == 0
 
 
+@lru_cache(maxsize=4096)
 def span(spec: MatrixSpec) -> int:
     """Columns that `few_tokens` multiplies before it applies a scale; 0 where it does not read this."""
     if spec.sparse or spec.bits not in (8, 4, 2):
@@ -34,7 +36,7 @@ def dense(
     out = output(x, spec, out_dtype, spaced)
     values = packed["values"].contiguous()
     zeros = x if spec.symmetric else packed["zeros"].contiguous()
-    triton_kernels.dense_linear_kernel[(triton.cdiv(spec.rows, config.rows),)](
+    triton_kernels.dense_linear_kernel[(parts(spec.rows, config.rows),)](
         x,
         values,
         packed.get("scales", x),
@@ -54,7 +56,7 @@ def dense(
         COLUMNS=config.width,
         num_warps=config.warps,
         num_stages=config.stages,
-        **common(packed, spec),
+        **common(spec),
     )
     return out
 
@@ -65,7 +67,7 @@ def one_token(
     """Dense integers that satisfy :func:`one_token_fits`, one token of 16-bit floats; `spaced` as for `dense`."""
     out = output(x, spec, out_dtype, spaced)
     zeros = packed["scales" if spec.symmetric else "zeros"].contiguous()
-    triton_integers.one_token_kernel[(triton.cdiv(spec.rows, config.rows),)](
+    triton_integers.one_token_kernel[(parts(spec.rows, config.rows),)](
         aligned(x).view(-1).view(torch.int64),
         aligned(packed["values"]).view(-1).view(torch.int32),
         packed["scales"],
@@ -92,7 +94,7 @@ def few_tokens(x: Tensor, packed: Packed, spec: MatrixSpec, config: Config, out_
     """Dense integers of which :func:`span` knows a size; 2 to MOST_TOKENS tokens."""
     out = torch.empty(x.shape[0], spec.rows, dtype=out_dtype, device=x.device)
     values, zeros = elements(packed, spec), packed["scales" if spec.symmetric else "zeros"].contiguous()
-    triton_integers.few_tokens_kernel[(triton.cdiv(spec.rows, config.rows),)](
+    triton_integers.few_tokens_kernel[(parts(spec.rows, config.rows),)](
         x,
         values,
         packed["scales"],
@@ -127,9 +129,7 @@ def expand_integers(packed: Packed, spec: MatrixSpec, dtype: torch.dtype, config
     if spec.groups > 1 and spec.group % run:
         run = 1
     runs = config.width // run
-    triton_integers.expand_integers_kernel[
-        (triton.cdiv(spec.rows, config.rows), triton.cdiv(triton.cdiv(spec.columns, run), runs))
-    ](
+    triton_integers.expand_integers_kernel[(parts(spec.rows, config.rows), parts(parts(spec.columns, run), runs))](
         values,
         packed["scales"],
         zeros,

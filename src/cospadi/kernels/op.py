@@ -25,8 +25,16 @@ def describe(spec: MatrixSpec | None) -> str:
     """A spec as a short string, empty for None; :func:`parse` reads it."""
     if spec is None:
         return ""
+    # Dynamo looks through the cache, once while it compiles, but warns of it
+    return _description(spec) if torch.compiler.is_compiling() else _described(spec)
+
+
+def _description(spec: MatrixSpec) -> str:
     kind = "symmetric" if spec.symmetric else "zeros"
     return f"{spec.rows} {spec.columns} {spec.pattern} {spec.nonzeros} {spec.bits} {spec.group} {kind}"
+
+
+_described = lru_cache(maxsize=4096)(_description)
 
 
 @lru_cache(maxsize=4096)
@@ -71,7 +79,7 @@ def factored_linear(
         raise ValueError(f"codes read {codes_spec.columns} atoms, the dictionary has {dictionary_spec.rows}")
     x = _check_dtype(x, dictionary or {}, codes)
     atoms = dictionary or {}
-    y: Tensor = torch.ops.cospadi.factored_linear(
+    arguments = (
         x,
         atoms.get("values"),
         atoms.get("mask"),
@@ -84,6 +92,12 @@ def factored_linear(
         describe(dictionary_spec),
         describe(codes_spec),
     )
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        y: Tensor = torch.ops.cospadi.factored_linear(*arguments)
+        return y
+    # Without gradients the operation's autograd step, in Python, does nothing but go below autograd: here at once.
+    with torch._C._AutoDispatchBelowAutograd():
+        y = torch.ops.cospadi.factored_linear(*arguments)
     return y
 
 

@@ -2,7 +2,8 @@
 
 The first call of a shape times every candidate on the real tensors and remembers the winner for the process. While a
 CUDA graph is captured, or with tuning switched off, the first candidate that is known to run is taken: put the most
-reasonable one first. Before every timing a buffer larger than the second-level cache is filled: that empties the cache
+reasonable one first. A caller keeps its candidates in a :class:`Way`, so that once a choice is made a call costs the
+host one look at it. Before every timing a buffer larger than the second-level cache is filled: that empties the cache
 of weights, as the other layers of a model do, and keeps the device busy while the host prepares the launch, which would
 otherwise be what is timed.
 """
@@ -10,27 +11,51 @@ otherwise be what is timed.
 import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-Run = Callable[[], Tensor]
+Run = Callable[..., Tensor]
 REPEATS = 5
 FILLS = 8  # some 0.2 ms on an H200, longer than a launch takes the host
 _enabled = True
 _choices: dict[Hashable, str] = {}
 _failed: dict[tuple[Hashable, str], str] = {}
+ways: dict[Hashable, Run] = {}
+"""What callers have made, by keys of their own, to do the same again; :func:`clear` empties it."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way: `name` is the same for the same way from call to call."""
+    """One way to do it: `name` is the same for the same way from call to call."""
 
     name: str
     run: Run
+
+
+class Way:
+    """:func:`choose` among the same candidates at every call, until there is a choice; from then on that one."""
+
+    __slots__ = ("_candidates", "_key", "_resort", "_settled")
+
+    def __init__(self, key: Hashable, candidates: Sequence[Candidate], resort: Run | None = None) -> None:
+        self._key, self._candidates, self._resort = key, tuple(candidates), resort
+        self._settled: Run | None = None
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        """Do it, with the arguments that all candidates and the resort take."""
+        if self._settled is not None:
+            return self._settled(*arguments)
+        out = choose(self._key, self._candidates, self._resort, arguments)
+        # only what was timed is final: without timing, or in a capture, the next call may still choose another
+        chosen = _choices.get(self._key)
+        self._settled = next((c.run for c in self._candidates if c.name == chosen), None)
+        return out
 
 
 def set_tuning(enabled: bool) -> None:
@@ -46,6 +71,7 @@ def choices() -> dict[Hashable, str]:
 
 def clear() -> None:
     """Forget all choices and failures."""
+    ways.clear()
     _choices.clear()
     _failed.clear()
 
@@ -55,13 +81,16 @@ def failures() -> dict[tuple[Hashable, str], str]:
     return dict(_failed)
 
 
-def choose(key: Hashable, candidates: Sequence[Candidate], resort: Run | None = None) -> Tensor:
+def choose(
+    key: Hashable, candidates: Sequence[Candidate], resort: Run | None = None, arguments: Sequence[Any] = ()
+) -> Tensor:
     """Run the best candidate. One that does not compile, or asks for more than the device has, is ruled out, aloud.
 
     Args:
         key: the shape and whatever else the choice depends on.
         candidates: all give the same tensor; the likely best first.
         resort: what to run if none of them does, and only then.
+        arguments: for whichever runs.
 
     Returns:
         the result of the chosen candidate.
@@ -73,27 +102,27 @@ def choose(key: Hashable, candidates: Sequence[Candidate], resort: Run | None = 
     chosen = _choices.get(key)
     for candidate in candidates:
         if candidate.name == chosen:
-            return candidate.run()
+            return candidate.run(*arguments)
     usable = [c for c in candidates if (key, c.name) not in _failed]
     if len(usable) > 1 and _enabled and not torch.cuda.is_current_stream_capturing():
-        usable = _ranked(key, usable)
+        usable = _ranked(key, usable, arguments)
         if usable:
             _choices[key] = usable[0].name
     for candidate in usable:
         try:
-            return candidate.run()
+            return candidate.run(*arguments)
         except Exception as error:
             _rule_out(key, candidate, error)
     if resort is not None:
-        return resort()
+        return resort(*arguments)
     raise RuntimeError("no kernel of this layer runs on this device; see the warnings above")
 
 
-def _ranked(key: Hashable, candidates: Sequence[Candidate]) -> list[Candidate]:
+def _ranked(key: Hashable, candidates: Sequence[Candidate], arguments: Sequence[Any]) -> list[Candidate]:
     timed: list[tuple[float, int, Candidate]] = []
     for candidate in candidates:
         try:
-            timed.append((_seconds(candidate.run), len(timed), candidate))
+            timed.append((_seconds(partial(candidate.run, *arguments)), len(timed), candidate))
         except Exception as error:
             _rule_out(key, candidate, error)
     return [candidate for _, _, candidate in sorted(timed, key=lambda entry: entry[:2])]

@@ -16,8 +16,11 @@ from cospadi.layers.tensors import (
     GUARD,
     GUARD_DTYPE,
     GUARD_SHAPE,
+    Roles,
     codes_name,
+    codes_roles,
     dictionary_name,
+    dictionary_roles,
     module_tensors,
 )
 
@@ -57,6 +60,9 @@ class FactoredLinear(nn.Module):
         self.out_features = group.d_out[index]
         self.codes_spec: MatrixSpec = group.module_codes(index)
         self.dictionary_spec: MatrixSpec | None = group.dictionary
+        # worked out here because every call asks for them, several times
+        self._codes_roles = codes_roles(self.codes_spec)
+        self._dictionary_roles = () if group.dictionary is None else dictionary_roles(group.dictionary)
         self.siblings: Siblings | None = None
         self._built_dtype = dtype
         for name, (shape, kind) in module_tensors(group, index, dtype).items():
@@ -99,14 +105,14 @@ class FactoredLinear(nn.Module):
 
     def packed_codes(self) -> Packed:
         """Stored tensors of the codes by role."""
-        return {role: self._parameter(codes_name(role)) for role in self.codes_spec.tensors()}
+        return {role: self._parameter(name) for role, name in self._codes_roles}
 
     def packed_dictionary(self) -> Packed | None:
         """Stored tensors of the group's dictionary by role; None for an identity dictionary."""
         if self.dictionary_spec is None:
             return None
         owner = self._group_owner()
-        return {role: owner._parameter(dictionary_name(role)) for role in self.dictionary_spec.tensors()}
+        return {role: owner._parameter(name) for role, name in self._dictionary_roles}
 
     def dictionary_device(self) -> torch.device:
         """Where the dictionary of this (owning) layer lies; for the identity, where the codes lie."""
@@ -115,11 +121,11 @@ class FactoredLinear(nn.Module):
 
     def dictionary_state(self) -> State | None:
         """Identities and versions of the dictionary's tensors in this (owning) layer; None while it is offloaded."""
-        return _state(self.packed_dictionary() or {})
+        return self._group_owner()._state(self._dictionary_roles)
 
     def codes_state(self) -> State | None:
         """Identities and versions of the codes' tensors; None while they are offloaded."""
-        return _state(self.packed_codes())
+        return self._state(self._codes_roles)
 
     def code_tensor(self, role: str) -> Tensor:
         """One stored tensor of the codes."""
@@ -214,6 +220,16 @@ class FactoredLinear(nn.Module):
             self.siblings.placed_anew()
         return self
 
+    def _state(self, roles: Roles) -> State | None:
+        """Identities and versions of parameters; None if one holds no data. Asked for several times a call."""
+        state: list[tuple[int, int | None]] = []
+        for _, name in roles:
+            tensor = self._parameter(name)
+            if tensor.is_meta:
+                return None
+            state.append((id(tensor), None if tensor.is_inference() else tensor._version))
+        return tuple(state)
+
     def _parameter(self, name: str) -> Tensor:
         parameter = self._parameters[name]
         assert parameter is not None
@@ -225,10 +241,3 @@ class FactoredLinear(nn.Module):
         if self.siblings is None:
             raise ModelError(f"{self.name}: the layer is not joined to its group {self.group.name}")
         return self.siblings.owner
-
-
-def _state(packed: Packed) -> State | None:
-    """Identities and versions of tensors; None if one holds no data."""
-    if any(t.device.type == "meta" for t in packed.values()):
-        return None
-    return tuple((id(t), None if t.is_inference() else t._version) for t in packed.values())

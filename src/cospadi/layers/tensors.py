@@ -5,6 +5,7 @@ import torch
 from cospadi.format import GroupSpec, MatrixSpec
 
 TensorTable = dict[str, tuple[tuple[int, ...], torch.dtype]]
+Roles = tuple[tuple[str, str], ...]
 
 # An empty promise under the name of the dense weight: a reader that does not know the format builds a dense layer,
 # finds a weight of another shape and stops, instead of going on with random weights (docs/format.md).
@@ -21,6 +22,16 @@ def dictionary_name(role: str) -> str:
 def codes_name(role: str) -> str:
     """Parameter that holds a role (values, mask, scales, zeros) of the codes."""
     return role if role in ("values", "mask") else f"values_{role}"
+
+
+def dictionary_roles(spec: MatrixSpec) -> Roles:
+    """Roles that a dictionary's stored tensors have, each with the parameter that holds it."""
+    return tuple((role, dictionary_name(role)) for role in spec.tensors())
+
+
+def codes_roles(spec: MatrixSpec) -> Roles:
+    """The same for codes."""
+    return tuple((role, codes_name(role)) for role in spec.tensors())
 
 
 def dictionary_tensors(spec: MatrixSpec, dtype: torch.dtype) -> TensorTable:
