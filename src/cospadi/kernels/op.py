@@ -79,7 +79,7 @@ def factored_linear(
         raise ValueError(f"codes read {codes_spec.columns} atoms, the dictionary has {dictionary_spec.rows}")
     x = _check_dtype(x, dictionary or {}, codes)
     atoms = dictionary or {}
-    arguments = (
+    y: Tensor = torch.ops.cospadi.factored_linear(
         x,
         atoms.get("values"),
         atoms.get("mask"),
@@ -92,12 +92,6 @@ def factored_linear(
         describe(dictionary_spec),
         describe(codes_spec),
     )
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        y: Tensor = torch.ops.cospadi.factored_linear(*arguments)
-        return y
-    # Without gradients the operation's autograd step, in Python, does nothing but go below autograd: here at once.
-    with torch._C._AutoDispatchBelowAutograd():
-        y = torch.ops.cospadi.factored_linear(*arguments)
     return y
 
 
