@@ -59,6 +59,9 @@ def benchmark(
         bool, typer.Option("--load", help="Also write checkpoints to OUT, time their loading, remove them.")
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="One shape, two numbers of tokens, fewer rounds.")] = False,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Whole models, dense and compressed, through torch.compile.")
+    ] = False,
     jobs: Annotated[
         int | None,
         typer.Option(min=1, help="Processes that compile kernels first (GPU).", show_default="one a core, up to 14"),
@@ -100,6 +103,7 @@ def benchmark(
         load=load,
         quick=quick,
         jobs=jobs or 0,
+        compile=compile_,
         device=device or "auto",
         seed=seed or 0,
     )

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cospadi.checkpoint import file_bytes
 from cospadi.checkpoint.convert import factored_layers
 from cospadi.errors import BudgetError, ModelError, NumericalError, OutputError, RecipeError
-from cospadi.evaluation.speed import SHAPES, Settings, benchmark, layers, loading, run, timing
+from cospadi.evaluation.speed import SHAPES, Settings, benchmark, layers, loading, run, timing, whole
 from cospadi.evaluation.speed.layers import Bench, random_stored, relative_error
 from cospadi.evaluation.speed.shapes import (
     Subject,
@@ -22,7 +22,7 @@ from cospadi.evaluation.speed.shapes import (
     variants,
 )
 from cospadi.evaluation.speed.timing import Timed, alternate, copies
-from cospadi.evaluation.speed.whole import Decoder, parameter_bytes, random_model
+from cospadi.evaluation.speed.whole import Decoder, measure_model, parameter_bytes, random_model
 from cospadi.format import GroupSpec, MatrixSpec
 from cospadi.model_view import LinearGroup
 from tiny import save_tiny, tiny_config
@@ -183,6 +183,33 @@ def test_a_decode_step_attends_to_the_cache(monkeypatch):
         decoder.mask = last.mask
         decoder.token.copy_(tokens[:, 5])
         assert torch.allclose(decoder.step()[:, -1], expected, atol=1e-4)
+
+
+def test_compiled_models_are_compiled_before_anything_is_timed(monkeypatch):
+    """In whole programs, and none anew while a clock runs or a graph is captured."""
+    counted, programs = [], []
+
+    def backend(program, _):
+        programs.append(program)
+        return program.forward
+
+    def timed(calls, *_, **__):
+        before = len(programs)
+        for (call,) in calls.values():
+            for _ in range(3):
+                call()
+        counted.append((before, len(programs) - before))
+        return {name: Timed((1.0,)) for name in calls}
+
+    monkeypatch.setattr(whole, "_compiled", lambda model: torch.compile(model, backend=backend))
+    monkeypatch.setattr(whole, "alternate", timed)
+    model_of = subject()
+    way = variants(model_of, [(0.8, 16)])[0]
+    dense, ours = measure_model(model_of, [way], Bench(CPU, 1, 0, 1.0), 8, compiled=True)
+    assert dense["compiled"] and ours["decode_eager_of_dense"] == 1
+    assert [made for _, made in counted] == [0, 0]
+    assert counted[0][0] >= 2 and counted[1][0] >= counted[0][0] + 2
+    torch._dynamo.reset()
 
 
 class _Synchronising(TorchDispatchMode):

@@ -58,6 +58,7 @@ class Settings:
         load: write and load checkpoints as well.
         quick: fewer shapes, tokens and rounds by default.
         jobs: processes that compile kernels before anything is timed; 0: as many as are worth it.
+        compile: run whole models, dense and compressed, through ``torch.compile``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         seed: of weights and inputs.
     """
@@ -73,6 +74,7 @@ class Settings:
     load: bool = False
     quick: bool = False
     jobs: int = 0
+    compile: bool = False
     device: str = "auto"
     seed: int = 0
 
@@ -152,7 +154,7 @@ def benchmark(
         if settings.whole:
             counted = iter(range(steps))
             say = lambda label: report("model", next(counted), steps, label)  # noqa: E731
-            for row in measure_model(first, ways[first.name], bench, settings.prompt or PROMPT, say):
+            for row in measure_model(first, ways[first.name], bench, settings.prompt or PROMPT, say, settings.compile):
                 results["models"].append(row)
                 partial(_with_kernels(results, device))
             report("model", steps, steps, "")
@@ -206,7 +208,7 @@ def _header(settings: Settings, device: torch.device, command: str) -> Results:
         "settings": {
             "model": settings.model, "shapes": list(settings.shapes), "ways": [list(way) for way in settings.ways],
             "tokens": list(settings.tokens), "layers": settings.layers,
-            "prompt": settings.prompt, "quick": settings.quick,
+            "prompt": settings.prompt, "quick": settings.quick, "compile": settings.compile,
         },
         "method": METHOD,
         "cache_bytes": cache_bytes(device),

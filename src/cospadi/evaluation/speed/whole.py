@@ -21,6 +21,8 @@ from cospadi.model_view import guard_memory
 CACHE_TOKENS = 1024
 SEEN_TOKENS = 512
 """Positions that a decode step attends to; the rest of the cache takes the steps that are timed."""
+WARM_STEPS = 3
+"""Calls after which nothing is compiled anew: the first step also fills in the cache's tensors."""
 _REMEDY = "name a smaller shape or fewer layers (--layers)"
 
 
@@ -85,8 +87,8 @@ class Decoder:
     are attended to as there would be in the middle of a conversation.
     """
 
-    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, device: torch.device, compiled: bool = False) -> None:
+        self.model: Callable[..., Any] = _compiled(model) if compiled else model
         self.cache = StaticCache(config=model.config, max_cache_len=CACHE_TOKENS)
         self.token = torch.ones(1, 1, dtype=torch.long, device=device)
         self.position = torch.full((1, 1), SEEN_TOKENS, device=device)
@@ -108,8 +110,13 @@ class Decoder:
         return logits
 
 
+def _compiled(model: PreTrainedModel) -> Callable[..., Any]:
+    run: Callable[..., Any] = torch.compile(model)
+    return run
+
+
 @torch.no_grad()
-def _prefill(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+def _prefill(model: Callable[..., Any], tokens: Tensor) -> Tensor:
     logits: Tensor = model(tokens, use_cache=False, logits_to_keep=1).logits
     return logits
 
@@ -120,6 +127,7 @@ def measure_model(
     bench: Bench,
     prompt: int,
     say: Callable[[str], None] = lambda _: None,
+    compiled: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Decode step, prefill and memory of a model in every variant, each timed in turn with the dense model.
 
@@ -129,6 +137,7 @@ def measure_model(
         bench: device, rounds, seed.
         prompt: tokens of a prefill.
         say: is told which variant is under way.
+        compiled: run both models through ``torch.compile``.
 
     Yields:
         a row for the dense model, with None for the keep, then one a variant.
@@ -139,6 +148,7 @@ def measure_model(
         before = allocated(device)
         dense = random_model(subject, None, device, bench.seed)
         known = {"shape": subject.name, "layers": dense.config.get_text_config().num_hidden_layers, "prompt": prompt}
+        known["compiled"] = compiled
         yield _memory(dense, before, device) | known | {"variant": "dense", "keep": None, "bits": None}
         for variant in variants:
             say(variant.label)
@@ -148,7 +158,7 @@ def measure_model(
                 model(torch.ones(1, 1, dtype=torch.long, device=device), use_cache=False)  # siblings are joined now
             row = _memory(model, before, device) | known
             row |= {"variant": variant.label, "keep": variant.keep, "bits": variant.bits}
-            yield row | _times(dense, model, bench, prompt)
+            yield row | _times(dense, model, bench, prompt, compiled)
             del model
 
 
@@ -158,15 +168,25 @@ def _memory(model: PreTrainedModel, before: int | None, device: torch.device) ->
     return {"weight_bytes": parameter_bytes(model), "device_bytes": device_bytes}
 
 
-def _times(dense: PreTrainedModel, model: PreTrainedModel, bench: Bench, prompt: int) -> dict[str, Any]:
+def _times(
+    dense: PreTrainedModel, model: PreTrainedModel, bench: Bench, prompt: int, compiled: bool = False
+) -> dict[str, Any]:
     row: dict[str, Any] = {}
     tokens = torch.randint(0, dense.config.get_text_config().vocab_size, (1, prompt)).to(bench.device)
     for mode in ("decode_graph", "decode_eager", "prefill"):
         if mode == "decode_graph" and bench.device.type != "cuda":
             continue
+        if compiled:
+            torch._dynamo.reset()  # programs of other modes and variants count against the limit of recompilations
         calls: dict[str, list[Call]] = {}
         for name, one in (("dense", dense), ("ours", model)):
-            calls[name] = [partial(_prefill, one, tokens) if mode == "prefill" else Decoder(one, bench.device).step]
+            if mode == "prefill":
+                call: Call = partial(_prefill, _compiled(one) if compiled else one, tokens)
+            else:
+                call = Decoder(one, bench.device, compiled).step
+            for _ in range(WARM_STEPS if compiled else 0):
+                call()
+            calls[name] = [call]
         rounds = bench.rounds if mode == "prefill" else 2 * bench.rounds
         timed = alternate(calls, bench.device, rounds, graphs=mode == "decode_graph")
         row |= _summary(mode, timed)
