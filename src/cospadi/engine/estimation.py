@@ -239,7 +239,7 @@ def streams_work(view: ModelView, plan: Plan, recipe: Recipe) -> Work:
 
 
 def refine_work(view: ModelView, plan: Plan, recipe: Recipe, options: Refine) -> Work:
-    """Adam steps on every layer (forward, backward, weights composed anew), and looks at the held-out sequences.
+    """Adam steps on every layer and on all together (forward, backward, weights composed anew), and held-out errors.
 
     Args:
         view: of a real or a meta model.
@@ -248,11 +248,12 @@ def refine_work(view: ModelView, plan: Plan, recipe: Recipe, options: Refine) ->
         options: of the refinement.
     """
     samples, length = recipe.calibration.samples, recipe.calibration.seq_len
-    steps = options.steps + PROBES * min(options.steps, max(EVALUATIONS, options.steps * options.probe))
+    lengths = [steps for steps in (options.steps, options.output_steps) if steps]
+    steps = sum(n + PROBES * min(n, max(EVALUATIONS, n * options.probe)) for n in lengths)
     composed = sum(6.0 * g.spec.d_in * g.spec.atoms * g.spec.codes.rows for g in plan.groups if g.spec.dictionary)
     step = 3 * forward_work(view, min(options.batch, samples) * length, length)
     step = step + Work(products=composed, kernels=100 * len(plan.groups))
-    looks = EVALUATIONS * (1 + PROBES) * options.held_out
+    looks = EVALUATIONS * (1 + PROBES) * options.held_out * len(lengths)
     return steps * step + looks * forward_work(view, samples * length, length)
 
 

@@ -125,6 +125,8 @@ def test_work_grows_with_what_is_asked_for(llama):
     assert solve(anchor=True) > solve(refine={}) > solve()
     refined = [guess(llama, TWO_CORES, refine={"steps": steps})["refine"] for steps in (100, 200)]
     assert 1.7 < refined[1] / refined[0] <= 2
+    together = guess(llama, TWO_CORES, refine={"steps": 100, "output_steps": 100})["refine"]
+    assert together == pytest.approx(2 * refined[0], rel=0.01)
     short = Recipe(keep=0.8, calibration={"samples": 128})
     plans = make_plan(llama, short)
     halves = [calibration_work(llama, plans, r) for r in (short, short.merged({"calibration": {"samples": 256}}))]
