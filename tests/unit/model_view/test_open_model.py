@@ -51,7 +51,9 @@ def test_tied_head_is_not_missing(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "a/b/c", "~/no such model", "../x"])
-def test_a_missing_path_is_not_looked_up_on_the_hub(name):
+def test_a_missing_path_is_not_looked_up_on_the_hub(name, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # what lies beside the checkout is not ours to know
     assert "no such directory" in refusal(name)
 
 
