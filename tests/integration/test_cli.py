@@ -224,6 +224,7 @@ def test_texts_that_cannot_be_used(name, content, words):
 
 def test_a_text_is_required():
     refused(command("compress", "tiny", "out", "--keep", "0.8"), "--calibration")
+    assert not Path("out").exists()
 
 
 def test_fewer_sequences_than_asked_is_a_warning(tmp_path):
@@ -317,6 +318,7 @@ def test_recipes_with_mistakes(tmp_path, text, words):
 def test_recipes_that_cannot_be_read():
     refused(command("compress", "tiny", "out", "--recipe", "nowhere.yaml"), "nowhere.yaml", "not exist")
     refused(command("compress", "tiny", "out", "--recipe", "tiny"), "tiny", "cannot be read")
+    assert not Path("out").exists()
 
 
 def test_devices_that_are_not_there():
@@ -348,6 +350,7 @@ def test_output_directories_that_are_not_ours(tmp_path):
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (theirs / "model.safetensors").write_bytes(b"precious")
+    before = snapshot(tmp_path)
     with unchanged(tmp_path):
         for flags in ([], ["--fresh"]):
             refused(command("compress", "tiny", theirs, "--recipe", "quick.yaml", *flags), "not empty")
@@ -357,6 +360,7 @@ def test_output_directories_that_are_not_ours(tmp_path):
         refused(command("export", "small", theirs, "--dense"), "not empty")
         refused(command("export", "small", file, "--dense"), "is a file")
         refused(command("export", "small", "small", "--dense"), "small")
+    assert snapshot(tmp_path) == before and (theirs / "model.safetensors").read_bytes() == b"precious"
     with unchanged(Path("tiny")):
         refused(command("compress", "tiny", "tiny", "--recipe", "quick.yaml"), "not empty")
 
@@ -428,6 +432,7 @@ def test_no_memory_where_nobody_counts_on_it(monkeypatch, error):
     def fail(*_: object) -> None:
         raise error
 
+    assert command("inspect", "small").code == 0
     monkeypatch.setattr("cospadi.evaluation.inspect", fail)
     refused(command("inspect", "small"), "out of memory", "close other programs")
 

@@ -126,7 +126,9 @@ def test_killed_at_random_moments(place, tmp_path):
             time.sleep(random.uniform(0.05, 1.0) * seconds)
             process.kill()
             process.join(60)
+            assert process.exitcode in (-signal.SIGKILL, 0)
         finish(place, out)
+        assert weights(out) == weights(place / "whole")
 
 
 # Every file that a run moves to its place, in order, and a few of many.

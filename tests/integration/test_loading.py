@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate.hooks import remove_hook_from_module
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import cospadi.integrations.transformers as integration
 from checkpoints.factory import KINDS, compress_randomly
@@ -207,7 +208,10 @@ def test_a_dense_model_is_not_compressed_on_the_fly(tmp_path, checkpoint):
 
 def test_register_twice():
     integration.register()
+    known = dict(AUTO_QUANTIZATION_CONFIG_MAPPING), dict(AUTO_QUANTIZER_MAPPING)
     integration.register()
+    assert (dict(AUTO_QUANTIZATION_CONFIG_MAPPING), dict(AUTO_QUANTIZER_MAPPING)) == known
+    assert AUTO_QUANTIZATION_CONFIG_MAPPING["cospadi"] is integration.CospadiConfig
 
 
 def test_stock_checkpoints_load_too(tmp_path):

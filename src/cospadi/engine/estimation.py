@@ -22,6 +22,7 @@ from cospadi.engine.machine import compute_dtype, device_name, parse_device, res
 from cospadi.engine.plan import Plan, group_row, make_plan
 from cospadi.engine.pruning import check_section, prune_skeleton
 from cospadi.engine.solver_work import solver_work
+from cospadi.engine.tuner import EVALUATIONS
 from cospadi.errors import RecipeError
 from cospadi.methods import get_method
 from cospadi.model_view import LinearGroup, ModelView, check_length, discover, model_name, open_config, skeleton
@@ -32,9 +33,6 @@ PROCESS_BYTES = {"cpu": 450_000_000, "cuda": 1_900_000_000}
 
 PROBES = 4
 """Learning rates that a refinement usually tries before it settles."""
-
-EVALUATIONS = 10
-"""Looks at the held-out sequences in one run of a refinement."""
 
 
 @dataclass(frozen=True)

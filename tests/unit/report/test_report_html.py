@@ -105,12 +105,14 @@ def test_hostile_names_are_escaped_in_plots(report):
 
 def test_minimal_and_damaged_reports_give_a_page(damaged, without_matplotlib):
     for report in damaged:
-        Page(html.page(report))
+        page = Page(html.page(report))
+        assert page.tags[0] == "html" and page.text.strip() and "svg" not in page.tags
 
 
 def test_damaged_reports_with_plots(damaged):
     for report in damaged[1::29]:
-        Page(html.page(report))
+        page = Page(html.page(report))
+        assert page.tags[0] == "html" and page.text.strip()
 
 
 def test_without_matplotlib_the_tables_stand_alone(report, tmp_path, without_matplotlib):
