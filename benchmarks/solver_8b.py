@@ -54,7 +54,8 @@ def measure(name, keep, device):
     spec = method.spec(shape, int(keep * shape.dense_bytes), {})
     case = problem(d_in, d_out, device)
     total, factors = clock(device, lambda: method.factorise(case, spec, {}))
-    rounds, steps = 30, 5
+    options = method.check({})
+    rounds, steps = int(options["rounds"]), int(options["steps"])
     whiten, whitening = clock(device, lambda: ridge_whitening(case.grams[0]))
     target = whitening.apply(torch.cat(case.weights, 1).double()).float()
     start, dictionary = clock(device, lambda: initial_dictionary(target, spec.atoms, torch.Generator().manual_seed(0)))

@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
 Progress = Callable[..., None]
 Record = dict[str, Any]
-BATCH = 16
+BATCHES = 16, 128
+"""Fewest and most sequences at once."""
+LOGITS_A_TOKEN = 1 << 21
+"""Most logits that the sequences of a batch have at one position; small models are bound by launches, not by work."""
 SUFFIXES = (".jsonl",)
 
 
@@ -249,7 +252,7 @@ def run_tasks(
     items: Sequence[str],
     *,
     limit: int | None = None,
-    batch: int = BATCH,
+    batch: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -260,7 +263,8 @@ def run_tasks(
         tokenizer: of the model.
         items: paths of local tasks or of directories of such, or names of lm-eval's own tasks.
         limit: examples of each task.
-        batch: sequences at once; scores may differ in the last digits between sizes, so it is fixed and reported.
+        batch: sequences at once; scores may differ in the last digits between sizes, so it depends on nothing but the
+            vocabulary and is reported. None: 16 to 128, fewer for large vocabularies.
         seed: of everything that lm-eval draws.
         progress: called as progress(requests done, requests, what).
 
@@ -274,6 +278,9 @@ def run_tasks(
     """
     files, names = find_tasks(items, limit)
     version = require_lm_eval()
+    if batch is None:
+        vocabulary = int(model.config.get_text_config().vocab_size)
+        batch = max(BATCHES[0], min(BATCHES[1], LOGITS_A_TOKEN // vocabulary))
     with _quiet():
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager

@@ -100,17 +100,19 @@ def _print_models(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     placed = any(row["device_bytes"] is not None for row in rows)
     table = _Table(
         ("whole model", "left"), ("weights", "right"), *(on_device if placed else []),
-        ("decode", "right"), ("of dense", "right"), ("launched", "right"), ("prefill", "right"), ("of dense", "right"),
+        ("decode", "right"), ("of dense", "right"), ("launched", "right"),
+        ("prefill", "right"), ("of dense", "right"), ("launched", "right"),
     )  # fmt: skip
     for row in rows:
         # the dense model is timed with every variant: its first times stand for it
         source, prefix = (rows[1], "dense_") if row["keep"] is None and len(rows) > 1 else (row, "")
-        decode = "decode_graph" if "decode_graph_ms" in source else "decode_eager"
+        graphs = "decode_graph_ms" in source
+        decode, prefill = ("decode_graph", "prefill_graph") if graphs else ("decode_eager", "prefill")
         table.add(
             row["variant"], human_bytes(row["weight_bytes"]), *([human_bytes(row["device_bytes"])] if placed else []),
             _milliseconds(source.get(f"{prefix}{decode}_ms")), times(row.get(f"{decode}_of_dense")),
-            times(row.get("decode_eager_of_dense")), _milliseconds(source.get(f"{prefix}prefill_ms")),
-            times(row.get("prefill_of_dense")),
+            times(row.get("decode_eager_of_dense")), _milliseconds(source.get(f"{prefix}{prefill}_ms")),
+            times(row.get(f"{prefill}_of_dense")), times(row.get("prefill_of_dense")),
         )  # fmt: skip
     table.print(console)
 

@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cospadi.format import MatrixSpec
 from cospadi.kernels import describe, factored_linear, parse, reference
@@ -132,3 +133,39 @@ def test_exported_with_a_dynamic_batch():
     for tokens in (1, 7, 64):
         x = torch.randn(tokens, 12)
         assert torch.allclose(loaded(x).double(), reference(x, *made), atol=1e-5)
+
+
+class Watch(TorchDispatchMode):
+    """Notes the package's operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_what_nothing_observes_goes_past_the_dispatcher_and_gives_the_same(kind):
+    made = case(9, 9 if kind.get("dictionary_bits") == 0 else 11, 7, **kind)
+    for shape in [(2, 3, 9), (1, 9), (9,), (0, 9)]:
+        x = torch.randn(shape, dtype=torch.float64)
+        through = torch.ops.cospadi.factored_linear(*arguments(x, *made))
+        torch.testing.assert_close(factored_linear(x, *made), through, rtol=0, atol=0)
+        assert through.shape == (*shape[:-1], 7)
+
+
+def test_who_observes_sees_the_operation():
+    made = case(9, 11, 7)
+    x = torch.randn(2, 9, dtype=torch.float64)
+    with Watch() as watch:
+        factored_linear(x, *made)
+    assert "cospadi.factored_linear.default" in watch.seen
+    asked = x.clone().requires_grad_(True)
+    assert factored_linear(asked, *made).grad_fn is not None
+    with torch.no_grad():
+        assert factored_linear(asked, *made).grad_fn is None
+    with pytest.raises(RuntimeError, match="functorch"):  # a transform has no rule for it, and must be told so
+        torch.func.grad(lambda v: factored_linear(v, *made).sum())(x)

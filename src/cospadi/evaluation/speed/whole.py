@@ -173,22 +173,23 @@ def _times(
 ) -> dict[str, Any]:
     row: dict[str, Any] = {}
     tokens = torch.randint(0, dense.config.get_text_config().vocab_size, (1, prompt)).to(bench.device)
-    for mode in ("decode_graph", "decode_eager", "prefill"):
-        if mode == "decode_graph" and bench.device.type != "cuda":
+    for mode in ("decode_graph", "decode_eager", "prefill_graph", "prefill"):
+        graphs, prefill = mode.endswith("_graph"), mode.startswith("prefill")
+        if graphs and bench.device.type != "cuda":
             continue
         if compiled:
             torch._dynamo.reset()  # programs of other modes and variants count against the limit of recompilations
         calls: dict[str, list[Call]] = {}
         for name, one in (("dense", dense), ("ours", model)):
-            if mode == "prefill":
+            if prefill:
                 call: Call = partial(_prefill, _compiled(one) if compiled else one, tokens)
             else:
                 call = Decoder(one, bench.device, compiled).step
             for _ in range(WARM_STEPS if compiled else 0):
                 call()
             calls[name] = [call]
-        rounds = bench.rounds if mode == "prefill" else 2 * bench.rounds
-        timed = alternate(calls, bench.device, rounds, graphs=mode == "decode_graph")
+        rounds = bench.rounds if prefill else 2 * bench.rounds
+        timed = alternate(calls, bench.device, rounds, graphs=graphs)
         row |= _summary(mode, timed)
     return row
 
