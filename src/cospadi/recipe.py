@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from cospadi.errors import BudgetError, RecipeError
 
@@ -36,6 +37,18 @@ def parse_size(text: str) -> int:
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML's ``true`` would pass for 1."""
+        wanted = str(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and "bool" not in wanted:
+            if "int" in wanted:
+                raise PydanticCustomError("int_wanted", "it must be a whole number")
+            if "float" in wanted:
+                raise PydanticCustomError("float_wanted", "it must be a number")
+        return value
 
 
 class Calibration(_Strict):

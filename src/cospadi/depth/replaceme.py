@@ -106,24 +106,7 @@ def replaceme(
         ModelError: if nothing can be folded (a norm follows the MLP) and `separate` is not set.
         NumericalError: on NaN or Inf in activations, or if no loss is finite.
     """
-    if structure is None:
-        structure = "full" if solver == "cosine" or fold == "down" or separate else "orthonormal"
-    if solver == "cosine" and structure not in ("full", "diagonal"):
-        raise RecipeError(f"the cosine solver learns full or diagonal transforms, not structure={structure}")
-    if fold == "down" and (solver == "cosine" or structure != "full" or separate):
-        raise RecipeError(
-            "fold=down fits the whole down projection by least squares: leave out solver, structure and separate, or "
-            "say fold=transform"
-        )
-    if gain < 1 and (ridge is not None or solver == "cosine" or structure == "orthonormal"):
-        raise RecipeError(
-            "gain chooses among ridges: leave out ridge and solver, and say fold=down or structure=full, diagonal or "
-            "low_rank"
-        )
-    if transforms > 1 and select in ("loss", "error"):
-        raise RecipeError(f"select={select} tries single runs; several transforms are chosen by select=cosine")
-    if transforms > 1 and start is not None:
-        raise RecipeError("start says where one run begins; leave it out with several transforms")
+    structure = _agreed(structure, solver, fold, select, ridge, gain, transforms, separate=separate, start=start)
     require_run(len(evidence.view.layers), blocks, start, first=1)
     measure = "loss" if select in (None, "loss") else "error"
     distances = evidence.pairs.cosine
@@ -196,6 +179,44 @@ def replaceme(
         "transforms": told,
     }
     return _cut(evidence, fits, facts | ({"trials": [asdict(trial) for trial in trials]} if trials else {}))
+
+
+def _agreed(
+    structure: Structure | None,
+    solver: Solver,
+    fold: Fold,
+    select: Select | None,
+    ridge: float | None,
+    gain: float,
+    transforms: int,
+    *,
+    separate: bool,
+    start: int | None,
+) -> Structure:
+    """The structure of T, where the options of :func:`replaceme` do not contradict each other.
+
+    Raises:
+        RecipeError: if they do.
+    """
+    if structure is None:
+        structure = "full" if solver == "cosine" or fold == "down" or separate else "orthonormal"
+    if solver == "cosine" and structure not in ("full", "diagonal"):
+        raise RecipeError(f"the cosine solver learns full or diagonal transforms, not structure={structure}")
+    if fold == "down" and (solver == "cosine" or structure != "full" or separate):
+        raise RecipeError(
+            "fold=down fits the whole down projection by least squares: leave out solver, structure and separate, or "
+            "say fold=transform"
+        )
+    if gain < 1 and (ridge is not None or solver == "cosine" or structure == "orthonormal"):
+        raise RecipeError(
+            "gain chooses among ridges: leave out ridge and solver, and say fold=down or structure=full, diagonal or "
+            "low_rank"
+        )
+    if transforms > 1 and select in ("loss", "error"):
+        raise RecipeError(f"select={select} tries single runs; several transforms are chosen by select=cosine")
+    if transforms > 1 and start is not None:
+        raise RecipeError("start says where one run begins; leave it out with several transforms")
+    return structure
 
 
 def _told(evidence: Evidence, fit: Fit, rows: Rows, found: list[Trial]) -> dict[str, Any]:

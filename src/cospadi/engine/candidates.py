@@ -27,6 +27,8 @@ from cospadi.methods import GroupShape, Problem, get_method
 TINY = 1e-30
 QUICK = {"rounds": 8, "refits": 1, "clip_search": 4, "search": 8, "sweeps": 0, "rescale": 0}
 """Most of each of these options in a trial. Errors of all sizes suffer alike, so comparisons stand."""
+FURTHER = 2.0
+"""How many times below the least share a size may lie that is the only one of its family: there is none nearer."""
 LOWER = 0.55
 """Where the second of two anchors lies, as a share of the target."""
 
@@ -60,7 +62,7 @@ class Family:
         method, found = get_method(self.method), {}
         if self.fixed:
             spec = method.spec(shape, shape.dense_bytes, self.options)
-            return [spec] if shares[0] <= spec.bytes / shape.dense_bytes <= shares[-1] else []
+            return [spec] if shares[0] / FURTHER <= spec.bytes / shape.dense_bytes <= shares[-1] else []
         for share in shares:
             if not self.least <= share <= self.most:
                 continue

@@ -20,17 +20,21 @@ from cospadi.methods import GroupShape
 from cospadi.model_view import LinearGroup, ModelView
 
 STEPS_PER_OCTAVE = 8
-REACH_DOWN, REACH_UP = 3.0, 2.5
-"""A group may get this many times less or more than the share that all together keep."""
+REACH_DOWN, REACH_UP = 1.4, 2.5
+"""A group may get this many times less or more than the share that all together keep. Below the smallest size at which
+harm is measured (`MEASURED`) it would be extrapolated: measured, a reach of 3 does worse than 1.3 or 1.6 on every text,
+and most on text of another kind than the calibration's."""
+FAR_DOWN = 3.0
+"""The same where losses are errors, which are not extrapolated."""
 MEASURED = (1.0, 0.55)
 """Sizes, as shares of the target, about which the harm of each piece is measured: at it, and where errors are large."""
 MOST_COMBINATIONS = 256
 """Combinations of the pieces of a group that are handed to the knapsack."""
 
 
-def shares(keep: float) -> list[float]:
-    """Shares of bytes to consider for a group when all together keep `keep`, below 1."""
-    grid, share = [], keep / REACH_DOWN
+def shares(keep: float, down: float = REACH_DOWN) -> list[float]:
+    """Shares of bytes to consider for a group when all together keep `keep`: from a `down`-th of it, below 1."""
+    grid, share = [], keep / down
     while share < min(keep * REACH_UP, 1):
         grid.append(share)
         share *= 2 ** (1 / STEPS_PER_OCTAVE)
@@ -179,7 +183,7 @@ def profile(
     Returns:
         profiles in the order of the groups.
     """
-    grid = shares(keep)
+    grid = shares(keep, FAR_DOWN if relative else REACH_DOWN)
     trier = Trier(families, grid, keep, dtype)
     if _roomy(trier.active, groups, grid, keep):
         ids = None  # all can have the most there is: harm decides nothing

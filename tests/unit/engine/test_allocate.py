@@ -121,7 +121,7 @@ def test_bytes_go_where_they_help(world, tmp_path):
     recipe = Recipe(method="pursuit", keep=0.5, allocation="knapsack", options={"rounds": 6})
     start, plan = planned(world, tmp_path / "j", recipe)
     quiet = share(plan, "layers.1.self_attn.o_proj")
-    assert quiet < 0.7 * share(start, "layers.1.self_attn.o_proj")
+    assert quiet < 0.75 * share(start, "layers.1.self_attn.o_proj")
     assert quiet == min(g.spec.bytes / g.spec.dense_bytes for g in plan.groups)
 
 
