@@ -11,7 +11,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
 def test_there_are_recipes():
-    known = {"default", "small-and-fast", "faithful-cospadi", "low-bit", "prune-and-compress"}
+    known = {"default", "small-and-fast", "faithful-cospadi", "low-bit", "prune-and-compress", "refined"}
     assert {path.stem for path in RECIPES} >= known
 
 
