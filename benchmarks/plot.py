@@ -1,6 +1,6 @@
-"""Draw the perplexities of a committed comparison against bytes.
+r"""Draw the perplexities of a committed comparison against bytes.
 
-    python benchmarks/plot.py benchmarks/results/llama_29m_compare.json docs/images/llama_29m.png \\
+    python benchmarks/plot.py benchmarks/results/llama_29m_compare.json docs/images/llama_29m.png \
         --methods auto,pursuit,compot,gptq [--text wikitext2_raw_test.txt] [--most 400]
 
 A row's line is its `method`; rows above `--most` are left out, since one far method would press all others together.

@@ -28,6 +28,8 @@ from cospadi.errors import CheckpointError, CospadiError, OutputError, ResourceE
 from cospadi.sharing.shared_checkpoint import is_shared, validate_shared
 
 FOLDER = ".cospadi"
+ROWS = "rows.jsonl"
+"""Where a comparison keeps its finished rows."""
 MARKER = "fingerprint.json"
 REPORT = "report.json"
 _CHECKPOINT = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
@@ -246,8 +248,12 @@ class Journal:
         self.close()
 
 
-def check_output(out: Path) -> None:
+def check_output(out: Path, comparison: bool = False) -> None:
     """Refuse an output directory that is neither new, empty, nor a run of ours, or that cannot be written.
+
+    Args:
+        out: the directory.
+        comparison: it is for a comparison, which does not mix with a checkpoint.
 
     Raises:
         OutputError: naming what was found.
@@ -261,6 +267,10 @@ def check_output(out: Path) -> None:
         raise OutputError(f"{out} cannot be written: no permission in {nearest}; choose another directory")
     if out.is_dir() and not (out / FOLDER).is_dir() and any(out.iterdir()):
         raise OutputError(f"{out} is not empty and holds no run of cospadi: choose another directory or empty it")
+    if comparison and ((out / "config.json").exists() or (out / FOLDER / MARKER).exists()):
+        raise OutputError(f"{out} holds a checkpoint: choose another directory for the comparison")
+    if not comparison and (out / ROWS).exists():
+        raise OutputError(f"{out} holds a comparison: choose another directory for the checkpoint")
 
 
 def check_complete(out: Path) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from cospadi.calibration import read_texts, token_blocks
-from cospadi.engine.journal import FOLDER, check_output, disk_errors
+from cospadi.engine.journal import FOLDER, ROWS, check_output, disk_errors
 from cospadi.engine.machine import device_name, memory_errors, resolve_device, versions, weights_sha256
 from cospadi.engine.plan import other_bytes
 from cospadi.engine.selection import chosen_modules, narrowed, restricted
@@ -52,7 +52,6 @@ from cospadi.model_view import (
 from cospadi.recipe import Recipe
 
 Progress = Callable[..., None]
-ROWS = "rows.jsonl"
 UNSOLVED = (BudgetError, ModelError, NumericalError, RecipeError, ResourceError)
 """What may befall one row and leaves the others as they are."""
 
@@ -215,7 +214,7 @@ class _Comparison:
     @contextmanager
     def opened(self, fresh: bool) -> Iterator[None]:
         """Hold the output directory, and read what earlier runs left there."""
-        check_output(self.out)
+        check_output(self.out, comparison=True)
         self.fresh = fresh
         with disk_errors(self.out):
             (self.out / FOLDER).mkdir(parents=True, exist_ok=True)

@@ -68,13 +68,24 @@ def test_anchors_hold_the_target_one_size_below_and_then_the_ends():
     assert anchors(specs[:3], target, 4) == specs[:3]
 
 
-@pytest.mark.parametrize(("keep", "lowest"), [(0.8, 0.8 / 3), (0.27, 0.09), (0.14, 0.14 / 3)])
-def test_shares_lie_about_the_budget(keep, lowest):
-    grid = shares(keep)
+@pytest.mark.parametrize("down", [1.4, 3.0])
+@pytest.mark.parametrize("keep", [0.8, 0.27, 0.14])
+def test_shares_lie_about_the_budget(keep, down):
+    grid = shares(keep, down)
     assert keep in grid
     assert grid == sorted(set(grid))
-    assert grid[0] == pytest.approx(lowest)
+    assert grid[0] == pytest.approx(keep / down)
     assert 0.9 * min(2.5 * keep, 1) < grid[-1] < 1
+
+
+def test_harm_is_extrapolated_to_single_sizes_only():
+    assert shares(0.4)[0] == pytest.approx(0.4 / 1.4)
+    shape = GroupShape(("a",), 64, (64,))
+    integers = Family("gptq", {"bits": 2, "group": 64}, fixed=True)
+    (two,) = integers.specs(shape, [0.1, 0.9])  # whatever the shares, the one size there is, if it is not too far
+    kept = two.bytes / shape.dense_bytes
+    assert integers.specs(shape, [1.9 * kept, 0.9]) == [two]
+    assert integers.specs(shape, [2.1 * kept, 0.9]) == []
 
 
 class TestCombined:

@@ -6,9 +6,10 @@ import torch
 from cospadi import checkpoint
 from cospadi.calibration import read_texts
 from cospadi.engine import compress
+from cospadi.engine.journal import ROWS
 from cospadi.errors import CalibrationError, ModelError, NumericalError, OutputError, RecipeError
 from cospadi.evaluation import compare, comparison_row, perplexity
-from cospadi.evaluation.compare import ROWS, append_row, read_rows
+from cospadi.evaluation.compare import append_row, read_rows
 from cospadi.format import Factors, GroupSpec
 from cospadi.methods import Problem, base, get_method, method
 from cospadi.methods.sizing import low_rank_plan
@@ -228,6 +229,18 @@ def test_a_directory_of_something_else_and_one_in_use(go, tmp_path):
 
     go(progress=during)
     assert seen
+
+
+def test_comparisons_and_checkpoints_do_not_mix(source, go, tmp_path):
+    settings = {"keep": 0.8, "method": "svd", "calibration": CALIBRATION, "recipe": RECIPE}
+    compress(source, tmp_path / "small", **settings)
+    before = sorted(path.name for path in (tmp_path / "small").iterdir())
+    with pytest.raises(OutputError, match="holds a checkpoint"):
+        go("small")
+    assert sorted(path.name for path in (tmp_path / "small").iterdir()) == before
+    go("table")
+    with pytest.raises(OutputError, match="holds a comparison"):
+        compress(source, tmp_path / "table", **settings)
 
 
 def test_a_compressed_model_is_refused(source, go, tmp_path):
