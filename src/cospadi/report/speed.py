@@ -89,31 +89,30 @@ def _layer_name(row: Mapping[str, Any]) -> str:
 def _print_models(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     if not rows:
         return
-    first = rows[0]
+    first, graphs = rows[0], any("decode_graph_ms" in row for row in rows)
     console.print(
-        f"{first['shape']}, {first['layers']} decoder layers, random weights: one token with a static cache (launched: "
-        f"without a CUDA graph), a prompt of {first['prompt']} tokens",
+        f"{first['shape']}, {first['layers']} decoder layers, random weights: one token with a static cache, a prompt "
+        f"of {first['prompt']} tokens" + ("; launched: without a CUDA graph" if graphs else ""),
         style="dim",
         markup=False,
     )
-    on_device: list[Column] = [("on device", "right")]
     placed = any(row["device_bytes"] is not None for row in rows)
+    launched: list[Column] = [("launched", "right")] if graphs else []
     table = _Table(
-        ("whole model", "left"), ("weights", "right"), *(on_device if placed else []),
-        ("decode", "right"), ("of dense", "right"), ("launched", "right"),
-        ("prefill", "right"), ("of dense", "right"), ("launched", "right"),
+        ("whole model", "left"), ("device" if placed else "weights", "right"),
+        ("decode", "right"), *launched, ("prefill", "right"), *launched,
     )  # fmt: skip
     for row in rows:
         # the dense model is timed with every variant: its first times stand for it
         source, prefix = (rows[1], "dense_") if row["keep"] is None and len(rows) > 1 else (row, "")
-        graphs = "decode_graph_ms" in source
-        decode, prefill = ("decode_graph", "prefill_graph") if graphs else ("decode_eager", "prefill")
-        table.add(
-            row["variant"], human_bytes(row["weight_bytes"]), *([human_bytes(row["device_bytes"])] if placed else []),
-            _milliseconds(source.get(f"{prefix}{decode}_ms")), times(row.get(f"{decode}_of_dense")),
-            times(row.get("decode_eager_of_dense")), _milliseconds(source.get(f"{prefix}{prefill}_ms")),
-            times(row.get(f"{prefill}_of_dense")), times(row.get("prefill_of_dense")),
-        )  # fmt: skip
+        cells = [row["variant"], human_bytes(row["device_bytes"] if placed else row["weight_bytes"])]
+        for mode, direct in (("decode", "decode_eager"), ("prefill", "prefill")):
+            best = f"{mode}_graph" if graphs else direct
+            ratio = row.get(f"{best}_of_dense")
+            measured = _milliseconds(source.get(f"{prefix}{best}_ms"))
+            cells.append(measured if ratio is None else f"{measured} {times(ratio)}")
+            cells += [times(row.get(f"{direct}_of_dense"))] if graphs else []
+        table.add(*cells)
     table.print(console)
 
 
