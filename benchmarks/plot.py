@@ -1,9 +1,10 @@
 r"""Draw the perplexities of a committed comparison against bytes.
 
     python benchmarks/plot.py benchmarks/results/llama_29m_compare.json docs/images/llama_29m.png \
-        --methods auto,pursuit,compot,gptq [--text wikitext2_raw_test.txt] [--most 400]
+        --methods "auto;auto16;auto16 refined;pursuit;compot;rocket;cospadi;svd_llm;gptq;rtn"
 
-A row's line is its `method`; rows above `--most` are left out, since one far method would press all others together.
+gives the README's plot. A line is the rows of one `method`; those above `--most` are left out, since one far method
+would press all others together.
 """
 
 import argparse
@@ -19,7 +20,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--methods", required=True, help="with semicolons or commas: a name may hold commas itself")
     parser.add_argument("--text", default="wikitext2_raw_test.txt")
-    parser.add_argument("--most", type=float, default=400.0)
+    parser.add_argument("--most", type=float, default=500.0)
     options = parser.parse_args()
     data = json.loads(options.results.read_text(encoding="utf-8"))
     names = options.methods.split(";" if ";" in options.methods else ",")

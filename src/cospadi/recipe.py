@@ -42,12 +42,10 @@ class _Strict(BaseModel):
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML's ``true`` would pass for 1."""
-        wanted = str(cls.model_fields[str(info.field_name)].annotation)
-        if isinstance(value, bool) and "bool" not in wanted:
-            if "int" in wanted:
-                raise PydanticCustomError("int_wanted", "it must be a whole number")
-            if "float" in wanted:
-                raise PydanticCustomError("float_wanted", "it must be a number")
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        for kind in (int, float):
+            if isinstance(value, bool) and kind in (annotation, *get_args(annotation)):
+                raise PydanticCustomError(f"{kind.__name__}_type", _KINDS[f"{kind.__name__}_"])
         return value
 
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -209,7 +210,9 @@ def test_interrupted_in_a_process_of_its_own(place, tmp_path):
     out = tmp_path / "out"
     flags = ["--set", "rounds=100000"]
     run = [sys.executable, "-m", "cospadi", *line(place, out, *flags)]
-    process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # a shell has what it runs in the background ignore the signal, and children inherit that
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     deadline = time.monotonic() + 60
     while not (out / ".cospadi/fingerprint.json").exists() and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -9,7 +9,6 @@ from typing import Any, TextIO
 
 from cospadi.cli.common import UsageError
 from cospadi.errors import CospadiError
-from cospadi.interrupt import interrupts_remembered
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -21,8 +20,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     shown, warnings.showwarning = warnings.showwarning, _warn
     try:
-        with interrupts_remembered():
-            code = _run(sys.argv[1:])
+        code = _run(sys.argv[1:])
     except UsageError as error:
         code = _complain(str(error), USAGE, debug)
     except CospadiError as error:

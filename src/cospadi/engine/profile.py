@@ -22,8 +22,7 @@ from cospadi.model_view import LinearGroup, ModelView
 STEPS_PER_OCTAVE = 8
 REACH_DOWN, REACH_UP = 1.4, 2.5
 """A group may get this many times less or more than the share that all together keep. Below the smallest size at which
-harm is measured (`MEASURED`) it would be extrapolated: measured, a reach of 3 does worse than 1.3 or 1.6 on every text,
-and most on text of another kind than the calibration's."""
+harm is measured (`MEASURED`) it would be extrapolated. What a reach of 3 did better and worse: docs/methods.md."""
 FAR_DOWN = 3.0
 """The same where losses are errors, which are not extrapolated."""
 MEASURED = (1.0, 0.55)
@@ -32,7 +31,7 @@ MOST_COMBINATIONS = 256
 """Combinations of the pieces of a group that are handed to the knapsack."""
 
 
-def shares(keep: float, down: float = REACH_DOWN) -> list[float]:
+def shares(keep: float, down: float) -> list[float]:
     """Shares of bytes to consider for a group when all together keep `keep`: from a `down`-th of it, below 1."""
     grid, share = [], keep / down
     while share < min(keep * REACH_UP, 1):

@@ -1,6 +1,6 @@
 """The operation beneath a compressed layer: ``y = (x D) S`` straight from the stored tensors."""
 
-from cospadi.kernels.op import describe, factored_linear, parse
+from cospadi.kernels.op import describe, factored_linear, is_traced, parse
 from cospadi.kernels.reference import reference
 
-__all__ = ["describe", "factored_linear", "parse", "reference"]
+__all__ = ["describe", "factored_linear", "is_traced", "parse", "reference"]

@@ -11,6 +11,7 @@ call and found again by one key (`tuning.ways`).
 
 import logging
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -61,27 +62,15 @@ def cuda_forward(
     """``(x D) S`` for x (tokens, d_in) on a CUDA device; returns (tokens, rows) in the dtype of x."""
     if x.shape[0] == 0:
         return x.new_empty(0, codes_spec.rows)
-    device = x.device
-    if device.index is None or device.index == torch.cuda.current_device():
-        return _forward(x, dictionary, dictionary_spec, codes, codes_spec)
-    with torch.cuda.device(device):  # Triton launches on the current device
-        return _forward(x, dictionary, dictionary_spec, codes, codes_spec)
-
-
-def _forward(
-    x: Tensor,
-    dictionary: Packed | None,
-    dictionary_spec: MatrixSpec | None,
-    codes: Packed,
-    codes_spec: MatrixSpec,
-) -> Tensor:
-    dtype = x.dtype
-    hidden = x.contiguous()
-    if dictionary is not None and dictionary_spec is not None:
-        if rebuild_pays(x.shape[0], dictionary_spec, codes_spec):
-            return linear(x, scratch(codes, codes_spec, dtype) @ scratch(dictionary, dictionary_spec, dtype))
-        hidden = packed_linear(hidden, dictionary, dictionary_spec, dtype, codes_spec)
-    return packed_linear(hidden, codes, codes_spec, dtype)
+    device, dtype = x.device, x.dtype
+    here = device.index is None or device.index == torch.cuda.current_device()
+    with nullcontext() if here else torch.cuda.device(device):  # Triton launches on the current device
+        hidden = x.contiguous()
+        if dictionary is not None and dictionary_spec is not None:
+            if rebuild_pays(x.shape[0], dictionary_spec, codes_spec):
+                return linear(x, scratch(codes, codes_spec, dtype) @ scratch(dictionary, dictionary_spec, dtype))
+            hidden = packed_linear(hidden, dictionary, dictionary_spec, dtype, codes_spec)
+        return packed_linear(hidden, codes, codes_spec, dtype)
 
 
 def scratch(packed: Packed, spec: MatrixSpec, dtype: torch.dtype) -> Tensor:

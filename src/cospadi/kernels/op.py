@@ -45,6 +45,10 @@ def parse(text: str) -> MatrixSpec:
     return MatrixSpec(int(rows), int(columns), pattern, symmetric=kind == "symmetric", **numbers)
 
 
+def _optional(text: str) -> MatrixSpec | None:
+    return parse(text) if text else None
+
+
 def factored_linear(
     x: Tensor,
     dictionary: Packed | None,
@@ -79,8 +83,8 @@ def factored_linear(
         raise ValueError(f"codes read {codes_spec.columns} atoms, the dictionary has {dictionary_spec.rows}")
     x = _check_dtype(x, dictionary or {}, codes)
     atoms = dictionary or {}
-    if x.device.type in _DIRECT and not _observed(x, atoms, codes):
-        return _shaped(_DIRECT[x.device.type], x, dictionary, dictionary_spec, codes, codes_spec)
+    if x.device.type in _FORWARDS and not _observed(x, atoms, codes):
+        return _run(x, dictionary, dictionary_spec, codes, codes_spec)
     y: Tensor = torch.ops.cospadi.factored_linear(
         x,
         atoms.get("values"),
@@ -141,30 +145,17 @@ def _op(
 ) -> Tensor:
     tensors = (dictionary_values, dictionary_mask, dictionary_scales, dictionary_zeros)
     stored = (codes_values, codes_mask, codes_scales, codes_zeros)
-    return _run(cpu_forward, x, _packed(*tensors), dictionary_spec, _packed(*stored), codes_spec)
+    return _run(x, _packed(*tensors), _optional(dictionary_spec), _packed(*stored), parse(codes_spec))
 
 
 def _run(
-    forward: Callable[..., Tensor],
-    x: Tensor,
-    dictionary: Packed | None,
-    dictionary_spec: str,
-    codes: Packed | None,
-    codes_spec: str,
-) -> Tensor:
-    spec = parse(dictionary_spec) if dictionary_spec else None
-    return _shaped(forward, x, dictionary, spec, codes, parse(codes_spec))
-
-
-def _shaped(
-    forward: Callable[..., Tensor],
     x: Tensor,
     dictionary: Packed | None,
     dictionary_spec: MatrixSpec | None,
     codes: Packed | None,
     codes_spec: MatrixSpec,
 ) -> Tensor:
-    y = forward(_flat(x), dictionary, dictionary_spec, codes, codes_spec)
+    y = _FORWARDS[x.device.type](_flat(x), dictionary, dictionary_spec, codes, codes_spec)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -174,17 +165,22 @@ def _cuda_forward(*arguments: Any) -> Tensor:
     return cuda_forward(*arguments)
 
 
-_DIRECT: dict[str, Callable[..., Tensor]] = {"cpu": cpu_forward, "cuda": _cuda_forward}
-"""Where an operation that nothing observes need not go through PyTorch's dispatcher, some 35 µs a call."""
+_FORWARDS: dict[str, Callable[..., Tensor]] = {"cpu": cpu_forward, "cuda": _cuda_forward}
+
+
+def is_traced() -> bool:
+    """Whether a compiler or an exporter is looking."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def _observed(x: Tensor, dictionary: Packed, codes: Packed) -> bool:
-    """Whether autograd, a compiler, an exporter, a transform or a mode has to see the operation."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    """Whether autograd, a compiler, an exporter, a transform or a mode has to see the operation.
+
+    If not, it need not go through PyTorch's dispatcher, which takes some 35 µs a call.
+    """
+    if is_traced() or type(x) not in (Tensor, torch.nn.Parameter):
         return True
-    if type(x) not in (Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack():
-        return True
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return True
     if not torch.is_grad_enabled():
         return False
@@ -194,8 +190,8 @@ def _observed(x: Tensor, dictionary: Packed, codes: Packed) -> bool:
 @_op.register_kernel("cuda")
 def _cuda(x: Tensor, *stored: Tensor | str | None) -> Tensor:
     tensors, (dictionary_spec, codes_spec) = cast("tuple[Tensor | None, ...]", stored[:8]), stored[8:]
-    specs = str(dictionary_spec), str(codes_spec)
-    return _run(_cuda_forward, x, _packed(*tensors[:4]), specs[0], _packed(*tensors[4:]), specs[1])
+    dictionary, codes = _packed(*tensors[:4]), _packed(*tensors[4:])
+    return _run(x, dictionary, _optional(str(dictionary_spec)), codes, parse(str(codes_spec)))
 
 
 @_op.register_fake
@@ -222,7 +218,7 @@ def _backward_op(
     dictionary = _packed(dictionary_values, dictionary_mask, dictionary_scales, dictionary_zeros)
     codes = _packed(codes_values, codes_mask, codes_scales, codes_zeros)
     assert codes is not None
-    spec = parse(dictionary_spec) if dictionary_spec else None
+    spec = _optional(dictionary_spec)
     names = needs.split(" ")
     found = stored_backward(_flat(gradient), _flat(x), dictionary, spec, codes, parse(codes_spec), frozenset(names))
     found |= {"x": found["x"].view(x.shape)} if "x" in found else {}

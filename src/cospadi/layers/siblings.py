@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cospadi.format import Packed
+from cospadi.kernels import is_traced
 
 if TYPE_CHECKING:
     from cospadi.layers.factored_linear import FactoredLinear
@@ -57,8 +58,7 @@ def _ambient(x: Tensor) -> State:
 
 def _may_remember(x: Tensor) -> bool:
     """Whether a change of `x` would be noticed: not while tracing, and not for tensors without a version counter."""
-    tracing = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    return not (tracing or x.is_inference())
+    return not (is_traced() or x.is_inference())
 
 
 class Siblings:

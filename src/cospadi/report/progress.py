@@ -18,7 +18,6 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-from cospadi.interrupt import raise_if_interrupted
 from cospadi.report.text import error_text, human_seconds, percent
 
 
@@ -101,11 +100,7 @@ class ProgressDisplay:
             total: steps of the phase; 0 or less where unknown.
             detail: what is being worked on, such as a layer's name.
             error: relative error so far; None or NaN where there is none.
-
-        Raises:
-            KeyboardInterrupt: if the user interrupted and a library swallowed it.
         """
-        raise_if_interrupted()
         detail = " ".join(str(detail).split())
         shown = f"error {error_text(error)}" if error is not None and math.isfinite(error) else ""
         new = phase != self._phase

@@ -123,6 +123,7 @@ def test_bytes_go_where_they_help(world, tmp_path):
     quiet = share(plan, "layers.1.self_attn.o_proj")
     assert quiet < 0.75 * share(start, "layers.1.self_attn.o_proj")
     assert quiet == min(g.spec.bytes / g.spec.dense_bytes for g in plan.groups)
+    assert quiet > 0.5 / 1.4 - 0.03  # no less, however quiet; sizes differ by an atom
 
 
 def test_a_resumed_run_reads_its_plan(world, tmp_path, monkeypatch):

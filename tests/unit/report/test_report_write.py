@@ -76,6 +76,6 @@ def test_report_imports_plain_data_code_only():
             for name in names:
                 top, _, rest = name.partition(".")
                 assert top in {*sys.stdlib_module_names, "cospadi", "matplotlib", "rich", "yaml"}, source
-                assert top != "cospadi" or rest.split(".")[0] in {"errors", "interrupt", "report"}, source
+                assert top != "cospadi" or rest.split(".")[0] in {"errors", "report"}, source
         at_import = [node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)]
         assert not any(name.startswith("matplotlib") for name in at_import)
