@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cospadi.errors import ModelError
 from cospadi.format import GroupSpec, MatrixSpec, Packed, unpack
-from cospadi.kernels import factored_linear
+from cospadi.kernels import factored_group, factored_linear
 from cospadi.layers.siblings import Siblings, State
 from cospadi.layers.tensors import (
     GUARD,
@@ -148,6 +148,11 @@ class FactoredLinear(nn.Module):
     def group_output(self, x: Tensor, codes: Packed) -> Tensor:
         """Outputs of all modules side by side (…, sum of d_out), from this (owning) layer and all codes in one."""
         return factored_linear(x, self.packed_dictionary(), self.dictionary_spec, codes, self.group.codes)
+
+    def all_outputs(self, x: Tensor, members: Sequence[FactoredLinear]) -> Tensor:
+        """The same for a compiler: from this (owning) layer and the codes of every member."""
+        codes = [member.packed_codes() for member in members]
+        return factored_group(x, self.packed_dictionary(), self.dictionary_spec, codes, self.group.codes)
 
     def forward(self, x: Tensor, *, coordinates_only: bool = False) -> Tensor:
         """Apply the layer.

@@ -6,8 +6,8 @@ used it. Three ways, from the best to the last:
 * few tokens on a GPU, without gradients: one launch computes the outputs of all siblings, whose codes lie behind each
   other in one storage (:meth:`Siblings.join`);
 * otherwise in eager mode: the coordinates x D are computed once, each sibling multiplies its own codes;
-* under `torch.compile` and `torch.export` nothing is remembered: every sibling asks for x D, and the compiler merges
-  the equal calls.
+* under `torch.compile` and `torch.export` the program is made so that it does either of these once, if without
+  gradients; with them every sibling asks for x D, and PyTorch merges the equal calls.
 """
 
 from __future__ import annotations
@@ -27,12 +27,23 @@ if TYPE_CHECKING:
     from cospadi.layers.factored_linear import FactoredLinear
 
 FEW_TOKENS = 16
-"""Up to this many rows of x the outputs are computed together; with more, launches no longer matter."""
+"""Up to so many rows of x the outputs are computed together; with more, launches no longer matter."""
 
 JOINED_ON = ("cuda",)
 """Devices where a launch costs so much that joining the codes pays."""
 
 State = tuple[Any, ...]
+
+
+@dataclass
+class _Traced:
+    """The shared result within a program that is being made."""
+
+    x: Tensor
+    cast: torch.dtype | None
+    result: Tensor
+    finished: bool  # the outputs of all members side by side, or their coordinates
+    waiting: set[int]
 
 
 @dataclass
@@ -48,17 +59,20 @@ class _Memo:
     waiting: set[int]
 
 
+def _cast(x: Tensor) -> torch.dtype | None:
+    """To what autocast casts, where it is on: every device has it but ``meta``."""
+    kind = x.device.type
+    casts = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if casts else None
+
+
 def _ambient(x: Tensor) -> State:
     """Version of the input and the modes that change a product's value, dtype or graph."""
-    kind = x.device.type
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    cast = torch.get_autocast_dtype(kind) if casts else None
-    return x._version, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), cast
+    return x._version, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _cast(x)
 
 
-def _may_remember(x: Tensor) -> bool:
-    """Whether a change of `x` would be noticed: not while tracing, and not for tensors without a version counter."""
-    return not (is_traced() or x.is_inference())
+def _few(x: Tensor) -> bool:
+    return prod(x.shape[:-1]) <= FEW_TOKENS
 
 
 class Siblings:
@@ -70,6 +84,7 @@ class Siblings:
     def __init__(self, members: Sequence[FactoredLinear]) -> None:
         self.members = tuple(members)
         self._memo: _Memo | None = None
+        self._traced: _Traced | None = None
         self._joined: Packed | None = None
         self._join_pending = True
 
@@ -92,7 +107,9 @@ class Siblings:
             the member's output without bias (…, d_out) and True, or the coordinates (…, atoms) and False; on the
             device of `x`.
         """
-        if not _may_remember(x):
+        if is_traced():
+            return self._shared_in_program(x, index)
+        if x.is_inference():  # has no version: a change would not be noticed
             return self._coordinates(x), False
         memo, ambient = self._memo, _ambient(x)
         fresh = memo is not None and memo.x is x and memo.ambient == ambient and index in memo.waiting
@@ -104,6 +121,25 @@ class Siblings:
         if memo.coordinates is not None:
             return memo.coordinates, False
         return memo.outputs[index].contiguous(), True
+
+    def _shared_in_program(self, x: Tensor, index: int) -> tuple[Tensor, bool]:
+        """As :meth:`shared`, by identity alone: tensors have no versions here, and each member is called once.
+
+        With gradients nothing is remembered: a recomputed region may not leave anything behind.
+        """
+        if torch.is_grad_enabled():
+            return self._coordinates(x), False
+        held = self._traced
+        if held is None or held.x is not x or held.cast != _cast(x) or index not in held.waiting:
+            compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+            finished = compiled and _few(x) and self._joinable(x) and self._lies_on(x.device)
+            result = self.owner.all_outputs(x, self.members) if finished else self._coordinates(x)
+            held = _Traced(x, _cast(x), result, finished, set(range(len(self.members))))
+        held.waiting.discard(index)
+        self._traced = held if held.waiting else None
+        if held.finished:
+            return torch.split(held.result, list(self.owner.group.d_out), -1)[index], True
+        return held.result, False
 
     def _holds(self, memo: _Memo, index: int) -> bool:
         if memo.outputs and self.members[index].codes_state() != memo.codes[index]:
@@ -142,13 +178,20 @@ class Siblings:
 
     def _joined_codes(self, x: Tensor) -> Packed | None:
         """The codes of all members as one matrix, where they lie so and one product with them is of use."""
-        kind = x.device.type
-        if kind not in JOINED_ON or prod(x.shape[:-1]) > FEW_TOKENS or self._needs_gradient(x):
+        if not self._joinable(x):
             return None
-        if self._join_pending and not (kind == "cuda" and torch.cuda.is_current_stream_capturing()):
+        # also before many tokens: a prompt goes before what is generated, perhaps by a compiled program
+        if self._join_pending and not (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             self._join_pending = False
             self.join()
-        return self._joined if self._lies_joined(x.device) else None
+        return self._joined if _few(x) and self._lies_joined(x.device) else None
+
+    def _joinable(self, x: Tensor) -> bool:
+        return x.device.type in JOINED_ON and not self._needs_gradient(x)
+
+    def _lies_on(self, device: torch.device) -> bool:
+        codes = (member.code_tensor("values").device for member in self.members)
+        return self.owner.dictionary_device() == device and all(found == device for found in codes)
 
     def _needs_gradient(self, x: Tensor) -> bool:
         if not torch.is_grad_enabled():
@@ -199,4 +242,4 @@ class Siblings:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: without what is remembered or joined."""
-        return {"members": self.members, "_memo": None, "_joined": None, "_join_pending": True}
+        return {"members": self.members, "_memo": None, "_traced": None, "_joined": None, "_join_pending": True}

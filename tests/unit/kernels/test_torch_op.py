@@ -8,8 +8,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cospadi.format import MatrixSpec
-from cospadi.kernels import describe, factored_linear, parse, reference
+from cospadi.kernels import describe, factored_group, factored_linear, parse, reference
+from cospadi.kernels.group_op import in_one
 from cospadi.kernels.synthetic import random_packed
+
+ROLES = ("values", "mask", "scales", "zeros")
 
 
 def case(d_in, atoms, rows, pattern="3:8", bits=16, dictionary_bits=16, dtype=torch.float64, group=0, nonzeros=0):
@@ -22,8 +25,7 @@ def case(d_in, atoms, rows, pattern="3:8", bits=16, dictionary_bits=16, dtype=to
 
 
 def arguments(x, dictionary, dictionary_spec, codes, codes_spec):
-    roles = ("values", "mask", "scales", "zeros")
-    tensors = [(dictionary or {}).get(role) for role in roles] + [codes.get(role) for role in roles]
+    tensors = [(dictionary or {}).get(role) for role in ROLES] + [codes.get(role) for role in ROLES]
     return (x, *tensors, describe(dictionary_spec), describe(codes_spec))
 
 
@@ -58,6 +60,35 @@ def test_opcheck(kind):
     made = case(9, 9 if kind.get("dictionary_bits") == 0 else 11, 7, **kind)
     x = torch.randn(2, 3, 9, dtype=torch.float64, requires_grad=True)
     torch.library.opcheck(torch.ops.cospadi.factored_linear.default, arguments(x, *made))
+
+
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_all_layers_of_a_group(kind, joined):
+    dictionary, spec, codes, codes_spec = case(9, 9 if kind.get("dictionary_bits") == 0 else 11, 12, **kind)
+    parts = [{role: t[rows] for role, t in codes.items()} for rows in (slice(5), slice(5, 6), slice(6, None))]
+    if not joined:
+        parts[1] = {role: tensor.clone() for role, tensor in parts[1].items()}
+    assert (in_one([part["values"] for part in parts]) is not None) == joined
+    x = torch.randn(2, 3, 9, dtype=torch.float64)
+    expected = reference(x, dictionary, spec, codes, codes_spec)
+    assert torch.allclose(factored_group(x, dictionary, spec, parts, codes_spec), expected)
+    lists = [[part[role] for part in parts if role in part] for role in ROLES]
+    atoms = [(dictionary or {}).get(role) for role in ROLES]
+    given = (x, *atoms, *lists, describe(spec), describe(codes_spec))
+    torch.library.opcheck(torch.ops.cospadi.factored_group.default, given)
+
+
+def test_what_does_not_lie_in_one_piece():
+    whole = torch.arange(24.0).view(6, 4)
+    assert torch.equal(in_one([whole[1:3], whole[3:]]), whole[1:])
+    for parts in (
+        [whole[3:], whole[:3]],
+        [whole[:2], whole[3:]],
+        [whole[:3, :2], whole[3:, :2]],
+        [whole[:2], whole[2:].int()],
+    ):
+        assert in_one(parts) is None
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

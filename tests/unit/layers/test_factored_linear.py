@@ -1,9 +1,12 @@
 import copy
+from collections import Counter
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from checkpoints.factory import KINDS, make_spec, random_factors
 from cospadi.errors import ModelError
@@ -292,12 +295,63 @@ def test_joining_can_be_undone(joining, tmp_path):
         assert all(torch.equal(layer(x), y) for layer, y in zip(layers, before, strict=True))
 
 
-def test_many_tokens_are_not_joined(joining):
+def test_many_tokens_are_computed_apart(joining):
     layers, _ = make_layers("word4")
     layers.to(joining)
     with torch.no_grad():
         layers[0](torch.randn(17, D_IN, device=joining))
-    assert layers[0].siblings._joined is None
+    group = layers[0].siblings
+    assert group._joined is not None  # for the tokens that follow a prompt
+    assert group._memo.coordinates.shape == (17, layers[0].group.atoms) and group._memo.outputs == ()
+
+
+def watched_programs():
+    """A backend for torch.compile, and how often the package's operations stand in each of its programs."""
+    programs = []
+
+    def look(graph, inputs):
+        found = Counter(str(node.target).split(".")[1] for node in graph.graph.nodes if "cospadi" in str(node.target))
+        programs.append(dict(found))
+        return make_boxed_func(graph.forward)
+
+    return aot_autograd(fw_compiler=look), programs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_siblings_share_one_product(kind, joining, monkeypatch):
+    torch._dynamo.reset()
+    layers, weights = make_layers(kind, bias=True)
+    layers.to(joining)
+    for parameter in layers.parameters():
+        parameter.data = parameter.data.clone()  # of some kinds they lie in one storage as made
+    backend, programs = watched_programs()
+    compiled = torch.compile(lambda h: [layer(h) for layer in layers], fullgraph=True, backend=backend)
+
+    def check():
+        x = torch.randn(2, D_IN, device=joining)
+        for y, weight, layer in zip(compiled(x), weights, layers, strict=True):
+            wanted = x.double().cpu() @ weight.T + layer.bias.double().cpu()
+            torch.testing.assert_close(y.double().cpu(), wanted, rtol=1e-4, atol=1e-4)
+
+    whole = []
+    monkeypatch.setattr(
+        "cospadi.kernels.group_op.factored_linear",
+        lambda x, *given: (whole.append(given[-1].rows == sum(D_OUT)), factored_linear(x, *given))[1],
+    )
+    with torch.no_grad():
+        check()
+        assert programs == [{"factored_group": 1}] and not any(whole)  # one call, but nothing lies joined yet
+        whole.clear()
+        layers[0](torch.randn(1, D_IN, device=joining))
+        check()
+        assert whole == [True]
+        whole.clear()
+        layers[1].values.data = layers[1].values.data.clone()  # moved behind the compiler's back
+        check()
+        assert not any(whole)
+        compiled(torch.randn(17, D_IN, device=joining))
+        assert len(programs) == 2
+        assert programs[-1] == {"factored_linear": len(layers) + (layers[0].dictionary_spec is not None)}
 
 
 @pytest.mark.gpu
