@@ -71,6 +71,12 @@ def _ambient(x: Tensor) -> State:
     return x._version, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _cast(x)
 
 
+def _strictly_exported() -> bool:
+    """Whether Dynamo makes a program for other processes, which may leave nothing behind nor tell sizes of x apart."""
+    # not `is_exporting`, which before PyTorch 2.12 says yes to `torch.compile` too
+    return torch.compiler.is_dynamo_compiling() and getattr(torch.compiler, "_is_exporting_flag", False)
+
+
 def _few(x: Tensor) -> bool:
     return prod(x.shape[:-1]) <= FEW_TOKENS
 
@@ -127,12 +133,13 @@ class Siblings:
 
         With gradients nothing is remembered: a recomputed region may not leave anything behind.
         """
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or _strictly_exported():
             return self._coordinates(x), False
         held = self._traced
         if held is None or held.x is not x or held.cast != _cast(x) or index not in held.waiting:
-            compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
-            finished = compiled and _few(x) and self._joinable(x) and self._lies_on(x.device)
+            finished = (
+                torch.compiler.is_dynamo_compiling() and _few(x) and self._joinable(x) and self._lies_on(x.device)
+            )
             result = self.owner.all_outputs(x, self.members) if finished else self._coordinates(x)
             held = _Traced(x, _cast(x), result, finished, set(range(len(self.members))))
         held.waiting.discard(index)

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from cospadi.format import GroupSpec, MatrixSpec
 from cospadi.methods.base import GroupShape
 
-WHOLE_WORDS = 1024
-"""From this many atoms on, balanced codes fill their last mask word; below, that would cost over 3 % of a budget."""
+WHOLE_WORDS = 640
+"""From this many atoms on, balanced codes fill their last mask word; below, that could cost over 5 % of a budget."""
 
 
 def largest(make: Callable[[int], GroupSpec], low: int, high: int, budget: int) -> GroupSpec:
@@ -61,7 +61,8 @@ def sparse_dictionary_plan(
         return GroupSpec(shape.modules, shape.d_in, shape.d_out, codes, dictionary)
 
     spec = largest(make, 1, 8 * shape.d_in, budget)
-    if pattern != "free" and spec.atoms >= WHOLE_WORDS:  # kernels read whole mask words about twice as fast
+    if pattern != "free" and spec.atoms >= WHOLE_WORDS:
+        # kernels read whole mask words about twice as fast, and an odd number of atoms slows dense products down sixfold
         return make(spec.atoms // 32 * 32)
     if pattern != "free" or spec.bytes > budget:
         return spec

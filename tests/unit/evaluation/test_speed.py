@@ -250,7 +250,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
 
 
 def test_loading_leaves_nothing_behind(tmp_path, monkeypatch):
-    model_of = subject()
+    model_of, out = subject(), tmp_path / "new"
     [way] = variants(model_of, ((0.6, 16),))
     monkeypatch.setattr(loading, "TURNS", 1)
     sizes = {}
@@ -261,15 +261,15 @@ def test_loading_leaves_nothing_behind(tmp_path, monkeypatch):
         return real(folder, device, checked)
 
     monkeypatch.setattr(loading, "_load", noting)
-    row = loading.measure_loading(model_of, way, CPU, 0, tmp_path)
+    row = loading.measure_loading(model_of, way, CPU, 0, out)
     assert sizes == {"dense": row["dense_file_bytes"], "compressed": row["file_bytes"]}
     assert row["file_bytes"] < row["dense_file_bytes"]
     assert row["of_dense"] == row["seconds"] / row["dense_seconds"] > 0 < row["checked_seconds"]
-    assert list(tmp_path.iterdir()) == []
+    assert list(out.iterdir()) == []
     monkeypatch.setattr(loading.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
     with pytest.raises(OutputError, match="GB are free"):
-        loading.measure_loading(model_of, way, CPU, 0, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+        loading.measure_loading(model_of, way, CPU, 0, out)
+    assert list(out.iterdir()) == []
 
 
 def test_equal_shapes_of_several_models_are_measured_once():

@@ -429,8 +429,11 @@ def test_compiles_whole_and_equals_eager(kind):
         torch.testing.assert_close(compiled(x), block(x))
 
 
-def test_exports_with_a_free_batch():
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("strict", [True, False])
+def test_exports_with_a_free_batch(strict, grad, joining):
     layers, _ = make_layers("free16", bias=True)
+    layers.to(joining)
 
     class Block(nn.Module):
         def __init__(self):
@@ -442,9 +445,14 @@ def test_exports_with_a_free_batch():
 
     block = Block().eval()
     batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(block, (torch.randn(3, D_IN),), dynamic_shapes=({0: batch},))
-    x = torch.randn(9, D_IN)
-    torch.testing.assert_close(program.module()(x), block(x))
+    example = torch.randn(3, D_IN, device=joining)
+    with torch.set_grad_enabled(grad):
+        program = torch.export.export(block, (example,), dynamic_shapes=({0: batch},), strict=strict)
+        x = torch.randn(19, D_IN, device=joining)
+        torch.testing.assert_close(program.module()(x), block(x))
+    products = sum("factored_linear" in str(node.target) for node in program.graph.nodes)
+    # x D once, unless there may be a backward pass, or nothing may be left behind
+    assert products == (2 * len(layers) if grad or strict else len(layers) + 1)
     assert sum("dictionary" in name for name in program.state_dict) == 1
 
 

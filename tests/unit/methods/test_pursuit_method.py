@@ -103,3 +103,14 @@ def test_the_pattern_follows_the_number_of_atoms():
     assert few.codes.pattern == "12:32" and few.atoms <= 64
     assert many.codes.pattern == "16:32"
     assert plan(int(0.8 * 2 * 64 * 256), pattern="12:32").atoms > 64
+
+
+@pytest.mark.parametrize("pattern", ["12:32", "16:32"])
+def test_many_atoms_fill_mask_words(pattern):
+    shape = GroupShape(("m",), 2048, (2048,))
+    for keep in (0.2, 0.4, 0.45, 0.5, 0.6, 0.8):
+        budget = int(keep * shape.dense_bytes)
+        spec = METHOD.plan(shape, budget, pattern=pattern)
+        exact = budget / (spec.bytes / spec.atoms)
+        assert spec.bytes <= budget and exact - spec.atoms < 34
+        assert (spec.atoms % 32 == 0) == (exact >= 640)  # fewer atoms would lose too much of the budget

@@ -41,7 +41,7 @@ def measure_loading(
         variant: how its groups are stored.
         device: where to load to.
         seed: of the weights.
-        out: an existing directory with room for both.
+        out: a directory with room for both, made where there is none.
         say: is told what is under way.
 
     Returns:
@@ -52,6 +52,7 @@ def measure_loading(
         OutputError: if there is no room.
     """
     row: dict[str, Any] = {"shape": subject.name, "keep": variant.keep, "bits": variant.bits, "variant": variant.label}
+    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".load-", dir=out) as scratch:
         folders = {"dense_": Path(scratch, "dense"), "": Path(scratch, "compressed")}
         for prefix, way in (("dense_", None), ("", variant)):
