@@ -62,7 +62,7 @@ def sparse_dictionary_plan(
 
     spec = largest(make, 1, 8 * shape.d_in, budget)
     if pattern != "free" and spec.atoms >= WHOLE_WORDS:
-        # kernels read whole mask words about twice as fast, and an odd number of atoms slows dense products down sixfold
+        # kernels read whole mask words twice as fast, and an odd number of atoms makes dense products up to 6 times slower
         return make(spec.atoms // 32 * 32)
     if pattern != "free" or spec.bytes > budget:
         return spec
