@@ -20,7 +20,7 @@ from cospadi.engine.plan import Plan, PlannedGroup
 from cospadi.engine.profile import Option, profile
 from cospadi.engine.target import side_bytes
 from cospadi.errors import BudgetError
-from cospadi.format import GroupSpec
+from cospadi.format import GroupSpec, MatrixSpec
 from cospadi.methods import GroupShape, Method, get_method
 from cospadi.methods.auto import choices
 from cospadi.model_view import ModelView
@@ -204,10 +204,13 @@ def _fixed_bytes(plan: Plan) -> int:
 
 
 def _settled(group: PlannedGroup, option: Option) -> list[PlannedGroup]:
-    """What is stored of a group: pieces that chose the same stay together, as one launch of a kernel serves them."""
-    chosen: dict[int, list[tuple[Family, GroupSpec]]] = {}
+    """What is stored of a group: pieces that chose the same, whatever rows they have, stay together.
+
+    One launch of a kernel serves them then.
+    """
+    chosen: dict[tuple[int, MatrixSpec], list[tuple[Family, GroupSpec]]] = {}
     for family, spec in option.parts:
-        chosen.setdefault(id(family), []).append((family, spec))
+        chosen.setdefault((id(family), replace(spec.codes, rows=1)), []).append((family, spec))
     settled = []
     for parts in chosen.values():
         family, specs = parts[0][0], [spec for _, spec in parts]

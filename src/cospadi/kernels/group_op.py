@@ -1,8 +1,8 @@
 """All outputs of a group of layers at once, as a compiler sees them: ``torch.ops.cospadi.factored_group``.
 
-A compiled program gets the codes of every layer as tensors of their own. That they lie behind each other in one storage
-(`cospadi.layers.siblings`) is seen when the program runs: then one product serves the whole group. Nothing has to be
-noticed when they are moved or replaced after compilation; each layer's product is computed by itself then.
+A compiled program gets the codes of every layer as tensors of their own. Whether they lie behind each other in one
+storage (`cospadi.layers.siblings`) is seen when the program runs: then one product serves the whole group. If they do
+not, or no longer, each layer's product is computed by itself.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cospadi.format import MatrixSpec, Packed
-from cospadi.kernels.op import describe, factored_linear, parse
+from cospadi.kernels.op import by_role, checked, describe, factored_linear, optional_spec, parse
 
 _ROLES = ("values", "mask", "scales", "zeros")
 
@@ -35,7 +35,11 @@ def factored_group(
 
     Returns:
         (..., rows of all layers) in the dtype of x.
+
+    Raises:
+        ValueError, TypeError: as `factored_linear`.
     """
+    x = checked(x, dictionary, dictionary_spec, codes, codes_spec)
     atoms = dictionary or {}
     y: Tensor = torch.ops.cospadi.factored_group(
         x,
@@ -47,7 +51,7 @@ def factored_group(
     return y
 
 
-def in_one(parts: Sequence[Tensor]) -> Tensor | None:
+def as_one_matrix(parts: Sequence[Tensor]) -> Tensor | None:
     """Tensors that lie behind each other in one storage as one tensor, along the first dimension; else None."""
     first = parts[0]
     step, place, home = first.stride(0), first.storage_offset(), first.untyped_storage().data_ptr()
@@ -73,12 +77,11 @@ def _op(
     dictionary_spec: str,
     codes_spec: str,
 ) -> Tensor:
-    given = zip(_ROLES, (dictionary_values, dictionary_mask, dictionary_scales, dictionary_zeros), strict=True)
-    dictionary = {role: tensor for role, tensor in given if tensor is not None} or None
-    spec, whole = parse(dictionary_spec) if dictionary_spec else None, parse(codes_spec)
+    dictionary = by_role(dictionary_values, dictionary_mask, dictionary_scales, dictionary_zeros)
+    spec, whole = optional_spec(dictionary_spec), parse(codes_spec)
     lists = {"values": codes_values, "mask": codes_mask, "scales": codes_scales, "zeros": codes_zeros}
     lists = {role: tensors for role, tensors in lists.items() if tensors}
-    joined = {role: one for role, tensors in lists.items() if (one := in_one(tensors)) is not None}
+    joined = {role: one for role, tensors in lists.items() if (one := as_one_matrix(tensors)) is not None}
     if len(joined) == len(lists):
         return factored_linear(x, dictionary, spec, joined, whole)
     z = x if dictionary is None or spec is None else factored_linear(x, None, None, dictionary, spec)

@@ -5,7 +5,7 @@ An operation takes tensors, numbers and strings only, so a `MatrixSpec` travels 
 compiled or exported without a GPU driver.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any, cast
@@ -45,7 +45,8 @@ def parse(text: str) -> MatrixSpec:
     return MatrixSpec(int(rows), int(columns), pattern, symmetric=kind == "symmetric", **numbers)
 
 
-def _optional(text: str) -> MatrixSpec | None:
+def optional_spec(text: str) -> MatrixSpec | None:
+    """Inverse of :func:`describe`."""
     return parse(text) if text else None
 
 
@@ -74,14 +75,7 @@ def factored_linear(
         ValueError: if the sizes of x, dictionary and codes do not fit each other.
         TypeError: if x is not a float tensor of the stored floats' dtype.
     """
-    if (dictionary is None) != (dictionary_spec is None):
-        raise ValueError("a dictionary needs its spec, and a spec its dictionary: give both or neither")
-    first = codes_spec if dictionary_spec is None else dictionary_spec
-    if x.shape[-1] != first.columns:
-        raise ValueError(f"x has {x.shape[-1]} features, the layer reads {first.columns}")
-    if dictionary_spec is not None and codes_spec.columns != dictionary_spec.rows:
-        raise ValueError(f"codes read {codes_spec.columns} atoms, the dictionary has {dictionary_spec.rows}")
-    x = _check_dtype(x, dictionary or {}, codes)
+    x = checked(x, dictionary, dictionary_spec, [codes], codes_spec)
     atoms = dictionary or {}
     if x.device.type in _FORWARDS and not _observed(x, atoms, codes):
         return _run(x, dictionary, dictionary_spec, codes, codes_spec)
@@ -101,10 +95,24 @@ def factored_linear(
     return y
 
 
-def _check_dtype(x: Tensor, dictionary: Packed, codes: Packed) -> Tensor:
+def checked(
+    x: Tensor,
+    dictionary: Packed | None,
+    dictionary_spec: MatrixSpec | None,
+    codes: Sequence[Packed],
+    codes_spec: MatrixSpec,
+) -> Tensor:
+    """The input as the operations take it, cast where autocast says so. Errors are those of `factored_linear`."""
+    if (dictionary is None) != (dictionary_spec is None):
+        raise ValueError("a dictionary needs its spec, and a spec its dictionary: give both or neither")
+    first = codes_spec if dictionary_spec is None else dictionary_spec
+    if x.shape[-1] != first.columns:
+        raise ValueError(f"x has {x.shape[-1]} features, the layer reads {first.columns}")
+    if dictionary_spec is not None and codes_spec.columns != dictionary_spec.rows:
+        raise ValueError(f"codes read {codes_spec.columns} atoms, the dictionary has {dictionary_spec.rows}")
     if x.dtype not in _FLOATS:
         raise TypeError(f"x is {x.dtype}; a compressed layer reads a float tensor")
-    for packed in (dictionary, codes):
+    for packed in (dictionary or {}, *codes):
         for role in ("values", "scales"):
             stored = packed.get(role)
             if stored is None or not stored.is_floating_point() or stored.dtype == x.dtype:
@@ -117,7 +125,8 @@ def _check_dtype(x: Tensor, dictionary: Packed, codes: Packed) -> Tensor:
     return x
 
 
-def _packed(values: Tensor | None, mask: Tensor | None, scales: Tensor | None, zeros: Tensor | None) -> Packed | None:
+def by_role(values: Tensor | None, mask: Tensor | None, scales: Tensor | None, zeros: Tensor | None) -> Packed | None:
+    """Stored tensors by role, as far as there are any; None without values."""
     if values is None:
         return None
     roles = {"values": values, "mask": mask, "scales": scales, "zeros": zeros}
@@ -145,7 +154,7 @@ def _op(
 ) -> Tensor:
     tensors = (dictionary_values, dictionary_mask, dictionary_scales, dictionary_zeros)
     stored = (codes_values, codes_mask, codes_scales, codes_zeros)
-    return _run(x, _packed(*tensors), _optional(dictionary_spec), _packed(*stored), parse(codes_spec))
+    return _run(x, by_role(*tensors), optional_spec(dictionary_spec), by_role(*stored), parse(codes_spec))
 
 
 def _run(
@@ -190,8 +199,8 @@ def _observed(x: Tensor, dictionary: Packed, codes: Packed) -> bool:
 @_op.register_kernel("cuda")
 def _cuda(x: Tensor, *stored: Tensor | str | None) -> Tensor:
     tensors, (dictionary_spec, codes_spec) = cast("tuple[Tensor | None, ...]", stored[:8]), stored[8:]
-    dictionary, codes = _packed(*tensors[:4]), _packed(*tensors[4:])
-    return _run(x, dictionary, _optional(str(dictionary_spec)), codes, parse(str(codes_spec)))
+    dictionary, codes = by_role(*tensors[:4]), by_role(*tensors[4:])
+    return _run(x, dictionary, optional_spec(str(dictionary_spec)), codes, parse(str(codes_spec)))
 
 
 @_op.register_fake
@@ -215,10 +224,10 @@ def _backward_op(
     codes_spec: str,
     needs: str,
 ) -> list[Tensor]:
-    dictionary = _packed(dictionary_values, dictionary_mask, dictionary_scales, dictionary_zeros)
-    codes = _packed(codes_values, codes_mask, codes_scales, codes_zeros)
+    dictionary = by_role(dictionary_values, dictionary_mask, dictionary_scales, dictionary_zeros)
+    codes = by_role(codes_values, codes_mask, codes_scales, codes_zeros)
     assert codes is not None
-    spec = _optional(dictionary_spec)
+    spec = optional_spec(dictionary_spec)
     names = needs.split(" ")
     found = stored_backward(_flat(gradient), _flat(x), dictionary, spec, codes, parse(codes_spec), frozenset(names))
     found |= {"x": found["x"].view(x.shape)} if "x" in found else {}

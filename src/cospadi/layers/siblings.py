@@ -1,13 +1,10 @@
 """What layers with one input and one dictionary share: the product x D, or on a GPU the whole group's outputs.
 
-The first of the layers owns the dictionary. In eager mode the shared result is remembered until every sibling has
-used it. Three ways, from the best to the last:
-
-* few tokens on a GPU, without gradients: one launch computes the outputs of all siblings, whose codes lie behind each
-  other in one storage (:meth:`Siblings.join`);
-* otherwise in eager mode: the coordinates x D are computed once, each sibling multiplies its own codes;
-* under `torch.compile` and `torch.export` the program is made so that it does either of these once, if without
-  gradients; with them every sibling asks for x D, and PyTorch merges the equal calls.
+The first of the layers owns the dictionary. Without gradients, for a few tokens on a GPU, one product with codes that
+lie behind each other in one storage (:meth:`Siblings.join`) gives the outputs of all siblings; otherwise x D is computed
+once, and each sibling multiplies its own codes. In eager mode the shared result is remembered until every sibling has
+used it. Programs of `torch.compile`, and without Dynamo of `torch.export`, are traced so that they do the same; only with
+gradients, and in strict exports, every sibling asks for x D there.
 """
 
 from __future__ import annotations
@@ -19,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from cospadi.format import Packed
 from cospadi.kernels import is_traced
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
     from cospadi.layers.factored_linear import FactoredLinear
 
 FEW_TOKENS = 16
-"""Up to so many rows of x the outputs are computed together; with more, launches no longer matter."""
+"""Up to this many rows of x the outputs are computed together; with more, launches no longer matter."""
 
 JOINED_ON = ("cuda",)
 """Devices where a launch costs so much that joining the codes pays."""
@@ -60,9 +58,9 @@ class _Memo:
 
 
 def _cast(x: Tensor) -> torch.dtype | None:
-    """To what autocast casts, where it is on: every device has it but ``meta``."""
+    """To what autocast casts, where it is on."""
     kind = x.device.type
-    casts = kind != "meta" and torch.is_autocast_enabled(kind)
+    casts = kind != "meta" and torch.is_autocast_enabled(kind)  # Dynamo cannot ask where autocast is available at all
     return torch.get_autocast_dtype(kind) if casts else None
 
 
@@ -78,7 +76,7 @@ def _strictly_exported() -> bool:
 
 
 def _few(x: Tensor) -> bool:
-    return prod(x.shape[:-1]) <= FEW_TOKENS
+    return guard_or_false(prod(x.shape[:-1]) <= FEW_TOKENS)  # a compiler may not know
 
 
 class Siblings:
@@ -103,7 +101,8 @@ class Siblings:
         """What one member gets from the group.
 
         A remembered result is served once to each member, and only if `x` is the same tensor, unchanged, under the
-        same autograd and autocast modes, and neither dictionary nor codes have changed.
+        same autograd and autocast modes, and neither dictionary nor codes have changed. In a program that is being made
+        changes cannot be seen; groups are made of layers that were seen to read one unchanged tensor.
 
         Args:
             x: (…, d_in).
@@ -115,6 +114,7 @@ class Siblings:
         """
         if is_traced():
             return self._shared_in_program(x, index)
+        self._traced = None  # of a program that was not finished
         if x.is_inference():  # has no version: a change would not be noticed
             return self._coordinates(x), False
         memo, ambient = self._memo, _ambient(x)
@@ -129,23 +129,19 @@ class Siblings:
         return memo.outputs[index].contiguous(), True
 
     def _shared_in_program(self, x: Tensor, index: int) -> tuple[Tensor, bool]:
-        """As :meth:`shared`, by identity alone: tensors have no versions here, and each member is called once.
-
-        With gradients nothing is remembered: a recomputed region may not leave anything behind.
-        """
-        if torch.is_grad_enabled() or _strictly_exported():
+        """As :meth:`shared`, by identity alone. A region that is computed again backwards may leave nothing behind."""
+        if self._needs_gradient(x) or _strictly_exported():
             return self._coordinates(x), False
         held = self._traced
         if held is None or held.x is not x or held.cast != _cast(x) or index not in held.waiting:
-            finished = (
-                torch.compiler.is_dynamo_compiling() and _few(x) and self._joinable(x) and self._lies_on(x.device)
-            )
+            together = torch.compiler.is_dynamo_compiling() and self._joinable(x) and self._lies_on(x.device)
+            finished = together and _few(x)
             result = self.owner.all_outputs(x, self.members) if finished else self._coordinates(x)
             held = _Traced(x, _cast(x), result, finished, set(range(len(self.members))))
         held.waiting.discard(index)
         self._traced = held if held.waiting else None
         if held.finished:
-            return torch.split(held.result, list(self.owner.group.d_out), -1)[index], True
+            return torch.split(held.result, list(self.owner.group.d_out), -1)[index].contiguous(), True
         return held.result, False
 
     def _holds(self, memo: _Memo, index: int) -> bool:
@@ -244,7 +240,7 @@ class Siblings:
 
     def placed_anew(self) -> None:
         """Note that parameters have moved, as by ``module.to``."""
-        self._memo = self._joined = None
+        self._memo = self._joined = self._traced = None
         self._join_pending = True
 
     def __getstate__(self) -> dict[str, Any]:

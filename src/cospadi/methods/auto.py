@@ -63,11 +63,13 @@ def choices(bits: Bits) -> list[Choice]:
     plain integers of two and of three bits, and they are dear to solve.
 
     Args:
-        bits: 16: dictionaries with sparse codes of 16-bit values only, to compare with methods that have no
-            others; ``"any"``: also integers of 8 to 2 bits, with a dictionary and without.
+        bits: 16: sparse codes of 16-bit values only, with a dictionary and without, to compare with methods that have
+            no others; ``"any"``: integers of 8 to 2 bits, and dictionaries with sparse codes of such.
     """
     if bits == 16:
-        return [Choice("pursuit", {"pattern": pattern}, costly=True) for pattern in ("16:32", "12:32", "10:32")]
+        pruned = Choice("sparsegpt", costly=True, each=True)
+        patterns = ("16:32", "12:32", "10:32")
+        return [pruned, *(Choice("pursuit", {"pattern": pattern}, costly=True) for pattern in patterns)]
 
     def dictionary(bits: int, least: float, most: float) -> Choice:
         options = {"dictionary_bits": bits, "value_bits": bits, "pattern": "16:32"}
@@ -93,5 +95,5 @@ def auto(problem: Problem, spec: GroupSpec) -> Factors:
         problem: weights and Grams.
         spec: any of those that the method offers.
     """
-    name = "pursuit" if spec.dictionary is not None else "gptq"
+    name = "pursuit" if spec.dictionary is not None else ("sparsegpt" if spec.codes.sparse else "gptq")
     return get_method(name).factorise(problem, spec, {})

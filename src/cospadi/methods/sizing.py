@@ -6,7 +6,7 @@ from cospadi.format import GroupSpec, MatrixSpec
 from cospadi.methods.base import GroupShape
 
 WHOLE_WORDS = 640
-"""From this many atoms on, balanced codes fill their last mask word; below, that could cost over 5 % of a budget."""
+"""From this many atoms on, balanced codes fill their last mask word; below, that could cost more than 5 % of them."""
 
 
 def largest(make: Callable[[int], GroupSpec], low: int, high: int, budget: int) -> GroupSpec:
@@ -43,6 +43,8 @@ def sparse_dictionary_plan(
 ) -> GroupSpec:
     """The most atoms k with s = k/rho non-zeros per column within the budget (CoSpaDi, Eq. 10 with any bits).
 
+    Balanced codes of many atoms take whole mask words.
+
     Args:
         shape: the layers.
         budget: bytes.
@@ -62,7 +64,7 @@ def sparse_dictionary_plan(
 
     spec = largest(make, 1, 8 * shape.d_in, budget)
     if pattern != "free" and spec.atoms >= WHOLE_WORDS:
-        # kernels read whole mask words twice as fast, and an odd number of atoms makes dense products up to 6 times slower
+        # kernels read whole mask words twice as fast; an odd number of atoms makes dense products up to 6 times slower
         return make(spec.atoms // 32 * 32)
     if pattern != "free" or spec.bytes > budget:
         return spec

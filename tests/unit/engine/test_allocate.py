@@ -163,12 +163,13 @@ def test_a_hopeless_budget_names_the_least_possible(world, tmp_path):
         final_plan(world.view, recipe, tiny, world.store, CPU, journal, lambda *_: None, world.ids)
 
 
-def test_auto_with_16_bits_offers_dictionaries_of_16_bits_only():
+def test_auto_with_16_bits_offers_values_of_16_bits_only():
     shape = GroupShape(("a", "b"), 96, (80, 40))
     offered = allocate.families(get_method("auto"), {"bits": 16})
     specs = [spec for family in offered for spec in family.specs(shape, [0.3, 0.6, 0.9])]
     assert len(specs) >= 3
-    assert all(spec.dictionary is not None and spec.dictionary.bits == spec.codes.bits == 16 for spec in specs)
+    assert all(spec.codes.sparse and spec.codes.bits == 16 for spec in specs)
+    assert {None if spec.dictionary is None else spec.dictionary.bits for spec in specs} == {None, 16}
 
 
 def test_what_has_room_for_everything_measures_nothing(world, tmp_path, monkeypatch):
@@ -235,6 +236,19 @@ def test_pieces_that_choose_the_same_stay_together(mixed):
     assert replace(whole.spec, method="") == specs[2]
 
 
+def test_pieces_of_one_method_and_other_sizes_are_stored_apart(mixed):
+    start = next(g for g in mixed.start.groups if len(g.spec.modules) == 3)
+    family = Family("sparsegpt", {}, each=True)
+    shape = GroupShape(start.spec.modules, start.spec.d_in, start.spec.d_out)
+    small, large = family.specs(shape, [0.3, 0.8])
+    option = Option(tuple((family, piece_spec(spec, i)) for i, spec in enumerate((small, large, small))), 0.0)
+    settled = allocate._settled(start, option)
+    names = start.spec.modules
+    assert [g.spec.modules for g in settled] == [(names[0], names[2]), (names[1],)]
+    assert [g.spec.codes.pattern for g in settled] == [small.codes.pattern, large.codes.pattern]
+    assert sum(g.spec.bytes for g in settled) == option.bytes
+
+
 def test_a_plan_of_pieces_is_read_back(mixed, tmp_path):
     rows = [{"spec": g.spec.to_dict(), "options": g.options} for g in mixed.plan.groups]
     assert allocate._read(rows, mixed.start, mixed.view) == mixed.plan
@@ -255,12 +269,12 @@ def test_errors_of_other_group_sizes_are_carried_over_from_the_first_layers(mixe
         assert option.loss == pytest.approx(near(truth.total), rel=0.4)
 
 
-@pytest.mark.parametrize("keep", [0.16, 0.35])
-def test_a_mixed_checkpoint_loads_and_has_the_bytes_it_says(tmp_path, keep):
+@pytest.mark.parametrize(("keep", "bits"), [(0.16, "any"), (0.35, "any"), (0.6, 16)])
+def test_a_mixed_checkpoint_loads_and_has_the_bytes_it_says(tmp_path, keep, bits):
     source = save_tiny(tmp_path / "m", "llama", **WIDE)
     result = compress(
         source, tmp_path / "out", keep=keep, method="auto", calibration=[tiny_text(900)], device="cpu",
-        recipe=Recipe(calibration={"samples": 6, "seq_len": 40}),
+        recipe=Recipe(calibration={"samples": 6, "seq_len": 40}, options={"bits": bits}),
     )  # fmt: skip
     report = result.report
     assert report["keep_actual"] <= keep

@@ -38,6 +38,7 @@ SPECS = {
     "4 bits": ({"pattern": "8:16", "bits": 4, "group": 8}, {"bits": 4}),
     "3 bits, asymmetric": ({"bits": 3, "group": 7, "symmetric": False}, {"bits": 3, "symmetric": False}),
     "2 bits, identity": ({"bits": 2, "group": 8, "symmetric": False}, None),
+    "16 bits, pruned": ({"pattern": "5:8"}, None),
 }
 
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cospadi.format import MatrixSpec
 from cospadi.kernels import describe, factored_group, factored_linear, parse, reference
-from cospadi.kernels.group_op import in_one
+from cospadi.kernels.group_op import as_one_matrix
 from cospadi.kernels.synthetic import random_packed
 
 ROLES = ("values", "mask", "scales", "zeros")
@@ -69,7 +69,7 @@ def test_all_layers_of_a_group(kind, joined):
     parts = [{role: t[rows] for role, t in codes.items()} for rows in (slice(5), slice(5, 6), slice(6, None))]
     if not joined:
         parts[1] = {role: tensor.clone() for role, tensor in parts[1].items()}
-    assert (in_one([part["values"] for part in parts]) is not None) == joined
+    assert (as_one_matrix([part["values"] for part in parts]) is not None) == joined
     x = torch.randn(2, 3, 9, dtype=torch.float64)
     expected = reference(x, dictionary, spec, codes, codes_spec)
     assert torch.allclose(factored_group(x, dictionary, spec, parts, codes_spec), expected)
@@ -79,16 +79,16 @@ def test_all_layers_of_a_group(kind, joined):
     torch.library.opcheck(torch.ops.cospadi.factored_group.default, given)
 
 
-def test_what_does_not_lie_in_one_piece():
+def test_what_does_not_lie_as_one_matrix_piece():
     whole = torch.arange(24.0).view(6, 4)
-    assert torch.equal(in_one([whole[1:3], whole[3:]]), whole[1:])
+    assert torch.equal(as_one_matrix([whole[1:3], whole[3:]]), whole[1:])
     for parts in (
         [whole[3:], whole[:3]],
         [whole[:2], whole[3:]],
         [whole[:3, :2], whole[3:, :2]],
         [whole[:2], whole[2:].int()],
     ):
-        assert in_one(parts) is None
+        assert as_one_matrix(parts) is None
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

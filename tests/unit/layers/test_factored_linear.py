@@ -330,6 +330,7 @@ def test_compiled_siblings_share_one_product(kind, joining, monkeypatch):
     def check():
         x = torch.randn(2, D_IN, device=joining)
         for y, weight, layer in zip(compiled(x), weights, layers, strict=True):
+            assert y.is_contiguous()
             wanted = x.double().cpu() @ weight.T + layer.bias.double().cpu()
             torch.testing.assert_close(y.double().cpu(), wanted, rtol=1e-4, atol=1e-4)
 
@@ -340,7 +341,8 @@ def test_compiled_siblings_share_one_product(kind, joining, monkeypatch):
     )
     with torch.no_grad():
         check()
-        assert programs == [{"factored_group": 1}] and not any(whole)  # one call, but nothing lies joined yet
+        assert programs == [{"factored_group": 1}]
+        assert whole and not any(whole)  # one call, but nothing lies joined yet
         whole.clear()
         layers[0](torch.randn(1, D_IN, device=joining))
         check()
@@ -348,10 +350,54 @@ def test_compiled_siblings_share_one_product(kind, joining, monkeypatch):
         whole.clear()
         layers[1].values.data = layers[1].values.data.clone()  # moved behind the compiler's back
         check()
-        assert not any(whole)
+        assert whole and not any(whole)
         compiled(torch.randn(17, D_IN, device=joining))
         assert len(programs) == 2
         assert programs[-1] == {"factored_linear": len(layers) + (layers[0].dictionary_spec is not None)}
+
+
+def test_compiled_siblings_under_autocast(joining):
+    torch._dynamo.reset()
+    layers, weights = make_layers("word4", dtype=torch.bfloat16)
+    layers.to(joining)
+    compiled = torch.compile(lambda h: [layer(h) for layer in layers], fullgraph=True, backend="aot_eager")
+    for tokens in (2, 17):
+        x = torch.randn(tokens, D_IN, device=joining)
+        with torch.no_grad(), torch.autocast(joining, torch.bfloat16):
+            for y, weight in zip(compiled(x), weights, strict=True):
+                wanted = (x.double().cpu() @ weight.T).float()
+                torch.testing.assert_close(y.float().cpu(), wanted, rtol=0.05, atol=0.1)
+                assert y.dtype == torch.bfloat16
+
+
+def test_compiled_for_any_number_of_tokens(joining):
+    torch._dynamo.reset()
+    layers, weights = make_layers("free16")
+    layers.to(joining)
+    backend, programs = watched_programs()
+    block = torch.compile(lambda h: [layer(h) for layer in layers], fullgraph=True, backend=backend, dynamic=True)
+    with torch.no_grad():
+        for tokens in (2, 3, 16, 17, 40):
+            x = torch.randn(tokens, D_IN, device=joining)
+            for y, weight in zip(block(x), weights, strict=True):
+                torch.testing.assert_close(y.double().cpu(), x.double().cpu() @ weight.T, rtol=1e-4, atol=1e-4)
+    assert [set(program) for program in programs] == [{"factored_group"}, {"factored_linear"}]
+
+
+def test_an_unfinished_program_leaves_nothing(joining):
+    torch._dynamo.reset()
+    layers, _ = make_layers("free16")
+    layers.to(joining)
+    group, x = layers[0].siblings, torch.randn(2, D_IN, device=joining)
+    with torch.no_grad():
+        torch.compile(layers[0], backend="aot_eager")(x)  # its siblings are never asked
+        assert group._traced is not None
+        layers[1](x)
+        assert group._traced is None
+        torch._dynamo.reset()
+        torch.compile(layers[0], backend="aot_eager")(x)
+        layers.to(joining, torch.float32)
+        assert group._traced is None
 
 
 @pytest.mark.gpu
@@ -444,6 +490,7 @@ def test_exports_with_a_free_batch(strict, grad, joining):
             return torch.cat([layer(h) for layer in self.layers], -1)
 
     block = Block().eval()
+    layers[0].dictionary.requires_grad_(grad)
     batch = torch.export.Dim("batch", min=2, max=64)
     example = torch.randn(3, D_IN, device=joining)
     with torch.set_grad_enabled(grad):

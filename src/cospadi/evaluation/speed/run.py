@@ -106,7 +106,7 @@ def benchmark(
 
     Args:
         settings: what to measure.
-        out: an existing directory, for the checkpoints of `settings.load`.
+        out: a directory for the checkpoints of `settings.load`.
         command: as it was typed.
         progress: is called with phase, steps done, steps in all and a detail.
         partial: is given the results so far after every step.
