@@ -1,10 +1,10 @@
 """What layers with one input and one dictionary share: the product x D, or on a GPU the whole group's outputs.
 
 The first of the layers owns the dictionary. Without gradients, for a few tokens on a GPU, one product with codes that
-lie behind each other in one storage (:meth:`Siblings.join`) gives the outputs of all siblings; otherwise x D is computed
-once, and each sibling multiplies its own codes. In eager mode the shared result is remembered until every sibling has
-used it. Programs of `torch.compile`, and without Dynamo of `torch.export`, are traced so that they do the same; only with
-gradients, and in strict exports, every sibling asks for x D there.
+lie behind each other in one storage (:meth:`Siblings.join`) gives the outputs of all siblings; otherwise x D is
+computed once, and each sibling multiplies its own codes. In eager mode the shared result is remembered until every
+sibling has used it. Programs of `torch.compile`, and without Dynamo of `torch.export`, are traced so that they do the
+same; only with gradients, and in strict exports, every sibling asks for x D there.
 """
 
 from __future__ import annotations
