@@ -1,8 +1,8 @@
-"""All outputs of a group of layers at once, as a compiler sees them: ``torch.ops.cospadi.factored_group``.
+"""All outputs of a group of layers at once: ``torch.ops.cospadi.factored_group``.
 
-A compiled program gets the codes of every layer as tensors of their own. Whether they lie behind each other in one
-storage (`cospadi.layers.siblings`) is seen when the program runs: then one product serves the whole group. If they do
-not, or no longer, each layer's product is computed by itself.
+For a compiler: a program gets the codes of every layer as tensors of their own, and whether they lie behind each
+other in one storage (`cospadi.layers.siblings`) is seen when it runs. Then one product serves the whole group; if
+they do not, or no longer, each layer's product is computed by itself.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from cospadi.format import MatrixSpec, Packed
-from cospadi.kernels.op import by_role, checked, describe, factored_linear, optional_spec, parse
-
-_ROLES = ("values", "mask", "scales", "zeros")
+from cospadi.kernels.op import ROLES, by_role, checked, describe, factored_linear, optional_spec, parse
 
 
 def factored_group(
@@ -43,24 +41,30 @@ def factored_group(
     atoms = dictionary or {}
     y: Tensor = torch.ops.cospadi.factored_group(
         x,
-        *(atoms.get(role) for role in _ROLES),
-        *([part[role] for part in codes if role in part] for role in _ROLES),
+        *(atoms.get(role) for role in ROLES),
+        *([part[role] for part in codes if role in part] for role in ROLES),
         describe(dictionary_spec),
         describe(codes_spec),
     )
     return y
 
 
-def as_one_matrix(parts: Sequence[Tensor]) -> Tensor | None:
-    """Tensors that lie behind each other in one storage as one tensor, along the first dimension; else None."""
-    first = parts[0]
-    step, place, home = first.stride(0), first.storage_offset(), first.untyped_storage().data_ptr()
-    for part in parts:
-        same = part.untyped_storage().data_ptr() == home and part.dtype == first.dtype
-        if not (same and part.is_contiguous() and part.storage_offset() == place):
+def as_one_matrix(parts: Sequence[Packed]) -> Packed | None:
+    """Stored rows of several layers as those of one matrix, if they lie behind each other in one storage; else None."""
+    joined: Packed = {}
+    for role, first in parts[0].items():
+        begin, row = first.data_ptr(), first.stride(0) * first.element_size()
+        rows = 0
+        for part in parts:
+            tensor = part[role]
+            if tensor.data_ptr() != begin + rows * row or tensor.dtype != first.dtype or not tensor.is_contiguous():
+                return None
+            rows += tensor.shape[0]
+        storage = first.untyped_storage()
+        if begin + rows * row > storage.data_ptr() + storage.nbytes():  # neighbours by chance
             return None
-        place += part.shape[0] * step
-    return first.as_strided((sum(part.shape[0] for part in parts), *first.shape[1:]), first.stride())
+        joined[role] = first.as_strided((rows, *first.shape[1:]), first.stride())
+    return joined
 
 
 @torch.library.custom_op("cospadi::factored_group", mutates_args=())
@@ -78,18 +82,15 @@ def _op(
     codes_spec: str,
 ) -> Tensor:
     dictionary = by_role(dictionary_values, dictionary_mask, dictionary_scales, dictionary_zeros)
-    spec, whole = optional_spec(dictionary_spec), parse(codes_spec)
     lists = {"values": codes_values, "mask": codes_mask, "scales": codes_scales, "zeros": codes_zeros}
-    lists = {role: tensors for role, tensors in lists.items() if tensors}
-    joined = {role: one for role, tensors in lists.items() if (one := as_one_matrix(tensors)) is not None}
-    if len(joined) == len(lists):
+    parts = [{role: rows[index] for role, rows in lists.items() if rows} for index in range(len(codes_values))]
+    spec, whole = optional_spec(dictionary_spec), parse(codes_spec)
+    joined = as_one_matrix(parts)
+    if joined is not None:
         return factored_linear(x, dictionary, spec, joined, whole)
-    z = x if dictionary is None or spec is None else factored_linear(x, None, None, dictionary, spec)
-    products = []
-    for index, values in enumerate(codes_values):
-        part = {role: tensors[index] for role, tensors in lists.items()}
-        products.append(factored_linear(z, None, None, part, replace(whole, rows=values.shape[0])))
-    return torch.cat(products, -1)
+    z = x if dictionary is None else factored_linear(x, None, None, dictionary, parse(dictionary_spec))
+    specs = (replace(whole, rows=part["values"].shape[0]) for part in parts)
+    return torch.cat([factored_linear(z, None, None, part, own) for part, own in zip(parts, specs, strict=True)], -1)
 
 
 @_op.register_fake

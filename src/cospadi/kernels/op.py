@@ -18,6 +18,8 @@ from cospadi.kernels.cpu import cpu_forward
 from cospadi.kernels.gradients import backward as stored_backward
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ROLES = ("values", "mask", "scales", "zeros")
+"""Of stored tensors, in the order in which the operations take them."""
 _GRADIENTS = ("x", "dictionary_values", "dictionary_scales", "codes_values", "codes_scales")
 
 
@@ -81,14 +83,8 @@ def factored_linear(
         return _run(x, dictionary, dictionary_spec, codes, codes_spec)
     y: Tensor = torch.ops.cospadi.factored_linear(
         x,
-        atoms.get("values"),
-        atoms.get("mask"),
-        atoms.get("scales"),
-        atoms.get("zeros"),
-        codes["values"],
-        codes.get("mask"),
-        codes.get("scales"),
-        codes.get("zeros"),
+        *(atoms.get(role) for role in ROLES),
+        *(codes.get(role) for role in ROLES),
         describe(dictionary_spec),
         describe(codes_spec),
     )
@@ -125,12 +121,11 @@ def checked(
     return x
 
 
-def by_role(values: Tensor | None, mask: Tensor | None, scales: Tensor | None, zeros: Tensor | None) -> Packed | None:
-    """Stored tensors by role, as far as there are any; None without values."""
-    if values is None:
+def by_role(*tensors: Tensor | None) -> Packed | None:
+    """Stored tensors in the order of `ROLES` by role, as far as there are any; None without values."""
+    if tensors[0] is None:
         return None
-    roles = {"values": values, "mask": mask, "scales": scales, "zeros": zeros}
-    return {role: stored for role, stored in roles.items() if stored is not None}
+    return {role: stored for role, stored in zip(ROLES, tensors, strict=True) if stored is not None}
 
 
 def _flat(x: Tensor) -> Tensor:

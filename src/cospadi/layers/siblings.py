@@ -4,7 +4,8 @@ The first of the layers owns the dictionary. Without gradients, for a few tokens
 lie behind each other in one storage (:meth:`Siblings.join`) gives the outputs of all siblings; otherwise x D is
 computed once, and each sibling multiplies its own codes. In eager mode the shared result is remembered until every
 sibling has used it. Programs of `torch.compile`, and without Dynamo of `torch.export`, are traced so that they do the
-same; only with gradients, and in strict exports, every sibling asks for x D there.
+same; in strict exports and within `torch.cond` and its like every sibling asks for x D, and with gradients too, where
+PyTorch merges the equal calls of a program that has a backward pass.
 """
 
 from __future__ import annotations
@@ -69,10 +70,26 @@ def _ambient(x: Tensor) -> State:
     return x._version, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _cast(x)
 
 
-def _strictly_exported() -> bool:
-    """Whether Dynamo makes a program for other processes, which may leave nothing behind nor tell sizes of x apart."""
-    # not `is_exporting`, which before PyTorch 2.12 says yes to `torch.compile` too
-    return torch.compiler.is_dynamo_compiling() and getattr(torch.compiler, "_is_exporting_flag", False)
+def _may_note() -> bool:
+    """Whether a program that is being made may note something outside its tensors, until it is finished.
+
+    Dynamo forbids it within `torch.cond` and its like, and strict exports warn of it.
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        return True
+    # not `is_exporting`, which in PyTorch 2.11 says yes to `torch.compile` too
+    return not getattr(torch.compiler, "_is_exporting_flag", False) and _at_top_level()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _at_top_level() -> bool:
+    """Whether Dynamo is not within an operator that takes functions; no, where it cannot be told."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        return InstructionTranslator.current_tx().output.current_tracer.parent is None
+    except (ImportError, AttributeError):
+        return False
 
 
 def _few(x: Tensor) -> bool:
@@ -130,7 +147,7 @@ class Siblings:
 
     def _shared_in_program(self, x: Tensor, index: int) -> tuple[Tensor, bool]:
         """As :meth:`shared`, by identity alone. A region that is computed again backwards may leave nothing behind."""
-        if self._needs_gradient(x) or _strictly_exported():
+        if self._needs_gradient(x) or not _may_note():
             return self._coordinates(x), False
         held = self._traced
         if held is None or held.x is not x or held.cast != _cast(x) or index not in held.waiting:

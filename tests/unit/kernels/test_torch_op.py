@@ -10,9 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cospadi.format import MatrixSpec
 from cospadi.kernels import describe, factored_group, factored_linear, parse, reference
 from cospadi.kernels.group_op import as_one_matrix
+from cospadi.kernels.op import ROLES
 from cospadi.kernels.synthetic import random_packed
-
-ROLES = ("values", "mask", "scales", "zeros")
 
 
 def case(d_in, atoms, rows, pattern="3:8", bits=16, dictionary_bits=16, dtype=torch.float64, group=0, nonzeros=0):
@@ -69,7 +68,7 @@ def test_all_layers_of_a_group(kind, joined):
     parts = [{role: t[rows] for role, t in codes.items()} for rows in (slice(5), slice(5, 6), slice(6, None))]
     if not joined:
         parts[1] = {role: tensor.clone() for role, tensor in parts[1].items()}
-    assert (as_one_matrix([part["values"] for part in parts]) is not None) == joined
+    assert (as_one_matrix(parts) is not None) == joined
     x = torch.randn(2, 3, 9, dtype=torch.float64)
     expected = reference(x, dictionary, spec, codes, codes_spec)
     assert torch.allclose(factored_group(x, dictionary, spec, parts, codes_spec), expected)
@@ -79,16 +78,17 @@ def test_all_layers_of_a_group(kind, joined):
     torch.library.opcheck(torch.ops.cospadi.factored_group.default, given)
 
 
-def test_what_does_not_lie_as_one_matrix_piece():
+def test_what_does_not_lie_in_one_piece():
     whole = torch.arange(24.0).view(6, 4)
-    assert torch.equal(as_one_matrix([whole[1:3], whole[3:]]), whole[1:])
+    joined = as_one_matrix([{"values": whole[1:3]}, {"values": whole[3:]}])
+    assert torch.equal(joined["values"], whole[1:])
     for parts in (
         [whole[3:], whole[:3]],
         [whole[:2], whole[3:]],
         [whole[:3, :2], whole[3:, :2]],
         [whole[:2], whole[2:].int()],
     ):
-        assert as_one_matrix(parts) is None
+        assert as_one_matrix([{"values": part} for part in parts]) is None
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

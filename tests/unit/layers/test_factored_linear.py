@@ -356,6 +356,32 @@ def test_compiled_siblings_share_one_product(kind, joining, monkeypatch):
         assert programs[-1] == {"factored_linear": len(layers) + (layers[0].dictionary_spec is not None)}
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_compiled_within_a_condition(grad, joining):
+    """Dynamo lets nothing be noted there."""
+    torch._dynamo.reset()
+    layers, weights = make_layers("free16")
+    layers.to(joining)
+    for parameter in layers.parameters():
+        parameter.data = parameter.data.clone()
+
+    def every(h):
+        return torch.cat([layer(h) for layer in layers], -1)
+
+    def block(h):
+        return torch.cond(h.sum() > 0, every, lambda h: every(2 * h), (h,))
+
+    x = torch.randn(2, D_IN, device=joining)
+    wanted = x.double().cpu() @ torch.cat(weights).T
+    with torch.set_grad_enabled(grad):
+        for run in (torch.compile(block, fullgraph=True, backend="aot_eager"), block):
+            for sign in (1, -1):
+                y = run(sign * x)
+                scale = sign if (sign * x).sum() > 0 else 2 * sign
+                torch.testing.assert_close(y.double().cpu(), scale * wanted, rtol=1e-4, atol=1e-4)
+    assert layers[0].siblings._traced is None
+
+
 def test_compiled_siblings_under_autocast(joining):
     torch._dynamo.reset()
     layers, weights = make_layers("word4", dtype=torch.bfloat16)
