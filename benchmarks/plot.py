@@ -1,7 +1,7 @@
 r"""Draw the perplexities of a committed comparison against bytes.
 
     python benchmarks/plot.py benchmarks/results/llama_29m_compare.json docs/images/llama_29m.png \
-        --methods "auto;auto16;auto16 D refined;pursuit;sparsegpt;compot;rocket;cospadi;svd_llm;gptq;rtn"
+        --methods "auto;auto16;auto16 refined;pursuit;sparsegpt;compot;rocket;cospadi;svd_llm;gptq;rtn"
 
 gives the README's plot. A line is the rows of one `method`; those above `--most` are left out, since one far method
 would press all others together.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from cospadi.allocation import Candidate, knapsack, pooled_spectra, smallest_cap
 from cospadi.calibration import StatisticsStore
 from cospadi.checkpoint import storage_dtype
 from cospadi.engine.candidates import Family
+from cospadi.engine.company import least_harmful
 from cospadi.engine.journal import Journal, write_durably
 from cospadi.engine.pairing import matched, plans_of_pairs
 from cospadi.engine.plan import Plan, PlannedGroup
@@ -162,7 +164,11 @@ def _by_trials(
     rule: str,
     fisher: Mapping[str, Tensor],
 ) -> Choose:
-    """One option for every group: least total harm, or least total of ROCKET's errors under its cap."""
+    """One option for every group: least total harm, or least total of ROCKET's errors under its cap.
+
+    Where layers may choose for themselves but every group could also share something between them, both plans are
+    compared whole.
+    """
     known = families(get_method(recipe.method), recipe.options)
     found = profile(
         view,
@@ -178,12 +184,11 @@ def _by_trials(
         progress=progress,
         fisher=fisher,
     )
-    table = [[Candidate(option.bytes, option.loss) for option in item.options] for item in found]
-    tried = sum(min(candidate.bytes for candidate in row) for row in table)
 
-    def choose(budget: int) -> Plan:
+    def choose(budget: int, options: Sequence[Sequence[Option]]) -> Plan:
+        table = [[Candidate(option.bytes, option.loss) for option in row] for row in options]
         room = budget - _fixed_bytes(plan)
-        if tried > room:
+        if sum(min(candidate.bytes for candidate in row) for row in table) > room:
             least = _fixed_bytes(plan) + sum(min(f.smallest(item.shape).bytes for f in known) for item in found)
             raise BudgetError(
                 f"{budget:,} bytes are too few for method {recipe.method!r} on this model: the least possible is "
@@ -191,12 +196,26 @@ def _by_trials(
             )
         cap = smallest_cap(table, room) if rule == "rocket" else None
         picks = knapsack(table, room, cap=cap)
-        chosen = [(item.predict, item.options[pick]) for item, pick in zip(found, picks, strict=True)]
+        chosen = [(item.predict, row[pick]) for item, row, pick in zip(found, options, picks, strict=True)]
         final = iter(spend(chosen, room - sum(option.bytes for _, option in chosen)))
         settled = [_settled(g, next(final)) if own_input(g) else [g] for g in plan.groups]
         return replace(plan, groups=tuple(part for parts in settled for part in parts))
 
-    return choose
+    best = partial(choose, options=[item.options for item in found])
+    shared = [[o for o in item.options if not any(family.each for family, _ in o.parts)] for item in found]
+    if rule != "knapsack" or not all(shared):
+        return best
+    other = partial(choose, options=shared)
+    try:
+        plans = best(budget_of(plan)), other(budget_of(plan))
+    except BudgetError:
+        return best
+    if plans[0] == plans[1]:
+        return best
+    assert ids is not None  # or there would be no knapsack
+    dtype = storage_dtype(view.model)
+    least = least_harmful(view, plans, store, ids, seed=recipe.seed, device=device, dtype=dtype, progress=progress)
+    return (best, other)[least]
 
 
 def _fixed_bytes(plan: Plan) -> int:

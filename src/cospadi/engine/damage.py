@@ -12,7 +12,7 @@ variants there are, and a variant costs nothing before the layer in which it dif
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -67,16 +67,21 @@ class DamageMeter:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def layer(self, index: int, variants: list[Mapping[str, Tensor]]) -> None:
+    def layer(
+        self, index: int, variants: Sequence[Mapping[str, Tensor]], further: Sequence[Mapping[str, Tensor]] = ()
+    ) -> None:
         """Run one decoder layer on everything.
 
         Args:
             index: which.
             variants: of this layer: what stands in for some of its weights, (d_in, d_out) by module name.
+            further: the same for the first of the variants that earlier layers began, which differ in this layer too.
         """
         with guard_memory(f"measuring the harm of errors in decoder layer {index}", REMEDY):
             self.replay.fetch(index)
-            self.variants = [self.replay.layer(index, hidden).cpu() for hidden in self.variants]
+            for number, hidden in enumerate(self.variants):
+                with _replaced(self.view, further[number] if number < len(further) else {}, self.device):
+                    self.variants[number] = self.replay.layer(index, hidden).cpu()
             for weights in variants:
                 with _replaced(self.view, weights, self.device):
                     self.variants.append(self.replay.layer(index, self.original).cpu())

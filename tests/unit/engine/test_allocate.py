@@ -16,6 +16,7 @@ from cospadi.engine.candidates import (
     harm_curve,
     solve_trial,
 )
+from cospadi.engine.company import least_harmful
 from cospadi.engine.damage import DamageMeter, probe_ids
 from cospadi.engine.plan import make_plan
 from cospadi.engine.profile import Option, piece_spec
@@ -94,6 +95,53 @@ def test_divergences_are_those_of_the_whole_model_with_one_group_replaced(archit
             kl = float((expected.exp() * (expected - got)).sum()) / tokens.numel()
             assert divergence == pytest.approx(kl, rel=1e-3, abs=1e-7)
             assert kl > 1e-7
+
+
+def test_variants_may_differ_from_the_original_in_every_layer():
+    model = tiny_model("llama", seed=5)
+    view = discover(model)
+    tokens, generator = ids(7, 3, 21), torch.Generator().manual_seed(2)
+    changed = [
+        {m: view.weight(m) + scale * torch.randn(view.weight(m).shape, generator=generator) for m in view.module_names}
+        for scale in (0.1, 0.3)
+    ]
+    with DamageMeter(view, tokens, CPU) as meter:
+        for layer in range(len(view.layers)):
+            inside = [{m: w for m, w in new.items() if m.startswith(f"model.layers.{layer}.")} for new in changed]
+            meter.layer(layer, inside if layer == 0 else (), inside if layer else ())
+        found = meter.divergences()
+    with torch.no_grad():
+        expected = model(tokens).logits.double().log_softmax(-1)
+        for new, divergence in zip(changed, found, strict=True):
+            model.load_state_dict(model.state_dict() | {f"{m}.weight": w.T for m, w in new.items()})
+            got = model(tokens).logits.double().log_softmax(-1)
+            kl = float((expected.exp() * (expected - got)).sum()) / tokens.numel()
+            assert divergence == pytest.approx(kl, rel=1e-3)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_several_plans_the_one_with_less_harm_is_found(world, first):
+    small, large = (make_plan(world.view, Recipe(keep=keep, allocation="uniform")) for keep in (0.25, 0.8))
+    seen = []
+    found = least_harmful(
+        world.view, [large, small] if first else [small, large], world.store, world.ids, seed=0, device=CPU,
+        dtype=torch.bfloat16, progress=lambda *event: seen.append(event),
+    )  # fmt: skip
+    assert found == (0 if first else 1)
+    assert seen[0][:3] == ("plan", 0, 2)
+    assert seen[-1][:3] == ("plan", 2, 2)
+
+
+@pytest.mark.parametrize("better", [0, 1])
+def test_a_plan_without_pruned_weights_is_taken_where_it_harms_less_as_a_whole(world, tmp_path, monkeypatch, better):
+    compared = []
+    monkeypatch.setattr(allocate, "least_harmful", lambda view, plans, *a, **k: compared.extend(plans) or better)
+    start, plan = planned(world, tmp_path / "j", Recipe(method="auto", keep=0.25, options={"bits": 16}))
+    assert plan == compared[better]
+    methods = [{group.spec.method for group in plan.groups} for plan in compared]
+    assert "sparsegpt" in methods[0]
+    assert methods[1] == {"pursuit"}
+    assert all(plan.bytes_after <= budget_of(start) for plan in compared)
 
 
 @pytest.mark.parametrize(
