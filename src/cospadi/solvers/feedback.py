@@ -9,9 +9,13 @@ missing it by δ costs A_jj² δ² for good. This is the recursion of GPTQ (arXi
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from cospadi.solvers.triton_feedback import BlockKernels
 
 Decide = Callable[[Tensor, int], Tensor]
 
@@ -29,6 +33,25 @@ class Feedback:
     order: Tensor
     coupling: Tensor
     cost: Tensor
+
+
+@dataclass(frozen=True)
+class GridSteps:
+    """Integer grids of all inputs, for `decide` that takes the nearest value of a grid.
+
+    Attributes:
+        scales: (groups, count) float32, contiguous.
+        zeros: (groups, count) float32, contiguous.
+        groups: (n,) int32, group of every input, in the order of the model.
+        low: least level.
+        high: largest level.
+    """
+
+    scales: Tensor
+    zeros: Tensor
+    groups: Tensor
+    low: int
+    high: int
 
 
 INDEFINITE = "the Hessian is not positive semi-definite, or holds NaN"
@@ -96,7 +119,25 @@ def more_damping(damping: float) -> float:
     return damping
 
 
-def sweep(rows: Tensor, plan: Feedback, decide: Decide, block: int = 128, begin: Decide | None = None) -> Tensor:
+def block_kernels(rows: Tensor, grid: GridSteps | None) -> "BlockKernels | None":
+    """What decides blocks of inputs of such rows on a grid at once; None: inputs are to be decided one by one."""
+    if grid is None or not rows.is_cuda or rows.dtype != torch.float32:
+        return None
+    try:
+        from cospadi.solvers.triton_feedback import BlockKernels, runs_on
+    except ImportError:
+        return None
+    return BlockKernels(grid) if runs_on(rows.device) else None
+
+
+def sweep(
+    rows: Tensor,
+    plan: Feedback,
+    decide: Decide,
+    block: int = 128,
+    begin: Decide | None = None,
+    grid: GridSteps | None = None,
+) -> Tensor:
     """Process all inputs in order.
 
     Args:
@@ -106,6 +147,8 @@ def sweep(rows: Tensor, plan: Feedback, decide: Decide, block: int = 128, begin:
         block: inputs between which couplings are applied one by one; those of earlier blocks take one product.
         begin: ``begin(targets (width, count), step)``, called as a block begins with its targets as they follow from
             earlier blocks. What it returns is ignored.
+        grid: set only if `decide` takes the nearest value of this grid. Blocks are then decided by one kernel each
+            where there is one (float32 on a GPU), without calling `decide`.
 
     Returns:
         the new rows (count, n), in the order of the model.
@@ -113,11 +156,16 @@ def sweep(rows: Tensor, plan: Feedback, decide: Decide, block: int = 128, begin:
     weights = rows.T[plan.order].contiguous()  # one input's weights lie together
     errors, values = torch.zeros_like(weights), torch.zeros_like(weights)
     coupling = plan.coupling.to(weights.dtype).T.contiguous()
+    kernels = block_kernels(weights, grid)
     for start in range(0, len(weights), block):
         stop = min(start + block, len(weights))
         targets = weights[start:stop] + coupling[start:stop, :start] @ errors[:start]
         if begin is not None:
             begin(targets, start)
+        if kernels is not None:
+            at = slice(start, stop)
+            values[at], errors[at] = kernels.sweep_block(targets, weights[at], coupling[at, at], plan.order[at])
+            continue
         for step in range(start, stop):
             target = targets[step - start] + coupling[step, start:step] @ errors[start:step]
             values[step] = decide(target, step)
@@ -137,6 +185,7 @@ def refine(
     support: Tensor | None = None,
     damping: float = 0.01,
     block: int = 64,
+    grid: GridSteps | None = None,
 ) -> Tensor:
     """Cyclic coordinate descent on eᵀ H e: every input in turn takes its best value given all others.
 
@@ -152,6 +201,7 @@ def refine(
         support: bool (count, n); values outside it stay as they are. None: all may change.
         damping: as in :func:`feedback`.
         block: inputs between which changes are applied one by one.
+        grid: as in :func:`sweep`; of no use with a support.
 
     Returns:
         the new values (count, n).
@@ -160,10 +210,15 @@ def refine(
     values = values.T.clone(memory_format=torch.contiguous_format)
     errors = rows.T - values
     mask = None if support is None else support.T.contiguous()
+    kernels = block_kernels(rows, grid) if support is None else None
     for start in [*range(0, len(values), block)] * sweeps:
         stop = min(start + block, len(values))
         near = curvature[start:stop, start:stop]
         slope = curvature[start:stop] @ errors
+        if kernels is not None:
+            at = slice(start, stop)
+            values[at], errors[at] = kernels.refine_block(values[at], errors[at], slope, near, at)
+            continue
         for j in range(start, stop):
             new = decide(values[j] + slope[j - start] / near[j - start, j - start], j)
             change = new - values[j] if mask is None else (new - values[j]) * mask[j]

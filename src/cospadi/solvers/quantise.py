@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cospadi.solvers.feedback import feedback, refine, sweep, sweep_supports
+from cospadi.solvers.feedback import GridSteps, feedback, refine, sweep, sweep_supports
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class Grid:
     def at(self, rows: Tensor | slice, groups: Tensor | int) -> "Grid":
         """The grids of some groups."""
         return Grid(self.scales[rows, groups], self.zeros[rows, groups], self.low, self.high)
+
+    def steps(self, columns: int, size: int) -> GridSteps:
+        """The grids of all columns of a dense matrix with groups of `size`, by groups."""
+        groups = torch.arange(columns, dtype=torch.int32, device=self.scales.device) // size
+        return GridSteps(self.scales.T.contiguous(), self.zeros.T.contiguous(), groups, self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -198,10 +203,13 @@ def _with_feedback(
 ) -> Tensor:
     """Error feedback, then coordinate descent, on fixed grids of `size` stored values each."""
     every = torch.arange(matrix.shape[0], device=matrix.device)
+    steps = None
     if support is None:
-        plan = feedback(hessian, damping)
+        plan, steps = feedback(hessian, damping), grid.steps(matrix.shape[1], size)
         inputs = plan.order.tolist()
-        result = sweep(matrix, plan, lambda target, step: grid.at(slice(None), inputs[step] // size).snap(target))
+        result = sweep(
+            matrix, plan, lambda target, step: grid.at(slice(None), inputs[step] // size).snap(target), grid=steps
+        )
         place = torch.arange(matrix.shape[1], device=matrix.device).expand(1, -1) // size
     else:
         place = (support.cumsum(1) - 1).clamp_min(0) // size
@@ -218,4 +226,5 @@ def _with_feedback(
         sweeps=sweeps,
         support=support,
         damping=damping,
+        grid=steps,
     )

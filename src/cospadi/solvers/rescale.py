@@ -58,7 +58,8 @@ def rescaled(
         def snap(target: Tensor, column: int, _grid: Grid = grid) -> Tensor:
             return _grid.at(slice(None), column // size).snap(target)
 
-        matrix = refine(rows, matrix, hessian, snap, sweeps=1, damping=damping)
+        steps = grid.steps(rows.shape[1], size)
+        matrix = refine(rows, matrix, hessian, snap, sweeps=1, damping=damping, grid=steps)
     return Quantised(matrix, grid.scales, quantised.zeros)
 
 

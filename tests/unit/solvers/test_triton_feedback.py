@@ -1,0 +1,110 @@
+"""Blocks of inputs decided by a kernel: in the interpreter (interpreted_feedback.py) and on a GPU.
+
+The interpreter must be chosen before anything in a process imports Triton, hence a process of its own.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cospadi.solvers.feedback import block_kernels, feedback, refine, sweep
+from cospadi.solvers.quantise import fit_grid, quantise_rows
+from cospadi.solvers.rescale import rescaled
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"),
+    reason="there is no Triton for this machine; its interpreter runs the kernels here",
+)
+def test_the_kernel_in_the_interpreter():
+    tests = Path(__file__).with_name("interpreted_feedback.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(size, seed=0):
+    inputs = rand(2 * size, size, seed=seed) @ (rand(size, size, seed=seed + 1) * torch.linspace(0.1, 2, size))
+    return (inputs.T @ inputs / (2 * size)).double()
+
+
+def loss(hessian, rows, values):
+    miss = (rows - values).double()
+    return float(((miss @ hessian) * miss).sum())
+
+
+def test_there_is_no_kernel_on_a_cpu():
+    rows = rand(3, 8)
+    assert block_kernels(rows, fit_grid(rows, bits=4).steps(8, 8)) is None
+
+
+def test_steps_describe_the_grid_of_every_column():
+    rows = rand(3, 50, seed=1)
+    grid = fit_grid(rows, bits=3, group=16, symmetric=False)
+    steps = grid.steps(50, 16)
+    for column in (0, 15, 16, 49):
+        one = grid.at(slice(None), column // 16)
+        assert torch.equal(steps.scales[steps.groups[column]], one.scales)
+        assert torch.equal(steps.zeros[steps.groups[column]], one.zeros)
+    assert (steps.low, steps.high) == (0, 7) and steps.scales.is_contiguous() and steps.zeros.is_contiguous()
+
+
+FORMATS = [(2, 32, False), (3, 0, True), (4, 96, False), (8, 32, True)]
+SHAPES = [(300, 515), (77, 1000), (9, 1)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("bits", "group", "symmetric"), FORMATS)
+@pytest.mark.parametrize(("count", "columns"), SHAPES)
+def test_on_a_gpu_losses_are_those_on_a_cpu(bits, group, symmetric, count, columns):
+    rows, hessian = rand(count, columns, seed=bits), correlated(columns, seed=3)
+    rows[::7] = 0
+    losses = []
+    for device in ("cpu", "cuda"):
+        mine, curvature = rows.to(device), hessian.to(device)
+        start = quantise_rows(mine, bits=bits, group=group, symmetric=symmetric, hessian=curvature, search=10, sweeps=1)
+        found = rescaled(mine, start, bits=bits, group=group, hessian=curvature, rounds=2)
+        losses.append([loss(curvature, mine, item.matrix) for item in (start, found)])
+        assert not found.matrix[::7].any()
+    assert losses[1] == pytest.approx(losses[0], rel=0.01, abs=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("count", "columns"), SHAPES)
+def test_on_a_gpu_the_kernel_is_as_input_by_input(symmetric, count, columns):
+    rows, hessian = rand(count, columns, seed=11).cuda(), correlated(columns, seed=12).cuda()
+    grid = fit_grid(rows, bits=3, group=32, symmetric=symmetric)
+    steps, plan = grid.steps(columns, 32), feedback(hessian)
+    assert block_kernels(rows, steps) is not None
+    assert block_kernels(rows.double(), steps) is None
+
+    def never(target, step):
+        raise AssertionError("decided one by one")
+
+    def nearest(target, column):
+        return grid.at(slice(None), column // 32).snap(target)
+
+    start = nearest(rows, torch.arange(columns, device="cuda"))
+    inputs = plan.order.tolist()
+    pairs = [
+        (sweep(rows, plan, never, grid=steps), sweep(rows, plan, lambda target, step: nearest(target, inputs[step]))),
+        (
+            refine(rows, start, hessian, never, sweeps=1, grid=steps),
+            refine(rows, start, hessian, nearest, sweeps=1),
+        ),
+    ]
+    for made, right in pairs:
+        # a decision at a tie may fall the other way, and those of its row that follow it
+        assert float((made == right).float().mean()) > 0.9
+        assert loss(hessian, rows, made) == pytest.approx(loss(hessian, rows, right), rel=5e-3, abs=1e-12)
