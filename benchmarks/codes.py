@@ -99,7 +99,7 @@ def main() -> None:
         with widened(model, device):
             collect(view, blocks.ids, device=device, store=store)
         for keep in (float(part) for part in options.keep.split(",")):
-            recipe = Recipe().merged({"keep": keep, "options": {"pattern": "16:32"}})
+            recipe = Recipe(method="pursuit", keep=keep, options={"pattern": "16:32"})
             groups = make_plan(view, recipe).groups
             found: dict[str, float] = {}
             for name, (codes, dictionary, against) in ROWS.items():

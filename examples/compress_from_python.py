@@ -8,7 +8,7 @@ from cospadi.embedded import model_path, stdlib_texts
 out = sys.argv[1] if len(sys.argv) > 1 else "example-output/compressed"
 
 # Any local directory or hub id will do for the model, and a .txt or .jsonl file for the calibration text. Everything
-# that a recipe file may say can be said here; 30 rounds and 256 sequences of 1024 tokens are the defaults.
+# that a recipe file may say can be said here. Left out, the method is `auto`, the text 256 sequences of 1024 tokens.
 recipe = Recipe(
     method="pursuit",
     keep=0.7,

@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from cospadi.errors import BudgetError, RecipeError
 
-DEFAULT_METHOD = "pursuit"
+DEFAULT_METHOD = "auto"
 _LONGEST_VALUE = 60
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([kKMGT]?i?)B?\s*")
 _POWERS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}

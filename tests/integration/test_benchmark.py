@@ -42,7 +42,7 @@ def test_layers_whole_models_and_loading(tiny, tmp_path):
 def test_a_compressed_checkpoint_is_measured_as_it_is_stored(tiny, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(tiny_text(), encoding="utf-8")
-    flags = ("--keep", 0.7, "--calibration", text, "--samples", 2, "--seq-len", 32)
+    flags = ("--method", "pursuit", "--keep", 0.7, "--calibration", text, "--samples", 2, "--seq-len", 32)
     assert command("compress", tiny, tmp_path / "small", *flags).code == 0
     done = command("benchmark", tmp_path / "small", "--tokens", 1, "--prompt", 8, "--quick", width=80)
     assert done.code == 0, done.err

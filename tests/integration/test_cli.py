@@ -27,6 +27,7 @@ def place(tmp_path_factory):
     save_tiny(folder / "tiny", "llama")
     (folder / "text.txt").write_text(tiny_text(6000), encoding="utf-8")
     recipe = {
+        "method": "pursuit",
         "keep": 0.8,
         "allocation": "uniform",
         "options": {"rounds": 2},
@@ -262,12 +263,14 @@ def test_keep_must_be_a_share(keep):
     assert not Path("out").exists()
 
 
-def test_the_least_keep_that_is_named_is_possible():
-    done = quick("--keep", "0.001")
+@pytest.mark.parametrize("method", ["auto", "pursuit", "svd"])
+def test_the_least_keep_that_is_named_is_possible(method):
+    run = ["tiny", "out", "--method", method, "--calibration", "text.txt", "--samples", 8, "--seq-len", 32]
+    done = command("compress", *run, "--keep", "0.001")
     refused(done, "the least possible is")
     least = done.error.rsplit(" ", 1)[1]
-    assert command("estimate", "tiny", "--keep", least).code == 0
-    refused(command("estimate", "tiny", "--keep", float(least) - 1e-4), least)
+    assert command("compress", *run, "--keep", least, "--dry-run").code == 0
+    refused(command("estimate", "tiny", "--method", method, "--keep", float(least) - 1e-4), least)
 
 
 def test_target_sizes_that_cannot_be_reached():
@@ -277,7 +280,8 @@ def test_target_sizes_that_cannot_be_reached():
     refused(quick("--target-size", "1GB"), "already fits")
     done = quick("--target-size", "46kB")
     refused(done, "46,000", "the least possible is")
-    assert command("estimate", "tiny", "--target-size", done.error.rsplit(" ", 1)[1].replace(",", "")).code == 0
+    least = done.error.rsplit(" ", 1)[1].replace(",", "")
+    assert command("estimate", "tiny", "--method", "pursuit", "--target-size", least).code == 0
     assert not Path("out").exists()
 
 
@@ -649,7 +653,8 @@ def text_of_python(tmp_path_factory):
 
 
 def embedded(out: Path, text: Path, *arguments: object) -> dict:
-    flags = ["--calibration", text, "--samples", "4", "--seq-len", "128", "--set", "rounds=2"]
+    flags = ["--calibration", text, "--samples", "4", "--seq-len", "128"]
+    flags += ["--method", "pursuit", "--set", "rounds=2"]
     done = command("compress", model_path(), out, *flags, *arguments, "--json")
     assert done.code == 0, done.err
     return done.json

@@ -15,7 +15,7 @@ from cospadi.evaluation.demo import run_demo
 def small(monkeypatch):
     for name, value in (("SAMPLES", 4), ("LENGTH", 128), ("BLOCKS", 2)):
         monkeypatch.setattr(demo, name, value)
-    monkeypatch.setattr(demo, "run_demo", partial(run_demo, method="svd_llm"))
+    monkeypatch.setattr(demo, "run_demo", partial(run_demo, methods=("svd_llm", "svd")))
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the demonstration used the network"))
 
 

@@ -85,6 +85,7 @@ def place(tmp_path_factory):
     save_tiny(folder / "tiny", "qwen2", num_hidden_layers=2)
     (folder / "text.txt").write_text(tiny_text(6000), encoding="utf-8")
     recipe = {
+        "method": "pursuit",
         "keep": 0.75,
         "options": {"rounds": 3},
         "calibration": {"source": str(folder / "text.txt"), "samples": 8, "seq_len": 32},

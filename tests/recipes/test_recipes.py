@@ -11,7 +11,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
 def test_there_are_recipes():
-    known = {"default", "small-and-fast", "faithful-cospadi", "low-bit", "prune-and-compress", "refined"}
+    known = {"default", "dictionary", "small-and-fast", "faithful-cospadi", "low-bit", "prune-and-compress", "refined"}
     assert {path.stem for path in RECIPES} >= known
 
 
@@ -27,7 +27,7 @@ def test_a_recipe_is_valid_and_can_be_planned(path):
 
 def test_the_default_recipe_says_what_the_defaults_are():
     recipe, plain = Recipe.load(RECIPES[0].with_name("default.yaml")), Recipe()
-    assert recipe.calibration == plain.calibration and recipe.seed == plain.seed
+    assert recipe.calibration == plain.calibration and recipe.seed == plain.seed and recipe.method == plain.method
     method = get_method(recipe.method)
     assert method.check(recipe.options) == method.check({})
 

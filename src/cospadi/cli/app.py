@@ -352,18 +352,18 @@ def doctor(json_: JsonOption = False) -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory.")] = Path("demo-report"),
-    keep: Annotated[list[float] | None, typer.Option(help="Shares to try.", show_default="0.8 and 0.6")] = None,
+    keep: Annotated[list[float] | None, typer.Option(help="Shares to try.", show_default="0.4 and 0.2")] = None,
     json_: JsonOption = False,
 ) -> None:
-    """The whole way on the embedded model: compress, evaluate, compare with truncated SVD; no network."""
-    from cospadi.evaluation.demo import run_demo
+    """The whole way on the embedded model: compress, evaluate, compare with the textbook ways; no network."""
+    from cospadi.evaluation.demo import KEEPS, run_demo
     from cospadi.report import ProgressDisplay, print_comparison, write_all
     from cospadi.report.text import human_count
 
     quiet_transformers()
     stdout, stderr = consoles()
     with ProgressDisplay(stderr) as display:
-        data = run_demo(out, keeps=keep or [0.8, 0.6], progress=display.update)
+        data = run_demo(out, keeps=keep or KEEPS, progress=display.update)
     changed = data.pop("changed")
     for report in data.pop("reports"):
         folder = out / report["directory"]
@@ -377,9 +377,9 @@ def demo(
     stdout.print(
         f"A small model of Python code that comes with cospadi ({human_count(data['parameters'])} parameters), "
         f"compressed without retraining: {data['calibration_tokens']:,} tokens of text were read to find out which "
-        "errors matter. Perplexity, lower is better, is on code that the model never saw. Every size is reached twice: "
-        "by the default method (with equal shares for all layers, which is quick) and, in the same number of bytes, by "
-        "truncated SVD, the textbook way."
+        "errors matter. Perplexity, lower is better, is on code that the model never saw. Every size is reached by the "
+        "default method and, in the same number of bytes, in two textbook ways: rounding to the nearest integers and "
+        "truncated SVD."
     )
     print_comparison(data["rows"], stdout, data["dense"])
     stdout.print(

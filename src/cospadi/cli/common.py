@@ -24,7 +24,7 @@ KeepOption = Annotated[
 SizeOption = Annotated[
     str | None, typer.Option(help="Size of all files instead of --keep, such as 5GB.", show_default=False)
 ]
-MethodOption = Annotated[str | None, typer.Option(help="See `cospadi methods`.", show_default="pursuit")]
+MethodOption = Annotated[str | None, typer.Option(help="See `cospadi methods`.", show_default="auto")]
 RecipeOption = Annotated[Path | None, typer.Option(help="YAML recipe; flags override it.", show_default=False)]
 SetOption = Annotated[
     list[str] | None,

@@ -44,6 +44,7 @@ class Work:
         moved: bytes read and written by operations that memory limits.
         kernels: operations started one after another.
         transferred: bytes between the host and the device, where these are two.
+        cpu_kernels: operations started one after another on a processor only; a GPU has one kernel for many of them.
     """
 
     products: float = 0.0
@@ -51,6 +52,7 @@ class Work:
     moved: float = 0.0
     kernels: float = 0.0
     transferred: float = 0.0
+    cpu_kernels: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         """Both."""
@@ -60,6 +62,7 @@ class Work:
             self.moved + other.moved,
             self.kernels + other.kernels,
             self.transferred + other.transferred,
+            self.cpu_kernels + other.cpu_kernels,
         )
 
     def __mul__(self, times: float) -> Work:
@@ -70,6 +73,7 @@ class Work:
             times * self.moved,
             times * self.kernels,
             times * self.transferred,
+            times * self.cpu_kernels,
         )
 
     def __rmul__(self, times: float) -> Work:
@@ -101,11 +105,12 @@ class Speed:
     def seconds(self, work: Work) -> float:
         """How long some work takes."""
         transfer = work.transferred / HOST_LINK if self.kind == "cuda" else 0.0
+        kernels = work.kernels + (work.cpu_kernels if self.kind == "cpu" else 0.0)
         return (
             work.products / self.products
             + work.forward / self.forward
             + work.moved / self.bandwidth
-            + work.kernels * LAUNCH[self.kind]
+            + kernels * LAUNCH[self.kind]
             + transfer
         )
 

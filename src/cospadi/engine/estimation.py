@@ -1,8 +1,9 @@
 """What a run will give and take, from the configuration alone: sizes, layer table, memory, seconds by phase.
 
 The aim is a factor of two. Constants were fitted to whole runs of `pursuit` and `cospadi` on two CPU cores and on an
-H200, and to single groups of the other methods on one CPU thread; what refinement takes is counted only. Where a
-method's work depends on what it finds there is no honest guess, and none is given.
+H200, and to single groups of the other methods on one CPU thread; what refinement takes is counted only. What `auto`
+gives up on the way is taken from runs on trained models. Where else a method's work depends on what it finds there is
+no honest guess, and none is given.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from cospadi.engine.allocate import allocation_rule
 from cospadi.engine.effort import START, Work, measure_speed
 from cospadi.engine.machine import compute_dtype, device_name, parse_device, resolve_device
 from cospadi.engine.plan import Plan, group_row, make_plan
+from cospadi.engine.planning_work import parts, planning_work
 from cospadi.engine.pruning import check_section, prune_skeleton
 from cospadi.engine.solver_work import solver_work
 from cospadi.engine.tuner import EVALUATIONS
@@ -153,9 +155,9 @@ def phases(view: ModelView, plan: Plan, recipe: Recipe) -> dict[str, Work | None
     found: dict[str, Work | None] = {"calibrate": calibration_work(view, plan, recipe)}
     if recipe.prune is not None:  # what it looks at is the pruning method's affair
         found = {"prune": None, **found}
-    if allocation_rule(recipe) != "uniform":  # as many solves as it finds worth trying
-        found["allocate"] = None
-    solves = [solver_work(g.spec, g.options) for g in plan.groups] + [None for _ in plan.shared]
+    if allocation_rule(recipe) != "uniform":
+        found["allocate"] = planning_work(view, plan, recipe)
+    solves = [solver_work(part, g.options) for g in plan.groups for part in parts(g.spec)] + [None for _ in plan.shared]
     known = [work for work in solves if work is not None]
     found["factorise"] = sum(known, Work()) if len(known) == len(solves) else None
     if recipe.anchor or recipe.refine is not None:

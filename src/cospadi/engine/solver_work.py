@@ -12,11 +12,13 @@ from typing import Any
 from cospadi.engine.effort import Work
 from cospadi.format import GroupSpec
 from cospadi.methods import get_method
+from cospadi.methods.auto import FITTED, solved_by
+from cospadi.solvers.rescale import MEMORY
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Of one group: inputs d, outputs n, atoms k, non-zeros s per column."""
+    """Of one group: inputs d, outputs n, atoms k, non-zeros s per column, values of codes per scale."""
 
     d: int
     n: int
@@ -25,12 +27,22 @@ class _Sizes:
     modules: int
     integer: bool
     codes_integer: bool
+    group: int
 
     @classmethod
     def of(cls, spec: GroupSpec) -> _Sizes:
         nonzeros = spec.codes.nonzeros if spec.codes.sparse else spec.atoms
         integer = spec.codes.integer or (spec.dictionary is not None and spec.dictionary.integer)
-        return cls(spec.d_in, spec.codes.rows, spec.atoms, nonzeros, len(spec.modules), integer, spec.codes.integer)
+        return cls(
+            d=spec.d_in,
+            n=spec.codes.rows,
+            k=spec.atoms,
+            s=nonzeros,
+            modules=len(spec.modules),
+            integer=integer,
+            codes_integer=spec.codes.integer,
+            group=spec.codes.group,
+        )
 
 
 def _numbers(options: Mapping[str, Any], *names: str) -> tuple[int, ...]:
@@ -52,9 +64,14 @@ def _whitening(z: _Sizes) -> Work:
     return Work(products=4.0 * z.d**3 / 3) + _product(z.d, z.d, z.n, wide=True) + _product(z.d, z.d, z.k, wide=True)
 
 
+_PACKING = 150.0
+"""Bytes of memory traffic per code: to pack it and to read it back in float64; assumed."""
+
+
 def _measuring(z: _Sizes) -> Work:
     """The stored weight and its error under the Gram, in float64, as every run takes it of every group."""
-    return 2 * _product(z.d, z.d, z.n, wide=True) + _product(z.d, z.k, z.n, wide=True)
+    packing = Work(moved=_PACKING * z.n * z.k, kernels=100)
+    return 2 * _product(z.d, z.d, z.n, wide=True) + _product(z.d, z.k, z.n, wide=True) + packing
 
 
 _CHOOSING = 480.0
@@ -75,8 +92,14 @@ def _pursuit(z: _Sizes, options: Mapping[str, Any]) -> Work:
         return work + step * (2 * steps)
     fit = step * (4 * steps) + _grid(z.k, z.d, options["clip_search"]) + _feedback(z.k, z.d)
     if z.codes_integer:
-        fit = fit + _own_support(z)
+        fit = fit + _rounded_codes(z)
     return work + (fit + update) * (1 + refits)
+
+
+def _rounded_codes(z: _Sizes) -> Work:
+    """Codes to a grid, atom after atom: once in eight parts with least squares in between, and in two sweeps."""
+    descent = _product(z.n, z.k, z.k) + z.k * Work(moved=1000.0 * z.n, kernels=15)
+    return 3 * descent + 49 * (_product(z.n, z.k, z.k) + Work(moved=60.0 * z.n * z.k, kernels=12))
 
 
 def _ksvd(z: _Sizes, options: Mapping[str, Any]) -> Work:
@@ -128,15 +151,28 @@ def _geopair(z: _Sizes, options: Mapping[str, Any]) -> Work:
 def _grid(rows: int, columns: int, search: int, shifts: int = 0) -> Work:
     """Scales of groups, the best of a few clipping ranges."""
     trials = 1 + search * (1 + 2 * shifts)
-    return Work(moved=40.0 * rows * columns * trials, kernels=20 * trials)
+    return Work(moved=100.0 * rows * columns * trials, kernels=20 * trials)
 
 
-def _feedback(rows: int, columns: int, sweeps: int = 0, block: int = 128) -> Work:
-    """One input after the other, those to come making good for the error; then sweeps of coordinate descent."""
+def _feedback(rows: int, columns: int, sweeps: int = 0, block: int = 128, gridded: bool = True) -> Work:
+    """One input after the other, those to come making good for the error; then sweeps of coordinate descent.
+
+    `gridded`: every input goes to the nearest value of a grid, which a GPU does for a block of inputs in one kernel.
+    """
     factors = Work(products=6.0 * columns**3, kernels=100)
-    step = Work(moved=(2.0 * block + 20) * rows, kernels=15)
-    sweep = _product(rows, columns, columns) + columns * Work(moved=(6.0 * block / 2 + 40) * rows, kernels=15)
-    return factors + _product(rows, columns, columns) + columns * step + sweeps * sweep
+    step = Work(moved=(2.0 * block + 20) * rows) + _singly(block, gridded)
+    return factors + _product(rows, columns, columns) + columns * step + sweeps * _sweep(rows, columns, block, gridded)
+
+
+def _sweep(rows: int, columns: int, block: int, gridded: bool = True) -> Work:
+    """Coordinate descent over all inputs."""
+    step = Work(moved=(6.0 * block / 2 + 40) * rows) + _singly(block, gridded)
+    return _product(rows, columns, columns) + columns * step
+
+
+def _singly(block: int, gridded: bool) -> Work:
+    """What is launched for one input, by itself or as one of a block."""
+    return Work(cpu_kernels=22, kernels=15 / block) if gridded else Work(kernels=15)
 
 
 def _own_support(z: _Sizes, sweeps: int = 0) -> Work:
@@ -151,8 +187,16 @@ def _rtn(z: _Sizes, options: Mapping[str, Any]) -> Work:
 def _gptq(z: _Sizes, options: Mapping[str, Any]) -> Work:
     (rescalings,) = _numbers(options, "rescale")
     rounding = _feedback(z.n, z.d, options["sweeps"])
-    rescaling = _product(z.n, z.d, z.d) + _feedback(z.n, z.d, 1)
-    return _grid(z.n, z.d, options["search"], options["shifts"]) + rounding + rescaling * rescalings
+    return _grid(z.n, z.d, options["search"], options["shifts"]) + rounding + _rescaling(z) * rescalings
+
+
+def _rescaling(z: _Sizes) -> Work:
+    """Scales of a row from a system of equations over its groups, then a sweep of coordinate descent."""
+    groups = z.d / (z.group or z.d)
+    system = Work(moved=12.0 * z.n * z.d * groups + 60.0 * z.n * groups**2, products=4.0 * z.n * groups**3 / 3)
+    batches = max(1.0, z.n * (8 * groups**2 + 16 * z.d) / MEMORY)
+    fit = system + batches * Work(kernels=10 * groups + 60)
+    return 5 * _product(z.n, z.d, z.d) + fit + _sweep(z.n, z.d, 128)
 
 
 def _survivors(z: _Sizes, hessian: bool) -> Work:
@@ -167,7 +211,7 @@ def _wanda(z: _Sizes, _options: Mapping[str, Any]) -> Work:
 
 
 def _sparsegpt(z: _Sizes, options: Mapping[str, Any]) -> Work:
-    return _feedback(z.n, z.d, options["sweeps"], block=32) + _survivors(z, hessian=True)
+    return _feedback(z.n, z.d, options["sweeps"], block=32, gridded=False) + _survivors(z, hessian=True)
 
 
 SOLVERS: dict[str, Callable[[_Sizes, Mapping[str, Any]], Work]] = {
@@ -189,10 +233,14 @@ def solver_work(spec: GroupSpec, options: Mapping[str, Any]) -> Work | None:
     """What it takes to factorise one group and to measure what was stored; None: unknown.
 
     Args:
-        spec: of the group.
+        spec: of the group; one that shapes suggest to `auto` counts as solved by the method that such specs stand for.
         options: of its method; defaults are filled in.
     """
-    if spec.method not in SOLVERS:
+    name = spec.method
+    if name == "auto":
+        name = solved_by(spec)
+        options = FITTED if name == "gptq" and spec.codes.bits < 8 else {}
+    if name not in SOLVERS:
         return None
     sizes = _Sizes.of(spec)
-    return SOLVERS[spec.method](sizes, get_method(spec.method).check(dict(options))) + _measuring(sizes)
+    return SOLVERS[name](sizes, get_method(name).check(dict(options))) + _measuring(sizes)

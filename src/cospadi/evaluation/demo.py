@@ -18,7 +18,9 @@ from cospadi.recipe import DEFAULT_METHOD, Calibration, Recipe
 
 Progress = Callable[..., None]
 SAMPLES, LENGTH, BLOCKS = 64, 512, 24
-BASELINE = "svd"
+KEEPS = (0.4, 0.2)
+METHODS = (DEFAULT_METHOD, "rtn", "svd")
+"""The default, and beside it rounding to the nearest integers and truncated SVD, the textbook ways."""
 
 
 class _Yardstick:
@@ -49,19 +51,18 @@ class _Yardstick:
 
 
 def run_demo(
-    out: Path, *, keeps: Sequence[float], progress: Progress, method: str = DEFAULT_METHOD, baseline: str = BASELINE
+    out: Path, *, progress: Progress, keeps: Sequence[float] = KEEPS, methods: Sequence[str] = METHODS
 ) -> dict[str, Any]:
-    """Compress the embedded model at several sizes, by one method and by another at the same bytes.
+    """Compress the embedded model at several sizes, by several methods at the same bytes.
 
     Calibration text: modules of the running Python's standard library that the model was trained on; perplexity: on
     modules that it never saw. Run again, it takes over whatever is finished.
 
     Args:
         out: output directory; one checkpoint per method and size below it.
-        keeps: shares of bytes to keep.
         progress: called with (phase, done, total, detail, error); the phase begins with the run's name.
-        method: compared with `baseline`.
-        baseline: by default truncated SVD, the textbook way.
+        keeps: shares of bytes to keep.
+        methods: by name.
 
     Returns:
         ``dense`` (``perplexity, bytes, tokens``), ``rows`` (``method, keep, keep_actual, perplexity, bytes, seconds,
@@ -73,10 +74,9 @@ def run_demo(
     """
     calibration = Calibration(samples=SAMPLES, seq_len=LENGTH)
     recipes = [
-        # Equal shares for all layers: searching for better ones takes longer than everything else together.
-        Recipe(method=name, keep=keep, calibration=calibration, allocation="uniform")
+        Recipe(method=name, keep=keep, calibration=calibration)
         for keep in sorted(set(keeps), reverse=True)
-        for name in (method, baseline)
+        for name in methods
     ]
     for recipe in recipes:
         check_output(out / _folder(recipe))

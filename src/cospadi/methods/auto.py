@@ -87,6 +87,13 @@ def auto_plan(shape: GroupShape, budget: int, *, bits: Bits = "any") -> GroupSpe
     return spec if spec.bytes <= budget else pursuit_plan(shape, budget, dictionary_bits=4, value_bits=4)
 
 
+def solved_by(spec: GroupSpec) -> str:
+    """Name of the method that solves a spec which `auto` offers."""
+    if spec.dictionary is not None:
+        return "pursuit"
+    return "sparsegpt" if spec.codes.sparse else "gptq"
+
+
 @method("auto", paper="this project", plan=auto_plan, grouping="siblings")
 def auto(problem: Problem, spec: GroupSpec) -> Factors:
     """Chooses method, bits and bytes for every group by measured harm, under one byte budget.
@@ -95,5 +102,4 @@ def auto(problem: Problem, spec: GroupSpec) -> Factors:
         problem: weights and Grams.
         spec: any of those that the method offers.
     """
-    name = "pursuit" if spec.dictionary is not None else ("sparsegpt" if spec.codes.sparse else "gptq")
-    return get_method(name).factorise(problem, spec, {})
+    return get_method(solved_by(spec)).factorise(problem, spec, {})

@@ -95,7 +95,9 @@ class Method:
         Raises:
             RecipeError: on an unknown option (naming the nearest) or a wrong value.
         """
-        return checked_options(self.name, self.options, options)
+        return checked_options(
+            self.name, self.options, options, {name: other.options for name, other in all_methods().items()}
+        )
 
     def spec(self, shape: GroupShape, budget: int, options: dict[str, Any]) -> GroupSpec:
         """The largest spec of this method within `budget` bytes.

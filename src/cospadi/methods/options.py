@@ -1,6 +1,7 @@
 """Options of methods, checked before anything is read: one line that names option, value and what is allowed."""
 
 import difflib
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -10,13 +11,16 @@ from cospadi.errors import RecipeError
 from cospadi.methods.ranges import range_text
 
 
-def checked_options(method: str, options: type[BaseModel], given: dict[str, Any]) -> dict[str, Any]:
+def checked_options(
+    method: str, options: type[BaseModel], given: dict[str, Any], others: Mapping[str, type[BaseModel]] | None = None
+) -> dict[str, Any]:
     """Validate the options of a method, of compression or of pruning, and fill in defaults.
 
     Args:
         method: its name.
         options: what it takes.
         given: what the user gives.
+        others: what other methods take, by name, to say which of them knows an option that this one does not.
 
     Raises:
         RecipeError: on an unknown option (naming the nearest) or a wrong value.
@@ -26,6 +30,8 @@ def checked_options(method: str, options: type[BaseModel], given: dict[str, Any]
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(known) or 'none'}"
+            having = [name for name, other in (others or {}).items() if key in other.model_fields]
+            hint += f"; methods with it: {', '.join(having)}" if having and not near else ""
             raise RecipeError(f"method {method!r} has no option {key!r}{hint}")
         kind = options.model_fields[key].annotation
         if isinstance(value, bool) and bool not in (kind, *get_args(kind)):  # pydantic would take true for 1

@@ -1,13 +1,15 @@
 """Guesses of time and memory: counts against the operations that are really done, seconds against measured runs."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
-from cospadi.engine import estimate, estimation
+from cospadi.embedded import model_path
+from cospadi.engine import estimate, estimation, planning_work
 from cospadi.engine.effort import START, Speed, Work, gain, measure_speed
 from cospadi.engine.estimation import calibration_work, forward_work, gram_work, host_memory, phases
 from cospadi.engine.plan import make_plan
@@ -15,8 +17,9 @@ from cospadi.engine.solver_work import SOLVERS, solver_work
 from cospadi.errors import BudgetError, CalibrationError, RecipeError
 from cospadi.format import GroupSpec
 from cospadi.methods import GroupShape, Problem, all_methods, base, get_method, method
+from cospadi.methods.auto import FITTED
 from cospadi.methods.sizing import low_rank_plan
-from cospadi.model_view import discover, skeleton
+from cospadi.model_view import discover, open_config, skeleton
 from cospadi.recipe import Recipe
 from tiny import save_tiny, tiny_model, token_ids
 
@@ -24,6 +27,8 @@ CPU, H200 = torch.device("cpu"), torch.device("cuda")
 TWO_CORES = Speed("cpu", 150e9, 150e9, 31e9)
 # rates of an H200 as far as they are known, not measured by `measure_speed`
 LARGE_GPU = Speed("cuda", 50e12, 600e12, 4e12)
+H100 = Speed("cuda", 50e12, 600e12, 3e12)
+SHORT, MIDDLE, LONG = ({"samples": n, "seq_len": length} for n, length in ((64, 512), (128, 1024), (256, 1024)))
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +41,17 @@ def llama():
     return discover(skeleton(config))
 
 
+def large(layers):
+    """A few decoder layers of Llama-3-8B's shapes, with a small vocabulary."""
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,
+        num_key_value_heads=8, dtype=torch.bfloat16,
+    )  # fmt: skip
+    return discover(skeleton(config))
+
+
 def guess(view, speed, **recipe):
-    recipe = Recipe(keep=0.8, **recipe)
+    recipe = Recipe(**{"keep": 0.8, "method": "pursuit"} | recipe)
     work = phases(view, make_plan(view, recipe), recipe)
     return {name: None if one is None else START[speed.kind] + speed.seconds(one) for name, one in work.items()}
 
@@ -58,9 +72,95 @@ def test_seconds_are_within_a_factor_of_two_of_the_runs_they_were_fitted_to(llam
     assert factorise / 2 < found["factorise"] < factorise * 2
 
 
+def near(found, measured):
+    return measured / 2 < found < measured * 2
+
+
+@pytest.mark.parametrize(
+    ("model", "speed", "keep", "text", "allocate", "factorise"),
+    [
+        ("llama", H100, 0.4, SHORT, 6.9, 1.5),
+        ("llama", H100, 0.27, SHORT, 9, 1.7),
+        ("llama", H100, 0.14, SHORT, 10.1, 3.0),
+        ("embedded", TWO_CORES, 0.4, SHORT, 16.0, 6.3),
+        ("embedded", TWO_CORES, 0.2, SHORT, 18.0, 7.5),
+        ("large", H100, 0.4, MIDDLE, 66, 22.5),
+    ],
+)
+def test_seconds_of_auto_are_within_a_factor_of_two_of_measured_runs(
+    llama, model, speed, keep, text, allocate, factorise
+):
+    views = {"llama": lambda: llama, "embedded": lambda: discover(skeleton(open_config(model_path())))}
+    view = views.get(model, lambda: large(4))()
+    found = guess(view, speed, method="auto", keep=keep, calibration=text)
+    assert set(found) == {"calibrate", "allocate", "factorise"}
+    assert near(found["allocate"], allocate)
+    assert near(found["factorise"], factorise)
+
+
+@pytest.mark.parametrize(
+    ("speed", "options", "keep", "text", "seconds"),
+    [
+        (TWO_CORES, {"bits": 16}, 0.4, LONG, 170),
+        (TWO_CORES, {"bits": 16}, 0.6, LONG, 305),
+        (TWO_CORES, {"bits": 16}, 0.8, LONG, 163),
+        (H100, {"bits": 16}, 0.6, LONG, 36),
+    ],
+)
+def test_planning_and_factorising_together_are_near_measured_runs(llama, speed, options, keep, text, seconds):
+    found = guess(llama, speed, method="auto", options=options, keep=keep, calibration=text)
+    assert near(found["allocate"] + found["factorise"], seconds)
+
+
+def test_a_whole_run_of_auto_is_near_a_measured_one(llama):
+    found = guess(llama, TWO_CORES, method="auto", keep=0.27, calibration=SHORT)
+    assert near(sum(found.values()), 227)
+    assert found["allocate"] > found["calibrate"] + found["factorise"]
+
+
+def test_two_large_layers_without_integers_are_near_a_measured_run():
+    found = guess(large(2), H100, method="auto", options={"bits": 16}, keep=0.6, calibration=MIDDLE)
+    assert near(found["allocate"], 46.6)
+    assert near(found["factorise"], 42.7)
+
+
+def test_no_harm_is_counted_where_everything_fits_at_eight_bits(llama, monkeypatch):
+    roomy, tight = (guess(llama, TWO_CORES, method="auto", keep=keep) for keep in (0.8, 0.45))
+    assert 0 < roomy["allocate"] < tight["allocate"] / 2
+    counted = []
+    monkeypatch.setattr(planning_work, "harm_work", lambda *_: counted.append(1) or Work())
+    guess(llama, TWO_CORES, method="auto", keep=0.8)
+    assert not counted
+    guess(llama, TWO_CORES, method="auto", keep=0.45)
+    assert counted
+
+
+def test_what_shapes_suggest_to_auto_is_counted_as_its_method():
+    shape = GroupShape(("a",), 512, (1024,))
+
+    def spec(name, keep, **options):
+        return replace(get_method(name).spec(shape, int(keep * shape.dense_bytes), options), method=name)
+
+    assert solver_work(spec("auto", 0.27), {}) == solver_work(spec("gptq", 0.27, bits=4, group=64), FITTED)
+    assert solver_work(spec("auto", 0.1), {}).kernels > 0
+    sparse = spec("auto", 0.6, bits=16)
+    assert solver_work(sparse, {"bits": 16}) == solver_work(replace(sparse, method="pursuit"), {})
+
+
+def test_a_gpu_decides_blocks_of_inputs_at_once():
+    shape = GroupShape(("a",), 4096, (4096,))
+    spec = replace(get_method("gptq").spec(shape, shape.dense_bytes, {"bits": 4}), method="gptq")
+    options = {"search": 0, "sweeps": 0}
+    work = solver_work(spec, options)
+    assert work.cpu_kernels >= 15 * 4096 and work.kernels < 2000
+    assert solver_work(spec, options | {"sweeps": 1}).cpu_kernels == 2 * work.cpu_kernels
+    pruned = replace(get_method("sparsegpt").spec(shape, shape.dense_bytes // 2, {}), method="sparsegpt")
+    assert solver_work(pruned, {"sweeps": 0}).kernels > 15 * 4096  # a support of every row's own: input by input
+
+
 def test_memory_is_near_a_measured_run(llama, monkeypatch):
     monkeypatch.setattr(estimation, "compute_dtype", lambda *_: None)  # measured with units for bfloat16
-    recipe = Recipe(keep=0.8)
+    recipe = Recipe(keep=0.8, method="pursuit")
     plan = make_plan(llama, recipe)
     found = host_memory(llama, plan, recipe, CPU)
     assert found["process"] == 450_000_000 and found["hidden_states"] == 256 * 1024 * 512 * 2
@@ -76,7 +176,7 @@ def test_memory_is_near_a_measured_run(llama, monkeypatch):
 
 @pytest.mark.parametrize("change", [{"anchor": True}, {"refine": {}}])
 def test_three_streams_of_hidden_states_take_their_room(llama, change):
-    plain, changed = Recipe(keep=0.8), Recipe(keep=0.8, **change)
+    plain, changed = (Recipe(keep=0.8, method="pursuit", **more) for more in ({}, change))
     plan = make_plan(llama, plain)
     one, three = (host_memory(llama, plan, recipe, CPU) for recipe in (plain, changed))
     assert three.pop("hidden_states") >= 3 * one.pop("hidden_states")
@@ -127,7 +227,7 @@ def test_work_grows_with_what_is_asked_for(llama):
     assert 1.7 < refined[1] / refined[0] <= 2
     together = guess(llama, TWO_CORES, refine={"steps": 100, "output_steps": 100})["refine"]
     assert together == pytest.approx(2 * refined[0], rel=0.01)
-    short = Recipe(keep=0.8, calibration={"samples": 128})
+    short = Recipe(keep=0.8, method="pursuit", calibration={"samples": 128})
     plans = make_plan(llama, short)
     halves = [calibration_work(llama, plans, r) for r in (short, short.merged({"calibration": {"samples": 256}}))]
     assert 2 * halves[0].operations == halves[1].operations
@@ -139,14 +239,13 @@ def test_work_grows_with_what_is_asked_for(llama):
 
 
 def test_what_cannot_be_guessed_is_said_to_be_unknown(llama, monkeypatch):
-    assert guess(llama, TWO_CORES, method="auto")["factorise"] is None
-    assert guess(llama, TWO_CORES, method="auto")["allocate"] is None
+    assert guess(llama, TWO_CORES, allocation="rocket")["allocate"] is None
     assert guess(llama, TWO_CORES, method="compot")["allocate"] is None
     assert guess(llama, TWO_CORES, method="compot")["factorise"] > 0
     assert guess(llama, TWO_CORES, method="masa", only=["q_proj"])["factorise"] is None
     pruned = Recipe(keep=0.8, prune={"blocks": 2})
     assert phases(llama, make_plan(llama, pruned), pruned)["prune"] is None
-    recipe = Recipe(keep=0.8, method="auto")
+    recipe = Recipe(keep=0.8, method="compot")
     known = phases(llama, make_plan(llama, recipe), recipe)
     assert estimation.seconds(known, llama, CPU)["total"] is None
     assert estimation.seconds(known, llama, CPU)["calibrate"] > 0
@@ -182,13 +281,16 @@ def test_the_machine_is_measured_quickly_and_left_as_it_was():
 
 
 def test_work_adds_up_and_scales():
-    one, other = Work(1, 2, 3, 4, 5), Work(10, 20, 30, 40, 50)
-    assert one + other == Work(11, 22, 33, 44, 55)
-    assert 3 * one == one * 3 == Work(3, 6, 9, 12, 15)
+    one, other = Work(1, 2, 3, 4, 5, 6), Work(10, 20, 30, 40, 50, 60)
+    assert one + other == Work(11, 22, 33, 44, 55, 66)
+    assert 3 * one == one * 3 == Work(3, 6, 9, 12, 15, 18)
     assert one.operations == 3
     cpu, gpu = Speed("cpu", 1.0, 2.0, 3.0), Speed("cuda", 1.0, 2.0, 3.0)
     assert cpu.seconds(Work(1, 2, 3, 0, 7e12)) == 3.0
     assert gpu.seconds(Work(1, 2, 3, 0, 5e9)) == 4.0
+    assert (
+        cpu.seconds(Work(cpu_kernels=1e6)) == cpu.seconds(Work(kernels=1e6)) > gpu.seconds(Work(cpu_kernels=1e6)) == 0
+    )
 
 
 def test_the_estimate_of_a_model_directory(tmp_path):
@@ -227,4 +329,4 @@ def test_the_estimate_warns_of_long_sequences_and_refuses_wrong_options_first(tm
     with pytest.raises(CalibrationError, match="--seq-len 64"):
         estimate(learned, Recipe(keep=0.8, calibration={"seq_len": 65}))
     with pytest.raises(RecipeError, match="'rounds' cannot be -3"):
-        estimate(tmp_path / "not there", Recipe(keep=0.8, options={"rounds": -3}))
+        estimate(tmp_path / "not there", Recipe(keep=0.8, method="pursuit", options={"rounds": -3}))

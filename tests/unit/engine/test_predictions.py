@@ -24,7 +24,7 @@ def model_path(tmp_path_factory):
 
 
 def run(model_path, out, **changes):
-    recipe = Recipe().merged({"calibration": {"samples": 24, "seq_len": 24}, "options": {"rounds": 3}})
+    recipe = Recipe(method="pursuit", calibration={"samples": 24, "seq_len": 24}, options={"rounds": 3})
     settings = {"keep": 0.4, "calibration": [tiny_text(2000)], "device": "cpu", "refine": REFINE}
     return compress(model_path, out, recipe=recipe, **(settings | changes))
 

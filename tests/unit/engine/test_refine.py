@@ -192,7 +192,7 @@ def test_one_sequence_is_too_little_to_refine():
 @pytest.mark.parametrize("options", [{"value_bits": 4, "dictionary_bits": 4, "group": 16}, {}])
 def test_the_checkpoint_holds_the_refined_layers_and_norms(tmp_path, options):
     source = save_tiny(tmp_path / "m", "qwen3", dtype=torch.float32, max_shard_size="5GB")
-    recipe = Recipe().merged({"calibration": {"samples": 32, "seq_len": 24}, "options": options | {"rounds": 3}})
+    recipe = Recipe(method="pursuit", calibration={"samples": 32, "seq_len": 24}, options=options | {"rounds": 3})
     results = {}
     for name, change in {"plain": None, "refined": {"steps": 20}}.items():
         out = tmp_path / name

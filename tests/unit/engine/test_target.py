@@ -18,7 +18,7 @@ from tiny import save_tiny
 @pytest.mark.parametrize("changes", [{}, {"options": {"value_bits": 4, "dictionary_bits": 8}}, {"method": "svd"}])
 def test_a_close_upper_bound(tmp_path: Path, architecture, changes):
     model, tokenizer = open_model(save_tiny(tmp_path / "m", architecture))
-    plan = make_plan(discover(model), Recipe().merged({"keep": 0.8} | changes))
+    plan = make_plan(discover(model), Recipe(method="pursuit", keep=0.8).merged(changes))
     specs = [group.spec for group in plan.groups]
     bound = side_bytes(model, specs, plan.bytes_after + plan.other_bytes)
     replace_modules(model, specs)

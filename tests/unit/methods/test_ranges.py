@@ -84,10 +84,19 @@ def test_no_number_of_any_method_is_unbounded():
 
 
 def test_a_wrong_option_comes_to_light_before_anything_is_read(tmp_path):
-    recipe = Recipe(keep=0.8, options={"rounds": 0}, calibration={"source": "no such text"})
+    recipe = Recipe(method="pursuit", keep=0.8, options={"rounds": 0}, calibration={"source": "no such text"})
     with pytest.raises(RecipeError, match="'rounds' cannot be 0: it must be at least 1"):
         compress(tmp_path / "no such model", tmp_path / "out", recipe=recipe)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_option_of_another_method_names_those_that_have_it():
+    with pytest.raises(
+        RecipeError, match=r"'auto' has no option 'value_bits'; it takes bits; methods with it: .*pursuit"
+    ):
+        get_method("auto").check({"value_bits": 8})
+    with pytest.raises(RecipeError, match=r"did you mean 'rounds'\?$"):
+        get_method("pursuit").check({"round": 8})
 
 
 def test_plug_ins_say_their_ranges_in_the_same_way(monkeypatch):
