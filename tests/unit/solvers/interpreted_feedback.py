@@ -13,26 +13,13 @@ from cospadi.solvers.feedback import GridSteps, feedback, refine, sweep
 from cospadi.solvers.quantise import fit_grid, quantise_rows
 from cospadi.solvers.rescale import rescaled
 from cospadi.solvers.triton_feedback import BlockKernels
+from gram import correlated, loss, rand
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before anything imports triton"
 
 FORMATS = [(bits, symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)]
 SHAPES = [(1, 1, 0), (5, 3, 0), (13, 20, 8), (8, 30, 0), (3, 98, 96), (11, 33, 32), (17, 9, 0), (2, 40, 32)]
 """Rows, inputs of the block, group."""
-
-
-def rand(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def correlated(size, seed=0, tokens=200):
-    inputs = rand(tokens, size, seed=seed) @ (rand(size, size, seed=seed + 1) * torch.linspace(0.1, 2, size))
-    return (inputs.T @ inputs / tokens).double()
-
-
-def loss(hessian, rows, values):
-    miss = (rows - values).double()
-    return float(((miss @ hessian) * miss).sum())
 
 
 def grids(rows, bits, symmetric, group):

@@ -4,22 +4,9 @@ import torch
 from cospadi.solvers.feedback import damped, feedback, refine, sweep, sweep_supports
 from cospadi.solvers.projection import support as project
 from cospadi.solvers.quantise import fit_grid, grouped, levels, quantise_rows
+from gram import correlated, loss, rand
 
 FORMATS = [(bits, symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)]
-
-
-def rand(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def correlated(size, seed=0, tokens=200):
-    inputs = rand(tokens, size, seed=seed) @ (rand(size, size, seed=seed + 1) * torch.linspace(0.1, 2, size))
-    return (inputs.T @ inputs / tokens).double()
-
-
-def loss(hessian, rows, values):
-    miss = (rows - values).double()
-    return float(((miss @ hessian) * miss).sum())
 
 
 def classical(row, hessian, order, snap):

@@ -15,6 +15,7 @@ import torch
 from cospadi.solvers.feedback import block_kernels, feedback, refine, sweep
 from cospadi.solvers.quantise import fit_grid, quantise_rows
 from cospadi.solvers.rescale import rescaled
+from gram import correlated, loss, rand
 
 
 @pytest.mark.skipif(
@@ -27,20 +28,6 @@ def test_the_kernel_in_the_interpreter():
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
-
-
-def rand(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def correlated(size, seed=0):
-    inputs = rand(2 * size, size, seed=seed) @ (rand(size, size, seed=seed + 1) * torch.linspace(0.1, 2, size))
-    return (inputs.T @ inputs / (2 * size)).double()
-
-
-def loss(hessian, rows, values):
-    miss = (rows - values).double()
-    return float(((miss @ hessian) * miss).sum())
 
 
 def test_there_is_no_kernel_on_a_cpu():
@@ -67,7 +54,7 @@ SHAPES = [(300, 515), (77, 1000), (9, 1)]
 @pytest.mark.parametrize(("bits", "group", "symmetric"), FORMATS)
 @pytest.mark.parametrize(("count", "columns"), SHAPES)
 def test_on_a_gpu_losses_are_those_on_a_cpu(bits, group, symmetric, count, columns):
-    rows, hessian = rand(count, columns, seed=bits), correlated(columns, seed=3)
+    rows, hessian = rand(count, columns, seed=bits), correlated(columns, seed=3, tokens=2 * columns)
     rows[::7] = 0
     losses = []
     for device in ("cpu", "cuda"):
@@ -83,7 +70,7 @@ def test_on_a_gpu_losses_are_those_on_a_cpu(bits, group, symmetric, count, colum
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("count", "columns"), SHAPES)
 def test_on_a_gpu_the_kernel_is_as_input_by_input(symmetric, count, columns):
-    rows, hessian = rand(count, columns, seed=11).cuda(), correlated(columns, seed=12).cuda()
+    rows, hessian = rand(count, columns, seed=11).cuda(), correlated(columns, seed=12, tokens=2 * columns).cuda()
     grid = fit_grid(rows, bits=3, group=32, symmetric=symmetric)
     steps, plan = grid.steps(columns, 32), feedback(hessian)
     assert block_kernels(rows, steps) is not None
