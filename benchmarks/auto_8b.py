@@ -46,14 +46,14 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="a model directory")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--keep", type=float, default=0.4)
-    parser.add_argument("--bits", default="any", help="any or 16")
+    parser.add_argument("--bits", default="any", choices=("any", "16"))
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     device = torch.device(options.device)
     recipe = Recipe(
         method="auto",
         keep=options.keep,
-        options={"bits": 16 if options.bits == "16" else options.bits},
+        options={"bits": 16 if options.bits == "16" else "any"},
         calibration={"samples": 128, "seq_len": 1024},
         device=options.device,
     )

@@ -54,6 +54,19 @@ def test_a_compressed_checkpoint_is_measured_as_it_is_stored(tiny, tmp_path):
     assert sum("keep 0.7" in line for line in lines) == 4
 
 
+def test_what_the_default_method_stores_is_measured_whole(tiny, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(tiny_text(), encoding="utf-8")
+    flags = ("--keep", 0.3, "--calibration", text, "--samples", 2, "--seq-len", 32)
+    report = command("compress", tiny, tmp_path / "small", *flags, "--json").json
+    assert {group["method"] for group in report["groups"]} <= {"gptq", "pursuit"}
+    done = command("benchmark", tmp_path / "small", "--tokens", 1, "--prompt", 8, "--quick", "--json")
+    assert done.code == 0, done.err
+    plain, stored = done.json["models"]
+    saved = report["bytes_before"] - report["bytes_after"]
+    assert plain["weight_bytes"] - stored["weight_bytes"] == saved - 1  # a byte stands in for the first weight
+
+
 BAD = [
     (("--shapes", "llama-9"), 1, "no shape 'llama-9'"),
     (("--keep", "1.5"), 2, "--keep '1.5': give shares above 0 and up to 1"),

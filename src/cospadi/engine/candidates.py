@@ -73,6 +73,14 @@ class Family:
             found[spec.bytes] = spec
         return [found[size] for size in sorted(found)]
 
+    @property
+    def hurried(self) -> dict[str, Any]:
+        """The options of a trial."""
+        full = get_method(self.method).check(self.options)
+        return self.options | {
+            key: min(full[key], most) for key, most in QUICK.items() if isinstance(full.get(key), int)
+        }
+
     def smallest(self, shape: GroupShape) -> GroupSpec:
         """The least spec, whatever the range."""
         return least_spec(shape, get_method(self.method), self.options)
@@ -159,10 +167,7 @@ def solve_trial(task: Task, family: Family, spec: GroupSpec, dtype: torch.dtype)
     Returns:
         the trial, and Ŵ (d_in, n) float32 on the CPU, as packed and read back.
     """
-    method = get_method(family.method)
-    full = method.check(family.options)
-    hurried = {key: min(full[key], most) for key, most in QUICK.items() if isinstance(full.get(key), int)}
-    tensors = solve(method, family.options | hurried, spec, task.problem, dtype)
+    tensors = solve(get_method(family.method), family.hurried, spec, task.problem, dtype)
     found = rebuild(tensors, spec)
     miss = task.weight - found
     columns = (miss * (task.problem.grams[0] @ miss)).sum(0)

@@ -192,7 +192,7 @@ def forward_work(view: ModelView, tokens: int, length: int) -> Work:
         tokens: of the text.
         length: tokens in a sequence.
     """
-    layers, width = len(view.layers), hidden_width(view)
+    layers, width = len(view.layers), view.hidden_width
     linear = sum(2.0 * g.d_in * sum(g.d_out) for g in view.groups)
     attention = 2.0 * length * width * layers  # queries by keys and weights by values, half of them masked
     batches = max(1.0, tokens / (sequences_per_batch(length) * length))
@@ -275,7 +275,7 @@ def host_memory(view: ModelView, plan: Plan, recipe: Recipe, device: torch.devic
     weights = plan.bytes_before + plan.other_bytes
     wide = compute_dtype(weights, device)
     item = (wide or view.model.dtype).itemsize
-    states = _tokens(recipe) * hidden_width(view)
+    states = _tokens(recipe) * view.hidden_width
     if recipe.anchor or recipe.refine is not None:
         # the original, the compressed and the target stream; errors between two of them are taken in float32
         states *= 3 * item + (8 if item == 4 else 12)
@@ -286,7 +286,7 @@ def host_memory(view: ModelView, plan: Plan, recipe: Recipe, device: torch.devic
     length = recipe.calibration.seq_len
     batch = length * min(recipe.calibration.samples, sequences_per_batch(length))
     widest = max(sum(g.d_out) for g in view.groups)
-    activations = batch * (2 * widest + 4 * hidden_width(view)) * item
+    activations = batch * (2 * widest + 4 * view.hidden_width) * item
     solves = [9 * g.spec.atoms * g.spec.codes.rows + 6 * g.spec.d_in * g.spec.codes.rows for g in plan.groups]
     solve = max([*(4 * numbers for numbers in solves), *(g.working_bytes for g in plan.shared)])
     square = 24 * max(g.d_in for g in view.groups) ** 2
@@ -297,11 +297,6 @@ def host_memory(view: ModelView, plan: Plan, recipe: Recipe, device: torch.devic
         "hidden_states": states,
         "working": working,
     }
-
-
-def hidden_width(view: ModelView) -> int:
-    """Numbers in the hidden state of one token."""
-    return int(getattr(view.model.config.get_text_config(), "hidden_size", 0) or max(g.d_in for g in view.groups))
 
 
 def _tokens(recipe: Recipe) -> int:

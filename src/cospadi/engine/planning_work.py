@@ -12,13 +12,13 @@ from dataclasses import replace
 
 from cospadi.checkpoint import storage_dtype
 from cospadi.engine.allocate import allocation_rule, families, own_input
-from cospadi.engine.candidates import QUICK, Family, anchors
+from cospadi.engine.candidates import Family, anchors
 from cospadi.engine.damage import LENGTH, TOKENS
 from cospadi.engine.effort import Work
 from cospadi.engine.plan import Plan
-from cospadi.engine.profile import MEASURED, REACH_DOWN, piece_spec, shape_of, shares
+from cospadi.engine.profile import MEASURED, REACH_DOWN, piece_spec, roomy, shape_of, shares
 from cospadi.engine.solver_work import solver_work
-from cospadi.engine.trials import ANCHORS, COSTLY_ANCHORS, TEACHERS, Trier
+from cospadi.engine.trials import ANCHORS, COSTLY_ANCHORS, TEACHERS, Kind, Trier, kind_of
 from cospadi.format import GroupSpec
 from cospadi.methods import GroupShape, get_method
 from cospadi.model_view import ModelView
@@ -45,18 +45,15 @@ def planning_work(view: ModelView, plan: Plan, recipe: Recipe) -> Work | None:
     groups = [group for group in plan.groups if own_input(group)]
     if not groups:
         return Work()
-    work, alike = Work(), Counter[GroupShape]()
-    room = keep * sum(group.spec.dense_bytes for group in groups)
+    work, alike = Work(), Counter[Kind]()
     whole: list[Work] = []  # of representations that a group's layers share, near the target
     for group in groups:
         shape = shape_of(group.spec)
-        kind = replace(shape, modules=tuple(name.rsplit(".", 1)[-1] for name in shape.modules))
-        tried = _tried(trier, shape, known=alike[kind] >= TEACHERS)
-        alike[kind] += 1
+        tried = _tried(trier, shape, known=alike[kind_of(shape)] >= TEACHERS)
+        alike[kind_of(shape)] += 1
         work = work + sum((trial_work(family, spec) for family, specs in tried for spec in specs), Work())
-        room -= max((spec.bytes for _, specs in tried for spec in specs), default=group.spec.dense_bytes)
         whole += [trial_work(family, specs[-1]) for family, specs in tried if not family.each][:1]
-    if room >= 0 and all(family.fixed for family in trier.active):
+    if roomy(trier.active, groups, grid, keep):
         return work  # all can have the most there is: no harm is measured
     each = any(family.each for family in trier.families)
     work = work + harm_work(view, [(g.layer, len(g.spec.modules) if each else 1) for g in groups], recipe)
@@ -83,9 +80,7 @@ def trial_work(family: Family, spec: GroupSpec) -> Work:
         family: method and options.
         spec: what to reach.
     """
-    full = get_method(family.method).check(family.options)
-    hurried = {key: min(full[key], most) for key, most in QUICK.items() if isinstance(full.get(key), int)}
-    solved = solver_work(replace(spec, method=family.method), family.options | hurried)
+    solved = solver_work(replace(spec, method=family.method), family.hurried)
     weights = spec.d_in * spec.codes.rows
     return (solved or Work()) + Work(transferred=4.0 * weights)
 
@@ -101,7 +96,7 @@ def harm_work(view: ModelView, pieces: Sequence[tuple[int, int]], recipe: Recipe
     length = min(recipe.calibration.seq_len, LENGTH)
     tokens = min(TOKENS, recipe.calibration.samples * recipe.calibration.seq_len)
     layers, config = len(view.layers), view.model.config.get_text_config()
-    width = int(getattr(config, "hidden_size", 0) or max(g.d_in for g in view.groups))
+    width = view.hidden_width
     linear = sum(2.0 * g.d_in * sum(g.d_out) for g in view.groups) / layers
     layer = Work(products=tokens * (linear + 2.0 * length * width), kernels=30, transferred=8.0 * tokens * width)
     logits = tokens * float(getattr(config, "vocab_size", 0))

@@ -184,7 +184,7 @@ def profile(
     """
     grid = shares(keep, FAR_DOWN if relative else REACH_DOWN)
     trier = Trier(families, grid, keep, dtype)
-    if _roomy(trier.active, groups, grid, keep):
+    if roomy(trier.active, groups, grid, keep):
         ids = None  # all can have the most there is: harm decides nothing
     found = [Profile(shape_of(group.spec), relative, _pieces(group, families)) for group in groups]
     measured: list[tuple[int, int, float]] = []
@@ -227,8 +227,15 @@ def profile(
     return found
 
 
-def _roomy(families: Sequence[Family], groups: Sequence[PlannedGroup], grid: Sequence[float], keep: float) -> bool:
-    """Whether sizes do not depend on the budget and the largest of all groups fit together."""
+def roomy(families: Sequence[Family], groups: Sequence[PlannedGroup], grid: Sequence[float], keep: float) -> bool:
+    """Whether sizes do not depend on the budget and the largest of all groups fit together.
+
+    Args:
+        families: whose sizes come near the budget.
+        groups: each with one input.
+        grid: shares of bytes to consider.
+        keep: share that all groups together keep.
+    """
     if not families or not all(family.fixed for family in families):
         return False
     room = keep * sum(group.spec.dense_bytes for group in groups)

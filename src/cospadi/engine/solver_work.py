@@ -12,7 +12,7 @@ from typing import Any
 from cospadi.engine.effort import Work
 from cospadi.format import GroupSpec
 from cospadi.methods import get_method
-from cospadi.methods.auto import FITTED, solved_by
+from cospadi.methods.auto import solved_by
 from cospadi.solvers.rescale import MEMORY
 
 
@@ -238,8 +238,7 @@ def solver_work(spec: GroupSpec, options: Mapping[str, Any]) -> Work | None:
     """
     name = spec.method
     if name == "auto":
-        name = solved_by(spec)
-        options = FITTED if name == "gptq" and spec.codes.bits < 8 else {}
+        name, options = solved_by(spec)
     if name not in SOLVERS:
         return None
     sizes = _Sizes.of(spec)

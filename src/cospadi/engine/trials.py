@@ -26,6 +26,11 @@ Kind = tuple[tuple[str, ...], int, tuple[int, ...]]
 Solved = list[tuple[Trial, Tensor]]
 
 
+def kind_of(shape: GroupShape) -> Kind:
+    """What groups of one kind have in common: names and sizes of their layers."""
+    return tuple(name.rsplit(".", 1)[-1] for name in shape.modules), shape.d_in, shape.d_out
+
+
 class Trier:
     """Solves the trials of one group after another.
 
@@ -64,7 +69,7 @@ class Trier:
             by their numbers, the families that are worth considering and their trials; and the trials that were
             solved, with their weights.
         """
-        kind = tuple(name.rsplit(".", 1)[-1] for name in shape.modules), shape.d_in, shape.d_out
+        kind = kind_of(shape)
         seen: dict[int, list[Trial]] = {}
         solved: Solved = []
         for index in [i for i in self.near if not self._given_up(kind, i)] or self.near:

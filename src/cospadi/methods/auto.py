@@ -44,11 +44,16 @@ class Choice:
     each: bool = False
 
 
+def _fitted(bits: int) -> dict[str, Any]:
+    """Options of `gptq` for integers of so many bits."""
+    return dict(FITTED) if bits < 8 else {}
+
+
 def _integers() -> list[Choice]:
     """Plain integers of all bits, solved everywhere for one group size; the other sizes are carried over."""
 
     def plain(bits: int, group: int, learnt: bool) -> Choice:
-        options = {"bits": bits, "group": group} | (FITTED if bits < 8 else {})
+        options = {"bits": bits, "group": group} | _fitted(bits)
         return Choice("gptq", options, fixed=True, learnt=learnt, each=True)
 
     solved = [plain(8, 128, False), *(plain(bits, 64, False) for bits in (4, 3, 2))]
@@ -87,11 +92,11 @@ def auto_plan(shape: GroupShape, budget: int, *, bits: Bits = "any") -> GroupSpe
     return spec if spec.bytes <= budget else pursuit_plan(shape, budget, dictionary_bits=4, value_bits=4)
 
 
-def solved_by(spec: GroupSpec) -> str:
-    """Name of the method that solves a spec which `auto` offers."""
+def solved_by(spec: GroupSpec) -> tuple[str, dict[str, Any]]:
+    """The method that solves a spec which `auto` offers, and its options."""
     if spec.dictionary is not None:
-        return "pursuit"
-    return "sparsegpt" if spec.codes.sparse else "gptq"
+        return "pursuit", {}
+    return ("sparsegpt", {}) if spec.codes.sparse else ("gptq", _fitted(spec.codes.bits))
 
 
 @method("auto", paper="this project", plan=auto_plan, grouping="siblings")
@@ -102,4 +107,5 @@ def auto(problem: Problem, spec: GroupSpec) -> Factors:
         problem: weights and Grams.
         spec: any of those that the method offers.
     """
-    return get_method(solved_by(spec)).factorise(problem, spec, {})
+    name, options = solved_by(spec)
+    return get_method(name).factorise(problem, spec, options)

@@ -54,6 +54,11 @@ class ModelView:
     extra_outputs: int | None = None
 
     @property
+    def hidden_width(self) -> int:
+        """Numbers in the hidden state of one token."""
+        return int(getattr(self.model.config.get_text_config(), "hidden_size", 0) or max(g.d_in for g in self.groups))
+
+    @property
     def layers(self) -> list[nn.Module]:
         """The decoder layers, as they are in the model now."""
         return list(self.model.get_submodule(self.layers_name).children())

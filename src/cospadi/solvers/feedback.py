@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cospadi.solvers.grid import GridSteps
+
 if TYPE_CHECKING:
     from cospadi.solvers.triton_feedback import BlockKernels
 
@@ -33,25 +35,6 @@ class Feedback:
     order: Tensor
     coupling: Tensor
     cost: Tensor
-
-
-@dataclass(frozen=True)
-class GridSteps:
-    """Integer grids of all inputs, for `decide` that takes the nearest value of a grid.
-
-    Attributes:
-        scales: (groups, count) float32, contiguous.
-        zeros: (groups, count) float32, contiguous.
-        groups: (n,) int32, group of every input, in the order of the model.
-        low: least level.
-        high: largest level.
-    """
-
-    scales: Tensor
-    zeros: Tensor
-    groups: Tensor
-    low: int
-    high: int
 
 
 INDEFINITE = "the Hessian is not positive semi-definite, or holds NaN"
@@ -119,9 +102,9 @@ def more_damping(damping: float) -> float:
     return damping
 
 
-def block_kernels(rows: Tensor, grid: GridSteps | None) -> "BlockKernels | None":
+def block_kernels(rows: Tensor, grid: object) -> "BlockKernels | None":
     """What decides blocks of inputs of such rows on a grid at once; None: inputs are to be decided one by one."""
-    if grid is None or not rows.is_cuda or rows.dtype != torch.float32:
+    if not isinstance(grid, GridSteps) or not rows.is_cuda or rows.dtype != torch.float32:
         return None
     try:
         from cospadi.solvers.triton_feedback import BlockKernels, runs_on
@@ -131,24 +114,18 @@ def block_kernels(rows: Tensor, grid: GridSteps | None) -> "BlockKernels | None"
 
 
 def sweep(
-    rows: Tensor,
-    plan: Feedback,
-    decide: Decide,
-    block: int = 128,
-    begin: Decide | None = None,
-    grid: GridSteps | None = None,
+    rows: Tensor, plan: Feedback, decide: Decide | GridSteps, block: int = 128, begin: Decide | None = None
 ) -> Tensor:
     """Process all inputs in order.
 
     Args:
         rows: (count, n) weights, outputs in rows, in the order of the model.
         plan: from :func:`feedback`.
-        decide: ``decide(targets (count,), step) -> values (count,)``, what becomes of the input of that step.
+        decide: ``decide(targets (count,), step) -> values (count,)``, what becomes of the input of that step. Or grids,
+            to whose nearest values inputs go, a block of them in one kernel where there is one (float32 on a GPU).
         block: inputs between which couplings are applied one by one; those of earlier blocks take one product.
         begin: ``begin(targets (width, count), step)``, called as a block begins with its targets as they follow from
             earlier blocks. What it returns is ignored.
-        grid: set only if `decide` takes the nearest value of this grid. Blocks are then decided by one kernel each
-            where there is one (float32 on a GPU), without calling `decide`.
 
     Returns:
         the new rows (count, n), in the order of the model.
@@ -156,7 +133,9 @@ def sweep(
     weights = rows.T[plan.order].contiguous()  # one input's weights lie together
     errors, values = torch.zeros_like(weights), torch.zeros_like(weights)
     coupling = plan.coupling.to(weights.dtype).T.contiguous()
-    kernels = block_kernels(weights, grid)
+    kernels = block_kernels(weights, decide)
+    if isinstance(decide, GridSteps):
+        decide = decide.decide(plan.order.tolist())
     for start in range(0, len(weights), block):
         stop = min(start + block, len(weights))
         targets = weights[start:stop] + coupling[start:stop, :start] @ errors[:start]
@@ -179,13 +158,12 @@ def refine(
     rows: Tensor,
     values: Tensor,
     hessian: Tensor,
-    decide: Decide,
+    decide: Decide | GridSteps,
     *,
     sweeps: int,
     support: Tensor | None = None,
     damping: float = 0.01,
     block: int = 64,
-    grid: GridSteps | None = None,
 ) -> Tensor:
     """Cyclic coordinate descent on eᵀ H e: every input in turn takes its best value given all others.
 
@@ -196,12 +174,11 @@ def refine(
         rows: (count, n), what the values stand for.
         values: (count, n), where to start.
         hessian: H, (n, n).
-        decide: ``decide(targets (count,), input) -> values (count,)``.
+        decide: ``decide(targets (count,), input) -> values (count,)``, or grids as in :func:`sweep`.
         sweeps: passes over all inputs.
         support: bool (count, n); values outside it stay as they are. None: all may change.
         damping: as in :func:`feedback`.
         block: inputs between which changes are applied one by one.
-        grid: as in :func:`sweep`; of no use with a support.
 
     Returns:
         the new values (count, n).
@@ -210,7 +187,9 @@ def refine(
     values = values.T.clone(memory_format=torch.contiguous_format)
     errors = rows.T - values
     mask = None if support is None else support.T.contiguous()
-    kernels = block_kernels(rows, grid) if support is None else None
+    kernels = block_kernels(rows, decide) if support is None else None
+    if isinstance(decide, GridSteps):
+        decide = decide.decide(range(len(values)))
     for start in [*range(0, len(values), block)] * sweeps:
         stop = min(start + block, len(values))
         near = curvature[start:stop, start:stop]

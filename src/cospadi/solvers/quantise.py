@@ -10,41 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cospadi.solvers.feedback import GridSteps, feedback, refine, sweep, sweep_supports
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The grid of every group.
-
-    Attributes:
-        scales: (rows, groups) float32, exact in bfloat16, not negative; 0 where all values of the group are zero.
-        zeros: (rows, groups) float32 integers; all zero for a symmetric grid.
-        low: least level.
-        high: largest level.
-    """
-
-    scales: Tensor
-    zeros: Tensor
-    low: int
-    high: int
-
-    def snap(self, values: Tensor) -> Tensor:
-        """Nearest grid values, for values with one dimension more than the scales or as many."""
-        scales, zeros = self.scales, self.zeros
-        if values.dim() > scales.dim():
-            scales, zeros = scales[..., None], zeros[..., None]
-        safe = torch.where(scales > 0, scales, 1.0)
-        return ((values / safe).round().add_(zeros).clamp_(self.low, self.high) - zeros) * scales
-
-    def at(self, rows: Tensor | slice, groups: Tensor | int) -> "Grid":
-        """The grids of some groups."""
-        return Grid(self.scales[rows, groups], self.zeros[rows, groups], self.low, self.high)
-
-    def steps(self, columns: int, size: int) -> GridSteps:
-        """The grids of all columns of a dense matrix with groups of `size`, by groups."""
-        groups = torch.arange(columns, dtype=torch.int32, device=self.scales.device) // size
-        return GridSteps(self.scales.T.contiguous(), self.zeros.T.contiguous(), groups, self.low, self.high)
+from cospadi.solvers.feedback import Decide, feedback, refine, sweep, sweep_supports
+from cospadi.solvers.grid import Grid, GridSteps
 
 
 @dataclass(frozen=True)
@@ -202,29 +169,17 @@ def _with_feedback(
     matrix: Tensor, grid: Grid, size: int, hessian: Tensor, support: Tensor | None, damping: float, sweeps: int
 ) -> Tensor:
     """Error feedback, then coordinate descent, on fixed grids of `size` stored values each."""
-    every = torch.arange(matrix.shape[0], device=matrix.device)
-    steps = None
+    decide: Decide | GridSteps
     if support is None:
-        plan, steps = feedback(hessian, damping), grid.steps(matrix.shape[1], size)
-        inputs = plan.order.tolist()
-        result = sweep(
-            matrix, plan, lambda target, step: grid.at(slice(None), inputs[step] // size).snap(target), grid=steps
-        )
-        place = torch.arange(matrix.shape[1], device=matrix.device).expand(1, -1) // size
+        decide = grid.steps(matrix.shape[1], size)
+        result = sweep(matrix, feedback(hessian, damping), decide)
     else:
+        every = torch.arange(matrix.shape[0], device=matrix.device)
         place = (support.cumsum(1) - 1).clamp_min(0) // size
+        decide = lambda target, column: grid.at(every, place[:, column]).snap(target)  # noqa: E731
         result = sweep_supports(
             matrix, support, hessian, lambda target, row, column: grid.at(row, place[row, column]).snap(target), damping
         )
     if not sweeps:
         return result
-    return refine(
-        matrix,
-        result,
-        hessian,
-        lambda target, column: grid.at(every, place[:, column].expand(len(every))).snap(target),
-        sweeps=sweeps,
-        support=support,
-        damping=damping,
-        grid=steps,
-    )
+    return refine(matrix, result, hessian, decide, sweeps=sweeps, support=support, damping=damping)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cospadi.solvers.feedback import damped, refine
-from cospadi.solvers.quantise import Grid, Quantised, bfloat16_exact, grouped, levels
+from cospadi.solvers.grid import Grid
+from cospadi.solvers.quantise import Quantised, bfloat16_exact, grouped, levels
 
 MEMORY = 2**28
 """Bytes for the systems of a batch of rows."""
@@ -54,12 +55,7 @@ def rescaled(
         ]
         grid = Grid(torch.cat([scales for scales, _ in parts]), zeros, low, high)
         matrix = torch.cat([values for _, values in parts])
-
-        def snap(target: Tensor, column: int, _grid: Grid = grid) -> Tensor:
-            return _grid.at(slice(None), column // size).snap(target)
-
-        steps = grid.steps(rows.shape[1], size)
-        matrix = refine(rows, matrix, hessian, snap, sweeps=1, damping=damping, grid=steps)
+        matrix = refine(rows, matrix, hessian, grid.steps(rows.shape[1], size), sweeps=1, damping=damping)
     return Quantised(matrix, grid.scales, quantised.zeros)
 
 

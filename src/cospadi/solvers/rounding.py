@@ -9,8 +9,8 @@ descent on the grid follow, in which no step can raise the error.
 import torch
 from torch import Tensor
 
+from cospadi.solvers.grid import Grid
 from cospadi.solvers.pursuit import refine_on_support
-from cospadi.solvers.quantise import Grid
 
 
 class CodeGrid:

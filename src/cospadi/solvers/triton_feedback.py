@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cospadi.solvers.feedback import GridSteps
+from cospadi.solvers.grid import GridSteps
 
 logger = logging.getLogger(__name__)
 

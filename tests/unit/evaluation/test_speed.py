@@ -94,6 +94,49 @@ def test_variants_of_a_dense_model_and_of_a_checkpoint(tmp_path):
         variants(Subject("other", tiny_config("gpt_neox"), specs), ((0.8, 16),))
 
 
+def stored_apart(group):
+    """Pruned layers of one group, the last apart from the others, as `auto` stores those that choose otherwise."""
+    parts = [(group.modules[:-1], group.d_out[:-1]), (group.modules[-1:], group.d_out[-1:])]
+    return tuple(
+        GroupSpec(modules, group.d_in, d_out, MatrixSpec(sum(d_out), group.d_in, pattern))
+        for (modules, d_out), pattern in zip(parts, ("16:32", "8:32"), strict=True)
+    )
+
+
+def test_layers_with_one_input_are_measured_as_they_are_stored():
+    dense = subject()
+    group = next(g for g in dense.groups if len(g.modules) == 3)
+    specs = stored_apart(group)
+    mixed = replace(dense, stored=specs)
+    assert [g.modules for g in mixed.groups[:2]] == [group.modules[:-1], group.modules[-1:]]
+    assert {m for g in mixed.groups for m in g.modules} == {m for g in dense.groups for m in g.modules}
+    [own] = variants(mixed, ())
+    assert [own.of(g) for g in mixed.groups] == [*specs, *[None] * (len(mixed.groups) - 2)]
+    plain, model = (random_model(mixed, way, CPU, 0) for way in (None, own))
+    saved = group.dense_bytes - sum(spec.bytes for spec in specs)
+    assert parameter_bytes(plain) - parameter_bytes(model) == saved - 1  # a byte stands in for the first weight
+    rows = [
+        row for rows in layers.measure_layers([mixed], Bench(CPU, 2, 0, 1e9), {mixed.name: [own]}, [1]) for row in rows
+    ]
+    assert {row["group"]: row["bytes"] for row in rows} == {
+        "+".join(m.rsplit(".", 1)[-1] for m in spec.modules): spec.bytes for spec in specs
+    }
+
+
+def test_layers_of_several_groups_are_part_of_the_whole_model():
+    dense = subject()
+    ends = [g for g in dense.groups if g.modules[0].endswith("o_proj")][:2]
+    modules, d_out = tuple(g.modules[0] for g in ends), tuple(g.d_out[0] for g in ends)
+    codes = MatrixSpec(sum(d_out), 16, "8:16")
+    shared = GroupSpec(modules, ends[0].d_in, d_out, codes, MatrixSpec(16, ends[0].d_in))
+    mixed = replace(dense, stored=(shared,))
+    assert mixed.groups == dense.groups
+    [own] = variants(mixed, ())
+    plain, model = (random_model(mixed, way, CPU, 0) for way in (None, own))
+    saved = sum(g.dense_bytes for g in ends) - shared.bytes
+    assert parameter_bytes(plain) - parameter_bytes(model) == saved - 1  # a byte stands in for the first weight
+
+
 def test_only_what_this_package_stores(tmp_path):
     path = save_tiny(tmp_path / "m")
     config = (path / "config.json").read_text()

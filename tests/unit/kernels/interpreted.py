@@ -1,6 +1,6 @@
 """The Triton kernels on CPU, in Triton's interpreter, against float64.
 
-Run by test_triton.py in a process of its own, with TRITON_INTERPRET=1 from the start.
+Run by test_interpreted.py in a process of its own, with TRITON_INTERPRET=1 from the start.
 """
 
 import os

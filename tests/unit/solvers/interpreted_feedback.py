@@ -1,6 +1,6 @@
 """The kernel that decides blocks of inputs, on CPU, in Triton's interpreter.
 
-Run by test_triton_feedback.py in a process of its own, with TRITON_INTERPRET=1 from the start.
+Run by test_interpreted.py in a process of its own, with TRITON_INTERPRET=1 from the start.
 """
 
 import os
@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cospadi.solvers import feedback as module
-from cospadi.solvers.feedback import GridSteps, feedback, refine, sweep
+from cospadi.solvers.feedback import feedback, refine, sweep
+from cospadi.solvers.grid import GridSteps
 from cospadi.solvers.quantise import fit_grid, quantise_rows
 from cospadi.solvers.rescale import rescaled
 from cospadi.solvers.triton_feedback import BlockKernels
@@ -85,8 +86,8 @@ def forced(monkeypatch):
     used = []
 
     def kernels(rows, grid):
-        used.append(grid is not None)
-        return None if grid is None else BlockKernels(grid)
+        used.append(isinstance(grid, GridSteps))
+        return BlockKernels(grid) if used[-1] else None
 
     yield lambda: monkeypatch.setattr(module, "block_kernels", kernels)
     assert any(used)
@@ -98,27 +99,11 @@ def forced(monkeypatch):
 def test_several_blocks_are_as_input_by_input(count, columns, group, symmetric, forced):
     rows, hessian = rand(count, columns, seed=columns), correlated(columns, seed=2, tokens=400)
     grid, steps = grids(rows, 3, symmetric, group)
-    size = group or columns
     plan = feedback(hessian)
+    start = grid.at(slice(None), steps.groups.long()).snap(rows)
 
     def both():
-        swept = sweep(
-            rows,
-            plan,
-            lambda target, step: grid.at(slice(None), plan.order[step] // size).snap(target),
-            block=16,
-            grid=steps,
-        )
-        start = grid.at(slice(None), torch.arange(columns) // size).snap(rows)  # alike for both ways
-        return swept, refine(
-            rows,
-            start,
-            hessian,
-            lambda target, column: grid.at(slice(None), column // size).snap(target),
-            sweeps=1,
-            block=9,
-            grid=steps,
-        )
+        return sweep(rows, plan, steps, block=16), refine(rows, start, hessian, steps, sweeps=1, block=9)
 
     expected = both()
     forced()

@@ -1,33 +1,13 @@
-"""Blocks of inputs decided by a kernel: in the interpreter (interpreted_feedback.py) and on a GPU.
-
-The interpreter must be chosen before anything in a process imports Triton, hence a process of its own.
-"""
-
-import os
-import platform
-import subprocess
-import sys
-from pathlib import Path
+"""Blocks of inputs decided by a kernel, on a GPU; interpreted_feedback.py runs it in Triton's interpreter."""
 
 import pytest
 import torch
 
 from cospadi.solvers.feedback import block_kernels, feedback, refine, sweep
+from cospadi.solvers.grid import GridSteps
 from cospadi.solvers.quantise import fit_grid, quantise_rows
 from cospadi.solvers.rescale import rescaled
 from gram import correlated, loss, rand
-
-
-@pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"),
-    reason="there is no Triton for this machine; its interpreter runs the kernels here",
-)
-def test_the_kernel_in_the_interpreter():
-    tests = Path(__file__).with_name("interpreted_feedback.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
 
 
 def test_there_is_no_kernel_on_a_cpu():
@@ -69,15 +49,14 @@ def test_on_a_gpu_losses_are_those_on_a_cpu(bits, group, symmetric, count, colum
 @pytest.mark.gpu
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("count", "columns"), SHAPES)
-def test_on_a_gpu_the_kernel_is_as_input_by_input(symmetric, count, columns):
+def test_on_a_gpu_the_kernel_is_as_input_by_input(symmetric, count, columns, monkeypatch):
     rows, hessian = rand(count, columns, seed=11).cuda(), correlated(columns, seed=12, tokens=2 * columns).cuda()
     grid = fit_grid(rows, bits=3, group=32, symmetric=symmetric)
     steps, plan = grid.steps(columns, 32), feedback(hessian)
     assert block_kernels(rows, steps) is not None
     assert block_kernels(rows.double(), steps) is None
 
-    def never(target, step):
-        raise AssertionError("decided one by one")
+    monkeypatch.setattr(GridSteps, "decide", lambda *_: lambda *_: pytest.fail("decided one by one"))
 
     def nearest(target, column):
         return grid.at(slice(None), column // 32).snap(target)
@@ -85,11 +64,8 @@ def test_on_a_gpu_the_kernel_is_as_input_by_input(symmetric, count, columns):
     start = nearest(rows, torch.arange(columns, device="cuda"))
     inputs = plan.order.tolist()
     pairs = [
-        (sweep(rows, plan, never, grid=steps), sweep(rows, plan, lambda target, step: nearest(target, inputs[step]))),
-        (
-            refine(rows, start, hessian, never, sweeps=1, grid=steps),
-            refine(rows, start, hessian, nearest, sweeps=1),
-        ),
+        (sweep(rows, plan, steps), sweep(rows, plan, lambda target, step: nearest(target, inputs[step]))),
+        (refine(rows, start, hessian, steps, sweeps=1), refine(rows, start, hessian, nearest, sweeps=1)),
     ]
     for made, right in pairs:
         # a decision at a tie may fall the other way, and those of its row that follow it

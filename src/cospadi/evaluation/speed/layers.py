@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from cospadi.errors import NumericalError
-from cospadi.evaluation.speed.shapes import Subject, Variant, anonymous, bitmask, low_rank, shape_of
+from cospadi.evaluation.speed.shapes import Subject, Variant, anonymous, bitmask, first_of_shape, low_rank, shape_of
 from cospadi.evaluation.speed.timing import Call, Timed, alternate, copies
 from cospadi.format import GroupSpec, MatrixSpec, Packed
 from cospadi.kernels import factored_linear, reference
@@ -98,6 +98,8 @@ def measure_layers(
 ) -> Iterator[list[dict[str, Any]]]:
     """Rows for every different shape of every subject, a shape and share of bytes at a time.
 
+    Of a checkpoint that mixes representations, the first group of a shape stands for the others.
+
     Args:
         subjects: models; equal shapes of several are measured once.
         bench: device, rounds, seed.
@@ -109,7 +111,7 @@ def measure_layers(
     """
     todo: dict[tuple[int, int], tuple[LinearGroup, dict[GroupSpec, Variant], list[str]]] = {}
     for subject in subjects:
-        for group in {shape_of(g): g for g in reversed(subject.groups)}.values():
+        for group in first_of_shape(subject).values():
             _, specs, names = todo.setdefault(shape_of(group), (group, {}, []))
             names.append(subject.name)
             for way in ways[subject.name]:

@@ -63,7 +63,7 @@ def measure_loading(
                 if way is None:
                     model.save_pretrained(folders[prefix])
                 else:
-                    save(model, None, folders[prefix], [s for g in subject.groups if (s := way.of(g)) is not None])
+                    save(model, None, folders[prefix], list(way.specs.values()))
             del model
             row[f"{prefix}file_bytes"] = file_bytes(folders[prefix])
         seconds: dict[str, list[float]] = {"dense_seconds": [], "seconds": [], "checked_seconds": []}

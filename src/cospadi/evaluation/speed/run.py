@@ -23,6 +23,7 @@ from cospadi.evaluation.speed.shapes import (
     Variant,
     anonymous,
     bitmask,
+    first_of_shape,
     low_rank,
     named_shape,
     of_model,
@@ -174,14 +175,14 @@ def _compile_ahead(settings: Settings, subjects: Sequence[Subject], ways: dict[s
 
     groups: dict[GroupSpec, set[int]] = {}
     for subject in subjects:
-        for group in {shape_of(g): g for g in subject.groups}.values():
+        for group in first_of_shape(subject).values() if settings.products else ():
             specs = [spec for way in ways[subject.name] if (spec := way.of(group)) is not None]
-            counts = set(settings.tokens) if settings.products else set()
-            if settings.whole and subject is subjects[0]:
-                counts |= {1, settings.prompt or PROMPT}
             rivals = [made for spec in specs for make in (low_rank, bitmask) if (made := make(group, spec.bytes))]
-            for spec in specs + (rivals if settings.products else []):
-                groups.setdefault(anonymous(spec), set()).update(counts)
+            for spec in specs + rivals:
+                groups.setdefault(anonymous(spec), set()).update(settings.tokens)
+        for way in ways[subject.name] if settings.whole and subject is subjects[0] else ():
+            for spec in way.specs.values():
+                groups.setdefault(anonymous(spec), set()).update({1, settings.prompt or PROMPT})
     products = [
         (matrix, count, reader)
         for spec, counts in groups.items()

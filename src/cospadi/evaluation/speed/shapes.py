@@ -77,12 +77,25 @@ class Subject:
 
     @cached_property
     def groups(self) -> tuple[LinearGroup, ...]:
-        """The linear groups of the dense model."""
-        return discover(skeleton(self.config)).groups
+        """The linear groups of the dense model; where a checkpoint stores parts of one apart, these parts."""
+        return tuple(part for g in discover(skeleton(self.config)).groups for part in _as_stored(g, self.stored))
 
     def build(self) -> PreTrainedModel:
         """The dense model on ``meta``."""
         return skeleton(deepcopy(self.config))
+
+
+def _as_stored(group: LinearGroup, stored: Sequence[GroupSpec]) -> list[LinearGroup]:
+    """The parts of a group that a checkpoint stores apart, and what it leaves alone or shares with other groups."""
+    widths = dict(zip(group.modules, group.d_out, strict=True))
+    parts = [spec.modules for spec in stored if set(spec.modules) <= widths.keys()]
+    apart = {name for modules in parts for name in modules}
+    rest = tuple(name for name in group.modules if name not in apart)
+    return [
+        replace(group, modules=modules, d_out=tuple(widths[name] for name in modules))
+        for modules in [*parts, rest]
+        if modules
+    ]
 
 
 @dataclass(frozen=True)
@@ -169,8 +182,8 @@ def variants(subject: Subject, ways: Sequence[tuple[float, int]]) -> list[Varian
         BudgetError: if a keep is too small for these layers.
     """
     if subject.stored:
-        known = {group.modules for group in subject.groups}
-        specs = {spec.modules: spec for spec in subject.stored if spec.modules in known}
+        known = {name for group in subject.groups for name in group.modules}
+        specs = {spec.modules: spec for spec in subject.stored if known.issuperset(spec.modules)}
         if not specs:
             raise ModelError(f"{subject.name}: none of its groups fits the groups of the model; copy it again")
         share = sum(spec.bytes for spec in specs.values()) / sum(spec.dense_bytes for spec in specs.values())
@@ -184,7 +197,7 @@ def variants(subject: Subject, ways: Sequence[tuple[float, int]]) -> list[Varian
 
 
 def planned(group: LinearGroup, keep: float, bits: int) -> GroupSpec:
-    """The spec that the default method makes of a group's share of bytes, both factors of `bits` bits.
+    """The spec that `pursuit` makes of a group's share of bytes, both factors of `bits` bits.
 
     Raises:
         BudgetError: if the share is too small.
@@ -219,6 +232,11 @@ def bitmask(group: LinearGroup, budget: int) -> GroupSpec | None:
 def shape_of(group: LinearGroup) -> tuple[int, int]:
     """Inputs and all outputs: groups that agree in both are measured once."""
     return group.d_in, sum(group.d_out)
+
+
+def first_of_shape(subject: Subject) -> dict[tuple[int, int], LinearGroup]:
+    """The first group of every shape, last shapes first."""
+    return {shape_of(group): group for group in reversed(subject.groups)}
 
 
 def anonymous(spec: GroupSpec) -> GroupSpec:

@@ -42,7 +42,7 @@ def random_model(subject: Subject, variant: Variant | None, device: torch.device
         the model in evaluation mode, nothing to be trained.
     """
     model = subject.build()
-    specs = [] if variant is None else [spec for g in subject.groups if (spec := variant.of(g)) is not None]
+    specs = [] if variant is None else list(variant.specs.values())
     replace_modules(model, specs)
     model.to_empty(device=device)
     model.tie_weights()
