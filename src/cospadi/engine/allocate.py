@@ -201,21 +201,19 @@ def _by_trials(
         settled = [_settled(g, next(final)) if own_input(g) else [g] for g in plan.groups]
         return replace(plan, groups=tuple(part for parts in settled for part in parts))
 
-    best = partial(choose, options=[item.options for item in found])
+    every = partial(choose, options=[item.options for item in found])
     shared = [[o for o in item.options if not any(family.each for family, _ in o.parts)] for item in found]
-    if rule != "knapsack" or not all(shared):
-        return best
-    other = partial(choose, options=shared)
+    if ids is None or rule != "knapsack" or not all(shared):
+        return every
+    ways: list[Choose] = [every, partial(choose, options=shared)]
     try:
-        plans = best(budget_of(plan)), other(budget_of(plan))
+        plans = [way(budget_of(plan)) for way in ways]
     except BudgetError:
-        return best
+        return every
     if plans[0] == plans[1]:
-        return best
-    assert ids is not None  # or there would be no knapsack
+        return every
     dtype = storage_dtype(view.model)
-    least = least_harmful(view, plans, store, ids, seed=recipe.seed, device=device, dtype=dtype, progress=progress)
-    return (best, other)[least]
+    return ways[least_harmful(view, plans, store, ids, seed=recipe.seed, device=device, dtype=dtype, progress=progress)]
 
 
 def _fixed_bytes(plan: Plan) -> int:
