@@ -17,14 +17,15 @@ from pathlib import Path
 import torch
 
 from cospadi.calibration import StatisticsStore, collect, read_texts, token_blocks
-from cospadi.engine import make_plan
 from cospadi.engine.factorise import factorise_group, rebuild
-from cospadi.engine.machine import device_name, resolve_device, versions, widened
+from cospadi.engine.plan.plan import make_plan
 from cospadi.evaluation.yardstick import Yardstick
 from cospadi.format import MatrixSpec
 from cospadi.methods import get_method
 from cospadi.model_view import discover, open_model
 from cospadi.recipe import Recipe
+from cospadi.runtime.devices import device_name, resolve_device, widened
+from cospadi.runtime.fingerprints import versions
 
 ROWS = {
     "free": ({"pattern": "free"}, {}, None),

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 import cospadi
+from cospadi.checkpoint.formats.shared import read_shared_config
 from cospadi.evaluation import weight_bytes
-from cospadi.sharing.shared_checkpoint import read_shared_config
 
 
 def clock(device, work):

@@ -54,8 +54,8 @@ def _ready(module: ModuleType | None) -> bool:
 
 def _register(last_chance: bool = False) -> bool:
     try:
-        from cospadi.checkpoint.hf_quantizer import register
-        from cospadi.sharing.shared_checkpoint_hf import register as register_shared
+        from cospadi.checkpoint.formats.factored_hf import register
+        from cospadi.checkpoint.formats.shared_hf import register as register_shared
 
         register()
         register_shared()
@@ -68,7 +68,7 @@ def _register(last_chance: bool = False) -> bool:
 
 def _register_configurations() -> None:
     try:
-        from cospadi.sharing.registration import register_configurations
+        from cospadi.masa.models.registration import register_configurations
 
         register_configurations()
     except Exception as error:

@@ -28,9 +28,10 @@ from torch.nn import functional
 from transformers import AutoTokenizer
 
 from cospadi.embedded import model_path
-from cospadi.engine.machine import device_name, versions
 from cospadi.errors import CospadiError, RecipeError
-from cospadi.sharing import MasaConfig, MasaForCausalLM, attention_parameters, removed_share
+from cospadi.masa import MasaConfig, MasaForCausalLM, attention_parameters, removed_share
+from cospadi.runtime.devices import device_name
+from cospadi.runtime.fingerprints import versions
 
 DESIGNS: dict[str, dict[str, Any]] = {
     "dense": {"attention_sharing": "dense"},

@@ -26,9 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cospadi.engine.machine import device_name, resolve_device, versions
 from cospadi.errors import CalibrationError, CospadiError
-from cospadi.sharing import MasaViTConfig, MasaViTForImageClassification, attention_parameters, removed_share
+from cospadi.masa import MasaViTConfig, MasaViTForImageClassification, attention_parameters, removed_share
+from cospadi.runtime.devices import device_name, resolve_device
+from cospadi.runtime.fingerprints import versions
 
 DIGITS = "digits"
 CAREFUL: dict[str, Any] = {"coefficient_rate": 0.1, "coefficient_start": "spread"}

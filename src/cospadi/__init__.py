@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 import _cospadi_autoload
 
 if TYPE_CHECKING:
-    from cospadi.engine import Estimate, PruneResult, Result, compress, estimate, prune
+    from cospadi.engine.compress import compress
+    from cospadi.engine.estimate.estimate import Estimate, estimate
+    from cospadi.engine.prune import PruneResult, prune
+    from cospadi.engine.run import Result
     from cospadi.evaluation import evaluate, load
     from cospadi.recipe import Recipe
 
@@ -22,14 +25,14 @@ __all__ = ["Estimate", "PruneResult", "Recipe", "Result", "compress", "estimate"
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Estimate": "cospadi.engine",
-    "PruneResult": "cospadi.engine",
-    "Result": "cospadi.engine",
-    "compress": "cospadi.engine",
-    "estimate": "cospadi.engine",
+    "Estimate": "cospadi.engine.estimate.estimate",
+    "PruneResult": "cospadi.engine.prune",
+    "Result": "cospadi.engine.run",
+    "compress": "cospadi.engine.compress",
+    "estimate": "cospadi.engine.estimate.estimate",
     "evaluate": "cospadi.evaluation",
     "load": "cospadi.evaluation",
-    "prune": "cospadi.engine",
+    "prune": "cospadi.engine.prune",
     "Recipe": "cospadi.recipe",
 }
 

@@ -17,9 +17,9 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from checkpoints.make_stored import build  # noqa: E402
-from cospadi.sharing.shared_checkpoint import FORMAT_VERSION, replace_shared, shared_layers  # noqa: E402
-from cospadi.sharing.shared_checkpoint_hf import save_shared  # noqa: E402
-from cospadi.sharing.shared_linear import SharedSpec  # noqa: E402
+from cospadi.checkpoint.formats.shared import FORMAT_VERSION, replace_shared, shared_layers  # noqa: E402
+from cospadi.checkpoint.formats.shared_hf import save_shared  # noqa: E402
+from cospadi.layers.shared_linear import SharedSpec  # noqa: E402
 
 KINDS = {
     "q": (6 * 2, 12, 2, (3, 0, 1)),

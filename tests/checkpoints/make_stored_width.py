@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from checkpoints.make_stored import TINY  # noqa: E402
-from cospadi.checkpoint.width import (  # noqa: E402
+from cospadi.checkpoint.formats.width import (  # noqa: E402
     WIDTH_VERSION,
     BlockShape,
     LinearShape,
@@ -26,7 +26,7 @@ from cospadi.checkpoint.width import (  # noqa: E402
     describe_width,
     narrow,
 )
-from cospadi.checkpoint.width_quantizer import attach_width  # noqa: E402
+from cospadi.checkpoint.formats.width_hf import attach_width  # noqa: E402
 from cospadi.layers.sliced import BlockParts  # noqa: E402
 
 PARTS = BlockParts("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")

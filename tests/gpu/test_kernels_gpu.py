@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from cospadi.format import MatrixSpec, unpack
-from cospadi.kernels import cuda, factored_linear, reference, tuning
-from cospadi.kernels.ahead import compile_ahead
+from cospadi.kernels import autotune as tuning
+from cospadi.kernels import cuda, factored_linear, reference
+from cospadi.kernels.precompile import compile_ahead
 from cospadi.kernels.synthetic import random_packed
 
 pytestmark = [

@@ -15,11 +15,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import cospadi
 from command import command, unchanged, weights
+from cospadi.checkpoint.formats.shared import read_shared_config, shared_layers, validate_shared
+from cospadi.checkpoint.formats.shared_hf import load_shared
 from cospadi.checkpoint.sizes import file_bytes
 from cospadi.errors import CheckpointError
-from cospadi.sharing.shared_checkpoint import read_shared_config, shared_layers, validate_shared
-from cospadi.sharing.shared_checkpoint_hf import load_shared
-from cospadi.sharing.shared_linear import SharedLinear
+from cospadi.layers.shared_linear import SharedLinear
 from tiny import save_tiny, tiny_text
 
 ids = torch.arange(30).reshape(2, 15)
@@ -224,7 +224,7 @@ def test_an_interrupted_run_goes_on(place, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "factorise_shared", stop)
     assert compress(place, tmp_path / "out", *flags).code == 130
     monkeypatch.setattr(run, "factorise_shared", solve)
-    monkeypatch.setattr("cospadi.engine.shared.search", None)  # the plan is taken over, not searched again
+    monkeypatch.setattr("cospadi.engine.plan.shared.search", None)  # the plan is taken over, not searched again
     done = compress(place, tmp_path / "out", *flags)
     assert done.code == 0 and "3 of 8 groups were taken over" in done.err
     assert weights(tmp_path / "out") == weights(place / "small")

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from cospadi.errors import CalibrationError, CheckpointError, RecipeError
-from cospadi.sharing import MasaConfig, MasaForCausalLM
+from cospadi.masa import MasaConfig, MasaForCausalLM
 from tiny import byte_tokenizer, tiny_text, token_ids
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "masa"

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGenerat
 
 import cospadi
 from command import command, snapshot, unchanged, weights
-from cospadi.engine import prune_run
+from cospadi.engine import prune as prune_run
 from cospadi.errors import BudgetError, RecipeError
 from cospadi.recipe import Recipe
 from tiny import byte_tokenizer, save_tiny, tiny_text, token_ids

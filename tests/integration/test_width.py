@@ -15,15 +15,15 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import cospadi.integrations.transformers  # noqa: F401 - registers the formats
 from cospadi.checkpoint import load
-from cospadi.depth import Evidence, Tokens, block_bytes, get_depth_method
-from cospadi.depth.sliced_structure import residual_blocks
-from cospadi.depth.slicegpt import find_bases
-from cospadi.engine import prune as engine_prune
+from cospadi.engine.prune import prune as engine_prune
 from cospadi.errors import CheckpointError, ModelError
 from cospadi.evaluation import evaluate
 from cospadi.evaluation import load as load_any
 from cospadi.layers.sliced import SlicedBlock
 from cospadi.model_view import discover, is_compressed, open_model
+from cospadi.pruning import Evidence, Tokens, block_bytes, get_depth_method
+from cospadi.pruning.width.sliced_structure import residual_blocks
+from cospadi.pruning.width.slicegpt import find_bases
 from cospadi.recipe import Recipe
 from tiny import byte_tokenizer, save_tiny, tiny_model, tiny_text, token_ids
 

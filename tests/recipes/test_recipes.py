@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from cospadi.embedded import model_path
-from cospadi.engine import estimate
+from cospadi.engine.estimate.estimate import estimate
 from cospadi.methods import get_method
 from cospadi.recipe import Recipe
 

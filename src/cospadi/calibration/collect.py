@@ -11,7 +11,8 @@ from cospadi.calibration.statistics import Accumulator
 from cospadi.calibration.store import StatisticsStore
 from cospadi.calibration.texts import Progress
 from cospadi.errors import CalibrationError
-from cospadi.model_view import LayerReplay, LinearGroup, ModelView, guard_memory
+from cospadi.model_view import LayerReplay, LinearGroup, ModelView
+from cospadi.runtime.memory import guard_memory
 
 BATCH_TOKENS = 16_384
 REMEDY = "give fewer --samples or a smaller --seq-len, or use --device cpu"

@@ -6,7 +6,9 @@ from torch.nn import functional
 
 from cospadi.calibration.texts import Progress
 from cospadi.errors import NumericalError
-from cospadi.model_view import ModelView, guard_memory, placed
+from cospadi.model_view import ModelView
+from cospadi.runtime.devices import placed
+from cospadi.runtime.memory import guard_memory
 
 REMEDY = "give fewer --samples, a shorter --seq-len, or --device cpu"
 

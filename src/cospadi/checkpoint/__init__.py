@@ -1,6 +1,5 @@
 """Save, load, validate, export and measure compressed checkpoints."""
 
-from cospadi.checkpoint.checks import parse_config, read_config, validate
 from cospadi.checkpoint.convert import (
     install,
     install_packed,
@@ -10,7 +9,8 @@ from cospadi.checkpoint.convert import (
     storage_dtype,
 )
 from cospadi.checkpoint.dense_export import export_dense
-from cospadi.checkpoint.hf_quantizer import attach, register
+from cospadi.checkpoint.formats.factored import parse_config, read_config, validate
+from cospadi.checkpoint.formats.factored_hf import attach, register
 from cospadi.checkpoint.load import load
 from cospadi.checkpoint.save import save
 from cospadi.checkpoint.sizes import factor_bytes, file_bytes

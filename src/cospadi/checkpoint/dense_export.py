@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cospadi.checkpoint.checks import read_config
+from cospadi.checkpoint.formats.factored import read_config
 from cospadi.checkpoint.load import load
 from cospadi.checkpoint.publish import staged
 from cospadi.errors import CheckpointError, NumericalError, OutputError

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from cospadi.checkpoint.checks import QUANT_METHOD, validate
 from cospadi.checkpoint.checksums import check_checksums
+from cospadi.checkpoint.formats.factored import QUANT_METHOD, validate
+from cospadi.checkpoint.formats.factored_hf import register
+from cospadi.checkpoint.formats.linear_blocks import LINEAR_BLOCKS_METHOD
+from cospadi.checkpoint.formats.width import WIDTH_METHOD, validate_width
 from cospadi.checkpoint.headers import read_directory, read_json
-from cospadi.checkpoint.hf_quantizer import register
-from cospadi.checkpoint.linear_blocks import LINEAR_BLOCKS_METHOD
-from cospadi.checkpoint.width import WIDTH_METHOD, validate_width
 from cospadi.errors import CheckpointError, CospadiError, ResourceError
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from cospadi.checkpoint.checks import validate
 from cospadi.checkpoint.checksums import write_checksums
 from cospadi.checkpoint.convert import factored_layers, storage_dtype
-from cospadi.checkpoint.hf_quantizer import attach
+from cospadi.checkpoint.formats.factored import validate
+from cospadi.checkpoint.formats.factored_hf import attach
 from cospadi.checkpoint.publish import staged
 from cospadi.format import GroupSpec
 from cospadi.layers import FactoredLinear, module_tensors

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cospadi.checkpoint.checks import read_config
+from cospadi.checkpoint.formats.factored import read_config
 from cospadi.checkpoint.headers import INDEX, SINGLE, read_directory, read_json
 from cospadi.errors import CheckpointError
 from cospadi.layers.tensors import module_tensors

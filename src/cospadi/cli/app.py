@@ -119,7 +119,7 @@ def compress(
     if dry_run:
         _print_estimate(model, merged, json_)
         return
-    from cospadi.engine import compress as run
+    from cospadi.engine.compress import compress as run
     from cospadi.report import ProgressDisplay, print_summary, write_all
 
     quiet_transformers()
@@ -147,7 +147,7 @@ def compress(
 
 
 def _print_estimate(model: str, merged: Any, json_: bool) -> None:
-    from cospadi.engine import estimate as run
+    from cospadi.engine.estimate.estimate import estimate as run
     from cospadi.report import print_estimate
 
     quiet_transformers()

@@ -6,9 +6,9 @@ from typing import Any
 
 from rich.table import Table
 
-import cospadi.sharing.retrofit  # noqa: F401 - registers its method
-from cospadi.depth import DepthMethod, all_depth_methods
+import cospadi.masa.retrofit.method  # noqa: F401 - registers its method
 from cospadi.methods import Method, all_methods, get_method
+from cospadi.pruning import DepthMethod, all_depth_methods
 
 
 def methods_data(name: str | None) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def prune(
     if dry_run:
         _print_plan(model, merged, json_)
         return
-    from cospadi.engine import prune as run
+    from cospadi.engine.prune import prune as run
     from cospadi.report import ProgressDisplay
     from cospadi.report.depth import print_prune, write_depth
 
@@ -116,7 +116,7 @@ def _recipe(
 
 
 def _print_plan(model: str, merged: Recipe, json_: bool) -> None:
-    from cospadi.engine.pruning import estimate_prune
+    from cospadi.engine.plan.pruning import estimate_prune
     from cospadi.report.text import arrow, human_bytes
 
     quiet_transformers()

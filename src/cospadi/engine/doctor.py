@@ -13,8 +13,9 @@ import torch
 
 from cospadi.checkpoint import register
 from cospadi.engine.factorise import output_error, pack_factors, rebuild
-from cospadi.engine.machine import device_name, versions
 from cospadi.methods import GroupShape, Problem, get_method
+from cospadi.runtime.devices import device_name
+from cospadi.runtime.fingerprints import versions
 
 OPTIONAL = {
     "matplotlib": "plots in reports: pip install 'cospadi[report]'",

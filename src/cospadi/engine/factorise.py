@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from cospadi.calibration import Statistics
-from cospadi.engine.machine import derived_seed
 from cospadi.errors import NumericalError
 from cospadi.format import Factors, GroupSpec, Packed, pack, unpack
 from cospadi.methods import Method, Problem
+from cospadi.runtime.fingerprints import derived_seed
 
 
 def output_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> tuple[float, float]:

@@ -23,9 +23,9 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from cospadi.checkpoint import validate
+from cospadi.checkpoint.formats.shared import is_shared, validate_shared
 from cospadi.checkpoint.headers import read_json
 from cospadi.errors import CheckpointError, CospadiError, OutputError, ResourceError
-from cospadi.sharing.shared_checkpoint import is_shared, validate_shared
 
 FOLDER = ".cospadi"
 ROWS = "rows.jsonl"

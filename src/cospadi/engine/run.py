@@ -18,22 +18,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cospadi.calibration import StatisticsStore, Texts, TokenBlocks, collect, fisher, read_texts, token_blocks
 from cospadi.checkpoint import file_bytes, install_packed, replace_modules, save, storage_dtype
-from cospadi.engine.allocate import final_plan
+from cospadi.checkpoint.formats.shared_hf import save_shared
+from cospadi.engine.allocate.rules import final_plan
 from cospadi.engine.factorise import factorise_group, split_packed
-from cospadi.engine.feedback import LayerByLayer, require_layers
 from cospadi.engine.journal import Journal, check_complete, check_output, disk_errors, write_durably
-from cospadi.engine.machine import (
-    device_name,
-    peak_memory,
-    resolve_device,
-    versions,
-    weights_sha256,
-    widened,
-)
-from cospadi.engine.plan import Plan, PlannedGroup, group_row, make_plan
-from cospadi.engine.pruning import check_section, prune_first
-from cospadi.engine.selection import chosen_modules, restricted
-from cospadi.engine.shared import PlannedShared, factorise_shared, final_shared_plan, install_plan
+from cospadi.engine.plan.plan import Plan, PlannedGroup, group_row, make_plan
+from cospadi.engine.plan.pruning import check_section, prune_first
+from cospadi.engine.plan.selection import chosen_modules, restricted
+from cospadi.engine.plan.shared import PlannedShared, factorise_shared, final_shared_plan, install_plan
+from cospadi.engine.tune.sequential import LayerByLayer, require_layers
 from cospadi.errors import CalibrationError, ModelError
 from cospadi.methods import get_method
 from cospadi.model_view import (
@@ -46,7 +39,9 @@ from cospadi.model_view import (
     open_model,
 )
 from cospadi.recipe import Recipe
-from cospadi.sharing.shared_checkpoint_hf import save_shared
+from cospadi.runtime.devices import device_name, resolve_device, widened
+from cospadi.runtime.fingerprints import versions, weights_sha256
+from cospadi.runtime.memory import peak_memory
 
 Progress = Callable[..., None]
 """Called as progress(phase, done, total, detail="", error=None)."""

@@ -24,9 +24,8 @@ import torch
 
 from cospadi.calibration import read_texts, token_blocks
 from cospadi.engine.journal import FOLDER, ROWS, check_output, disk_errors
-from cospadi.engine.machine import device_name, memory_errors, resolve_device, versions, weights_sha256
-from cospadi.engine.plan import other_bytes
-from cospadi.engine.selection import chosen_modules, narrowed, restricted
+from cospadi.engine.plan.plan import other_bytes
+from cospadi.engine.plan.selection import chosen_modules, narrowed, restricted
 from cospadi.errors import (
     BudgetError,
     CalibrationError,
@@ -50,6 +49,9 @@ from cospadi.model_view import (
     source_name,
 )
 from cospadi.recipe import Recipe
+from cospadi.runtime.devices import device_name, resolve_device
+from cospadi.runtime.fingerprints import versions, weights_sha256
+from cospadi.runtime.memory import memory_errors
 
 Progress = Callable[..., None]
 UNSOLVED = (BudgetError, ModelError, NumericalError, RecipeError, ResourceError)

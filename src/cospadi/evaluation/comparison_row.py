@@ -18,19 +18,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cospadi.calibration import StatisticsStore, Texts, TokenBlocks, collect
 from cospadi.checkpoint import load, replace_by_dense
-from cospadi.depth import Evidence, Tokens
+from cospadi.checkpoint.formats.shared_hf import load_shared
 from cospadi.engine.factorise import rebuild
 from cospadi.engine.journal import Journal
-from cospadi.engine.machine import device_name, versions, widened
-from cospadi.engine.plan import Plan
-from cospadi.engine.prune_run import PruneRun
+from cospadi.engine.plan.plan import Plan
+from cospadi.engine.plan.shared import shared_weights
+from cospadi.engine.prune import PruneRun
 from cospadi.engine.run import Run
-from cospadi.engine.shared import shared_weights
 from cospadi.evaluation.yardstick import Yardstick, peak, reset_peak
+from cospadi.layers.shared_linear import METHOD as MASA
 from cospadi.model_view import ModelView
+from cospadi.pruning import Evidence, Tokens
 from cospadi.recipe import Recipe
-from cospadi.sharing.shared_checkpoint_hf import load_shared
-from cospadi.sharing.shared_linear import METHOD as MASA
+from cospadi.runtime.devices import device_name, widened
+from cospadi.runtime.fingerprints import versions
 
 Progress = Callable[..., None]
 

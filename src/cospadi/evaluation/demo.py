@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cospadi.embedded import model_path, stdlib_texts
-from cospadi.engine import compress
+from cospadi.engine.compress import compress
 from cospadi.engine.journal import check_output, write_durably
 from cospadi.evaluation.models import load, stored_bytes
 from cospadi.evaluation.perplexity import perplexity

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cospadi.depth import all_depth_methods
-from cospadi.engine.pruning import check_section
+from cospadi.engine.plan.pruning import check_section
 from cospadi.errors import RecipeError
 from cospadi.methods import get_method
+from cospadi.pruning import all_depth_methods
 from cospadi.recipe import Recipe
 
 REFERENCE_BITS = (8, 4, 3)

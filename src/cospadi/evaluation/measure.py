@@ -10,11 +10,13 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cospadi.calibration import read_texts
-from cospadi.engine.machine import device_name, memory_errors, resolve_device, versions
 from cospadi.errors import CalibrationError
 from cospadi.evaluation.models import load, stored_bytes
 from cospadi.evaluation.perplexity import perplexity
 from cospadi.evaluation.tasks import find_tasks, require_lm_eval, run_tasks
+from cospadi.runtime.devices import device_name, resolve_device
+from cospadi.runtime.fingerprints import versions
+from cospadi.runtime.memory import memory_errors
 
 Progress = Callable[..., None]
 

@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from cospadi import checkpoint
-from cospadi.engine.machine import compute_dtype, memory_errors, resolve_device
+from cospadi.checkpoint.formats.shared import is_shared, validate_shared
+from cospadi.checkpoint.formats.shared_hf import export_shared, load_shared
 from cospadi.errors import CheckpointError, NumericalError
 from cospadi.format import GroupSpec
+from cospadi.layers.shared_linear import SharedSpec
 from cospadi.model_view import is_compressed, open_config, open_model, open_tokenizer, where_not_finite
-from cospadi.sharing.shared_checkpoint import is_shared, validate_shared
-from cospadi.sharing.shared_checkpoint_hf import export_shared, load_shared
-from cospadi.sharing.shared_linear import SharedSpec
+from cospadi.runtime.devices import compute_dtype, resolve_device
+from cospadi.runtime.memory import memory_errors
 
 
 def load(

@@ -17,7 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cospadi.calibration.blocks import encode, join
 from cospadi.calibration.texts import Progress, Texts, read_texts
 from cospadi.errors import CalibrationError, NumericalError
-from cospadi.model_view import check_length, embedding_weight, guard_memory, placed, where_not_finite
+from cospadi.model_view import check_length, embedding_weight, where_not_finite
+from cospadi.runtime.devices import placed
+from cospadi.runtime.memory import guard_memory
 
 LOGITS_AT_A_TIME = 2**26
 LOSS_AT_A_TIME = 2**24

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cospadi.calibration import Texts
-from cospadi.engine.machine import memory_errors, peak_memory
 from cospadi.evaluation.perplexity import perplexity
 from cospadi.evaluation.tasks import find_tasks, run_tasks
-from cospadi.model_view import placed
+from cospadi.runtime.devices import placed
+from cospadi.runtime.memory import memory_errors, peak_memory
 
 Progress = Callable[..., None]
 ARITHMETIC = {

@@ -7,9 +7,9 @@ transformers knows a quantization method once its two classes are registered. Th
   see ``_cospadi_autoload.py`` and its off switches.
 """
 
-from cospadi.checkpoint.hf_quantizer import CospadiConfig, CospadiQuantizer, register
-from cospadi.sharing.registration import register_models
-from cospadi.sharing.shared_checkpoint_hf import register as register_shared
+from cospadi.checkpoint.formats.factored_hf import CospadiConfig, CospadiQuantizer, register
+from cospadi.checkpoint.formats.shared_hf import register as register_shared
+from cospadi.masa.models.registration import register_models
 
 register()
 register_shared()

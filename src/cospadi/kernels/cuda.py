@@ -1,6 +1,6 @@
 """The operation on CUDA: decode kernels for a few tokens, dense scratch and cuBLAS for many.
 
-The two products are chosen apart, each per shape and number of tokens, by `cospadi.kernels.tuning`. For one token x D
+The two products are chosen apart, each per shape and number of tokens, by `cospadi.kernels.autotune`. For one token x D
 stays in float32 between them. Specs without a kernel (3 and 14 bits, sparse with zero points), layers in other dtypes
 than 16-bit floats, and machines without Triton take the dense path: factors unpacked into a scratch, then cuBLAS. So do
 products whose kernels all fail to compile or to run.
@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from cospadi.format import MatrixSpec, Packed, unpack
+from cospadi.kernels.autotune import Candidate, Run, Way, ways
 from cospadi.kernels.cost import rebuild_pays
-from cospadi.kernels.tuning import Candidate, Run, Way, ways
 
 launch: ModuleType | None
 try:
-    from cospadi.kernels import launch
+    from cospadi.kernels.triton import launch
 except ImportError as _error:
     launch = None
     _reason = str(_error)

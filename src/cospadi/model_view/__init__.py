@@ -1,6 +1,5 @@
 """The only code that knows what a transformers model looks like: loading, linear groups, layer-by-layer replay."""
 
-from cospadi.model_view.devices import guard_memory, move, placed
 from cospadi.model_view.discover import discover, discover_layers
 from cospadi.model_view.loading import (
     is_compressed,
@@ -24,14 +23,11 @@ __all__ = [
     "discover",
     "discover_layers",
     "embedding_weight",
-    "guard_memory",
     "is_compressed",
     "model_name",
-    "move",
     "open_config",
     "open_model",
     "open_tokenizer",
-    "placed",
     "skeleton",
     "source_name",
     "where_not_finite",

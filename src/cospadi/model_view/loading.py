@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from cospadi.errors import CospadiError, ModelError
-from cospadi.model_view.devices import guard_memory
+from cospadi.runtime.memory import guard_memory
 
 QUANT_METHODS = ("cospadi", "cospadi_width", "cospadi_depth", "cospadi_masa")
 """What the checkpoints that this package alone can load say of themselves."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from cospadi.errors import ModelError
-from cospadi.model_view.devices import move
 from cospadi.model_view.view import ModelView, embedding_weight
+from cospadi.runtime.devices import move
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -18,8 +18,8 @@ from cospadi.checkpoint import (
     save,
     validate,
 )
-from cospadi.checkpoint.checks import check_codes, popcounts
 from cospadi.checkpoint.checksums import CHECKSUMS
+from cospadi.checkpoint.formats.factored import check_codes, popcounts
 from cospadi.errors import CheckpointError
 from cospadi.format import MatrixSpec, pack
 from cospadi.format.pack import pack_mask
@@ -310,7 +310,7 @@ def test_every_true_mask_passes_and_every_flipped_bit_is_found(pattern, columns)
 
 
 def test_rows_are_checked_in_every_chunk(monkeypatch):
-    monkeypatch.setattr("cospadi.checkpoint.checks._ROWS_AT_ONCE", 4)
+    monkeypatch.setattr("cospadi.checkpoint.formats.factored._ROWS_AT_ONCE", 4)
     spec = MatrixSpec(11, 40, "free", 5)
     packed = pack(random_stored(spec, torch.Generator().manual_seed(0), torch.bfloat16), spec)
     assert check_codes(packed, spec) is None

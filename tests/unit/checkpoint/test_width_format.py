@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from cospadi.checkpoint import load
-from cospadi.checkpoint.checks import read_config
-from cospadi.checkpoint.width import (
+from cospadi.checkpoint.formats.factored import read_config
+from cospadi.checkpoint.formats.width import (
     BlockShape,
     LinearShape,
     WidthSpec,
@@ -19,7 +19,7 @@ from cospadi.checkpoint.width import (
     parse_width,
     validate_width,
 )
-from cospadi.checkpoint.width_quantizer import attach_width
+from cospadi.checkpoint.formats.width_hf import attach_width
 from cospadi.errors import CheckpointError, ModelError
 from cospadi.layers.sliced import BlockParts
 from cospadi.model_view import skeleton

@@ -8,18 +8,16 @@ import torch
 
 from cospadi.calibration import StatisticsStore, collect
 from cospadi.checkpoint import factor_bytes, load
-from cospadi.engine import allocate, compress, profile, trials
-from cospadi.engine.allocate import budget_of, final_plan
-from cospadi.engine.candidates import (
-    Family,
-    Task,
-    harm_curve,
-    solve_trial,
-)
-from cospadi.engine.company import least_harmful
-from cospadi.engine.damage import DamageMeter, probe_ids
-from cospadi.engine.plan import make_plan
-from cospadi.engine.profile import Option, piece_spec
+from cospadi.engine.allocate import loss_model as profile
+from cospadi.engine.allocate import rules as allocate
+from cospadi.engine.allocate import trials
+from cospadi.engine.allocate.candidates import Family, Task, harm_curve, solve_trial
+from cospadi.engine.allocate.compare_plans import least_harmful
+from cospadi.engine.allocate.loss_model import Option, piece_spec
+from cospadi.engine.allocate.rules import budget_of, final_plan
+from cospadi.engine.allocate.sensitivity import DamageMeter, probe_ids
+from cospadi.engine.compress import compress
+from cospadi.engine.plan.plan import make_plan
 from cospadi.errors import BudgetError
 from cospadi.methods import GroupShape, get_method
 from cospadi.model_view import discover

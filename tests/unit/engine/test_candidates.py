@@ -8,18 +8,9 @@ import pytest
 import torch
 
 from cospadi.calibration import Statistics
-from cospadi.engine import trials
-from cospadi.engine.candidates import (
-    Curve,
-    Family,
-    Task,
-    Trial,
-    anchors,
-    error_curve,
-    harm_curve,
-    solve_trial,
-)
-from cospadi.engine.profile import REACH_DOWN, Option, combined, piece_spec, shares, telling
+from cospadi.engine.allocate import trials
+from cospadi.engine.allocate.candidates import Curve, Family, Task, Trial, anchors, error_curve, harm_curve, solve_trial
+from cospadi.engine.allocate.loss_model import REACH_DOWN, Option, combined, piece_spec, shares, telling
 from cospadi.methods import GroupShape, get_method
 
 CPU = torch.device("cpu")

@@ -9,11 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from cospadi.embedded import model_path
-from cospadi.engine import estimate, estimation, planning_work
-from cospadi.engine.effort import START, Speed, Work, gain, measure_speed
-from cospadi.engine.estimation import calibration_work, forward_work, gram_work, host_memory, phases
-from cospadi.engine.plan import make_plan
-from cospadi.engine.solver_work import SOLVERS, solver_work
+from cospadi.engine.estimate import estimate as estimation
+from cospadi.engine.estimate import planning_work
+from cospadi.engine.estimate.effort import START, Speed, Work, gain, measure_speed
+from cospadi.engine.estimate.estimate import calibration_work, estimate, forward_work, gram_work, host_memory, phases
+from cospadi.engine.estimate.solver_work import SOLVERS, solver_work
+from cospadi.engine.plan.plan import make_plan
 from cospadi.errors import BudgetError, CalibrationError, RecipeError
 from cospadi.format import GroupSpec
 from cospadi.methods import GroupShape, Problem, all_methods, base, get_method, method

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from cospadi.engine import compress, make_plan
-from cospadi.engine.feedback import require_layers
-from cospadi.engine.streams import Moments, Streams, anchored_error, anchored_target
+from cospadi.engine.compress import compress
+from cospadi.engine.plan.plan import make_plan
+from cospadi.engine.tune.sequential import require_layers
+from cospadi.engine.tune.streams import Moments, Streams, anchored_error, anchored_target
 from cospadi.errors import RecipeError
 from cospadi.format import GroupSpec, MatrixSpec
 from cospadi.model_view import discover

@@ -7,11 +7,11 @@ import torch
 
 from cospadi import checkpoint
 from cospadi.calibration import StatisticsStore, collect, fisher, read_texts, token_blocks
-from cospadi.engine import compress
-from cospadi.engine.allocate import final_plan, own_input
+from cospadi.engine.allocate.rules import final_plan, own_input
+from cospadi.engine.compress import compress
 from cospadi.engine.factorise import factorise_group, rebuild
-from cospadi.engine.grouping import arranged
-from cospadi.engine.plan import make_plan
+from cospadi.engine.plan.grouping import arranged
+from cospadi.engine.plan.plan import make_plan
 from cospadi.errors import RecipeError
 from cospadi.format import GroupSpec
 from cospadi.methods import GroupShape, Problem, get_method
@@ -260,7 +260,7 @@ class TestPairs:
 
     def test_the_pairs_survive_an_interruption(self, alike, tmp_path, monkeypatch):
         _, plan = self.plan(alike, tmp_path)
-        monkeypatch.setattr("cospadi.engine.allocate.matched", lambda *_: pytest.fail("computed again"))
+        monkeypatch.setattr("cospadi.engine.allocate.rules.matched", lambda *_: pytest.fail("computed again"))
         assert self.plan(alike, tmp_path)[1] == plan
 
     def test_neighbours_on_request(self, alike, tmp_path):

@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cospadi.engine import compress, predictions
-from cospadi.engine.predictions import Predictions
-from cospadi.engine.tunable import TunableGroup
+from cospadi.engine.compress import compress
+from cospadi.engine.tune import distill as predictions
+from cospadi.engine.tune.distill import Predictions
+from cospadi.engine.tune.tunable import TunableGroup
 from cospadi.errors import RecipeError
 from cospadi.model_view import LayerReplay, discover
 from cospadi.recipe import Recipe
@@ -95,7 +96,8 @@ def test_it_never_makes_the_predictions_worse(model_path, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("when", ["before", "between"])
 def test_an_interrupted_run_ends_with_the_same_bytes(model_path, tmp_path, monkeypatch, when):
-    from cospadi.engine import feedback, journal
+    from cospadi.engine import journal
+    from cospadi.engine.tune import sequential as feedback
 
     run(model_path, tmp_path / "whole")
     if when == "before":

@@ -4,11 +4,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cospadi.engine import compress, refine
+from cospadi.engine.compress import compress
 from cospadi.engine.factorise import pack_factors, rebuild
-from cospadi.engine.refine import block_error, refine_layer
-from cospadi.engine.streams import Streams
-from cospadi.engine.tunable import TunableGroup
+from cospadi.engine.tune import block as refine
+from cospadi.engine.tune.block import block_error, refine_layer
+from cospadi.engine.tune.streams import Streams
+from cospadi.engine.tune.tunable import TunableGroup
 from cospadi.errors import RecipeError
 from cospadi.format import Factors, GroupSpec, MatrixSpec, Stored, unpack
 from cospadi.model_view import discover

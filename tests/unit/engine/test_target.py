@@ -6,8 +6,8 @@ import pytest
 
 from cospadi.checkpoint import factor_bytes, save
 from cospadi.checkpoint.convert import replace_modules
-from cospadi.engine.plan import make_plan, target_keep
-from cospadi.engine.target import side_bytes
+from cospadi.engine.plan.plan import make_plan, target_keep
+from cospadi.engine.plan.target import side_bytes
 from cospadi.errors import BudgetError
 from cospadi.model_view import discover, open_model
 from cospadi.recipe import Recipe

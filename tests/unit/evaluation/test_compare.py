@@ -5,7 +5,7 @@ import torch
 
 from cospadi import checkpoint
 from cospadi.calibration import read_texts
-from cospadi.engine import compress
+from cospadi.engine.compress import compress
 from cospadi.engine.journal import ROWS
 from cospadi.errors import CalibrationError, ModelError, NumericalError, OutputError, RecipeError
 from cospadi.evaluation import compare, comparison_row, perplexity

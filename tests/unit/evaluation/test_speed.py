@@ -343,7 +343,7 @@ def test_wrong_devices():
 
 
 def test_kernels_are_compiled_ahead_for_all_that_is_timed(monkeypatch):
-    ahead = pytest.importorskip("cospadi.kernels.ahead")
+    ahead = pytest.importorskip("cospadi.kernels.precompile")
     asked = []
     monkeypatch.setattr(ahead, "compile_ahead", lambda products, dtype, jobs: asked.extend(products))
     settings = Settings(ways=((0.6, 8),), tokens=(1, 4), prompt=64)

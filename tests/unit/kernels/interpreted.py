@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from cospadi.format import MatrixSpec, unpack
-from cospadi.kernels import cuda, launch, tuning
+from cospadi.kernels import autotune as tuning
+from cospadi.kernels import cuda
 from cospadi.kernels.synthetic import random_packed
+from cospadi.kernels.triton import launch
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before anything imports triton"
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from cospadi.format import MatrixSpec, unpack
-from cospadi.kernels import cuda, factored_linear, op, reference, tuning
+from cospadi.kernels import autotune as tuning
+from cospadi.kernels import cuda, factored_linear, op, reference
 from cospadi.kernels.synthetic import random_packed
 
 launch = pytest.importorskip(
-    "cospadi.kernels.launch", reason="there is no Triton for this machine", exc_type=ImportError
+    "cospadi.kernels.triton.launch", reason="there is no Triton for this machine", exc_type=ImportError
 )
 
 DICTIONARY = MatrixSpec(64, 96, bits=8, group=32)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from cospadi.kernels import tuning
-from cospadi.kernels.tuning import Candidate, choose
+from cospadi.kernels import autotune as tuning
+from cospadi.kernels.autotune import Candidate, choose
 
 ONE, TWO = torch.ones(1), torch.full((1,), 2.0)
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, get_args, get_origin
 import pytest
 from pydantic import Field
 
-from cospadi.engine import compress
+from cospadi.engine.compress import compress
 from cospadi.errors import RecipeError
 from cospadi.format import GroupSpec
 from cospadi.methods import Problem, all_methods, base, get_method, method

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from cospadi.errors import ResourceError
-from cospadi.model_view import guard_memory, move, placed
+from cospadi.runtime.devices import move, placed
+from cospadi.runtime.memory import guard_memory
 from tiny import tiny_model
 
 

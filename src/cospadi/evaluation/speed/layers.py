@@ -17,7 +17,8 @@ from cospadi.evaluation.speed.timing import Call, Timed, alternate, copies
 from cospadi.format import GroupSpec, MatrixSpec, Packed
 from cospadi.kernels import factored_linear, reference
 from cospadi.kernels.synthetic import random_packed
-from cospadi.model_view import LinearGroup, guard_memory
+from cospadi.model_view import LinearGroup
+from cospadi.runtime.memory import guard_memory
 
 DTYPE = torch.bfloat16
 FEW_TOKENS = 64  # beyond, weights are read once for so many tokens that caches no longer matter

@@ -18,7 +18,7 @@ from cospadi.checkpoint import file_bytes, load, save
 from cospadi.errors import OutputError
 from cospadi.evaluation.speed.shapes import Subject, Variant
 from cospadi.evaluation.speed.whole import allocated, parameter_bytes, random_model
-from cospadi.model_view import guard_memory
+from cospadi.runtime.memory import guard_memory
 
 TURNS = 3
 

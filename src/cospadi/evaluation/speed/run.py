@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from cospadi.engine.machine import device_name, resolve_device, versions
 from cospadi.errors import ResourceError
 from cospadi.evaluation.speed.layers import DTYPE, Bench, measure_layers
 from cospadi.evaluation.speed.loading import measure_loading
@@ -33,6 +32,8 @@ from cospadi.evaluation.speed.shapes import (
 from cospadi.evaluation.speed.timing import CACHES_OVER, cache_bytes, copy_bandwidth
 from cospadi.evaluation.speed.whole import CACHE_TOKENS, SEEN_TOKENS, measure_model
 from cospadi.format import GroupSpec
+from cospadi.runtime.devices import device_name, resolve_device
+from cospadi.runtime.fingerprints import versions
 
 Progress = Callable[..., None]
 Results = dict[str, Any]
@@ -171,7 +172,7 @@ def benchmark(
 
 def _compile_ahead(settings: Settings, subjects: Sequence[Subject], ways: dict[str, list[Variant]]) -> None:
     """Compile what will be timed, in parallel."""
-    from cospadi.kernels.ahead import compile_ahead
+    from cospadi.kernels.precompile import compile_ahead
 
     groups: dict[GroupSpec, set[int]] = {}
     for subject in subjects:
@@ -222,6 +223,6 @@ def _with_kernels(results: Results, device: torch.device) -> Results:
     """The results with the kernels that were chosen so far."""
     if device.type != "cuda":
         return results
-    from cospadi.kernels import tuning
+    from cospadi.kernels import autotune as tuning
 
     return results | {"kernels": {str(key): name for key, name in tuning.choices().items()}}

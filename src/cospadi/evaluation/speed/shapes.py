@@ -18,11 +18,11 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from cospadi.checkpoint import read_config
-from cospadi.depth.surgery import without_blocks
 from cospadi.errors import ModelError, RecipeError
 from cospadi.format import GroupSpec, MatrixSpec
 from cospadi.methods.base import GroupShape, get_method
 from cospadi.model_view import LinearGroup, ModelView, discover, discover_layers, is_compressed, open_config, skeleton
+from cospadi.pruning.depth.surgery import without_blocks
 
 METHOD = "pursuit"
 """The method whose plan says how factors of a size are stored: the default of `cospadi compress`."""

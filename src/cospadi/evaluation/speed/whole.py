@@ -16,7 +16,7 @@ from cospadi.evaluation.speed.layers import Bench, Stored, random_stored
 from cospadi.evaluation.speed.shapes import Subject, Variant, anonymous
 from cospadi.evaluation.speed.timing import Call, Timed, alternate
 from cospadi.format import GroupSpec
-from cospadi.model_view import guard_memory
+from cospadi.runtime.memory import guard_memory
 
 CACHE_TOKENS = 1024
 SEEN_TOKENS = 512

@@ -1,0 +1,1 @@
+"""One file for each stored format; `base` holds what they share."""

@@ -1,0 +1,1 @@
+"""The plan after calibration: bytes and representations by measured sensitivity."""

@@ -1,0 +1,218 @@
+"""The plan: who gets how many bytes, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from math import ceil
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from cospadi.engine.plan.grouping import arranged
+from cospadi.engine.plan.selection import chosen_modules, narrowed, restricted
+from cospadi.engine.plan.shared import PlannedShared, plan_from_shapes
+from cospadi.engine.plan.target import side_bytes
+from cospadi.errors import BudgetError, RecipeError
+from cospadi.format import GroupSpec
+from cospadi.layers.shared_linear import METHOD as MASA
+from cospadi.methods import GroupShape, Method, get_method
+from cospadi.model_view import LinearGroup, ModelView
+from cospadi.recipe import Recipe, parse_size
+
+
+@dataclass(frozen=True)
+class PlannedGroup:
+    """One group to factorise.
+
+    Attributes:
+        layer: index of its decoder layer.
+        source: the layers that read the same input, of which the group is all or one.
+        spec: how it will be stored; `spec.method` solves it.
+        options: of that method.
+        sources: the same as `source` for every one of its modules, where they read different inputs; else empty.
+    """
+
+    layer: int
+    source: LinearGroup
+    spec: GroupSpec
+    options: dict[str, Any] = field(default_factory=dict)
+    sources: tuple[LinearGroup, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be stored.
+
+    Attributes:
+        groups: in model order.
+        keep_requested: share of bytes asked for.
+        other_bytes: bytes of everything that is left alone (embeddings, norms, head).
+        shared: what layers share matrix atoms (MASA); then there are no `groups`.
+    """
+
+    groups: tuple[PlannedGroup, ...]
+    keep_requested: float
+    other_bytes: int
+    shared: tuple[PlannedShared, ...] = ()
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the compressed layers at 16 bits a weight."""
+        return sum(g.spec.dense_bytes for g in self.groups) + sum(g.spec.dense_bytes for g in self.shared)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all factored tensors."""
+        return sum(g.spec.bytes for g in self.groups) + sum(g.spec.bytes for g in self.shared)
+
+    @property
+    def keep_actual(self) -> float:
+        """bytes_after / bytes_before."""
+        return self.bytes_after / self.bytes_before
+
+
+def uniform_specs(
+    shapes: Sequence[GroupShape], method: Method, keep: float, options: dict[str, Any]
+) -> list[GroupSpec]:
+    """The same share for every group; what rounding leaves over is handed to the next group.
+
+    Raises:
+        BudgetError: if some group needs more (names the least possible keep).
+    """
+    least = least_keep(shapes, method, options)
+    if keep < least:
+        raise BudgetError(
+            f"keep {keep:g} is too small for method {method.name!r} on this model: the least possible is {least:.4f}"
+        )
+    specs, spare = [], 0.0
+    for shape in shapes:
+        share = keep * shape.dense_bytes + spare
+        spec = method.spec(shape, int(share), options)
+        spare = share - spec.bytes
+        specs.append(spec)
+    return specs
+
+
+def least_keep(shapes: Sequence[GroupShape], method: Method, options: dict[str, Any]) -> float:
+    """The least share that every group can reach, rounded up to four digits.
+
+    Raises:
+        RecipeError: if the method cannot be planned with these options.
+    """
+    try:
+        least = max(least_spec(shape, method, options).bytes / shape.dense_bytes for shape in shapes)
+    except (ValueError, ArithmeticError) as error:
+        raise RecipeError(f"method {method.name!r} cannot work with these options: {error}") from None
+    return ceil(1e4 * least) / 1e4
+
+
+def least_spec(shape: GroupShape, method: Method, options: dict[str, Any]) -> GroupSpec:
+    """The smallest spec of a method."""
+    return method.plan(shape, 0, **_plan_options(method, method.check(options)))
+
+
+def _plan_options(method: Method, options: dict[str, Any]) -> dict[str, Any]:
+    import inspect
+
+    return {k: v for k, v in options.items() if k in inspect.signature(method.plan).parameters}
+
+
+def other_bytes(model: PreTrainedModel, groups: Sequence[LinearGroup]) -> int:
+    """Bytes of the parameters outside the compressed weights, in the model's dtype; tied ones counted once."""
+    inside = {f"{name}.weight" for group in groups for name in group.modules}
+    return sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name not in inside)
+
+
+def target_keep(target: int, before: int, others: int) -> float:
+    """The share of the compressed layers' bytes that is left for them within a size of all files.
+
+    Args:
+        target: bytes of all files.
+        before: bytes of the compressed layers at 16 bits a weight.
+        others: bytes of everything else.
+
+    Raises:
+        BudgetError: if nothing is left, or nothing needs to be done.
+    """
+    if target <= others:
+        raise BudgetError(
+            f"target size {target:,} bytes is below what is left alone: embeddings, norms, head, configuration and "
+            f"tokenizer take {others:,} bytes"
+        )
+    if target >= others + before:
+        raise BudgetError(f"the model already fits into {target:,} bytes ({others + before:,}): nothing to compress")
+    return (target - others) / before
+
+
+def make_plan(view: ModelView, recipe: Recipe) -> Plan:
+    """Plan a run on a real or a meta model.
+
+    Raises:
+        BudgetError: if the size cannot be reached.
+        RecipeError: if the method or one of its options does not exist, or is out of range.
+    """
+    recipe.require_budget()
+    method = get_method(recipe.method)
+    modules = chosen_modules(view, recipe)
+    view = restricted(view, modules)
+    chosen = [narrowed(group, set(modules)) for group in view.groups]
+    others = other_bytes(view.model, chosen)
+    if method.name == MASA:
+        return _shared_plan(view, recipe, modules, others)
+    together = arranged(view.groups, chosen, recipe.grouping or method.grouping, view.layers_name)
+    shapes = [item.shape for item in together]
+    if recipe.keep is not None:
+        keep = recipe.keep
+    else:
+        keep = _keep_for_target(parse_size(str(recipe.target_size)), view, shapes, method, others, recipe.options)
+    specs = uniform_specs(shapes, method, keep, recipe.options)
+    planned = tuple(
+        PlannedGroup(item.source.layer, item.source, replace(spec, method=method.name), recipe.options, item.sources)
+        for item, spec in zip(together, specs, strict=True)
+    )
+    return Plan(planned, keep, others)
+
+
+def _shared_plan(view: ModelView, recipe: Recipe, modules: Sequence[str], others: int) -> Plan:
+    if recipe.keep is not None:
+        return Plan((), recipe.keep, others, plan_from_shapes(view, recipe, modules, recipe.keep))
+    target = parse_size(str(recipe.target_size))
+    shared = plan_from_shapes(view, recipe, modules, 1.0)  # any plan tells what stands beside the tensors
+    before = sum(group.spec.dense_bytes for group in shared)
+    keep = target_keep(target, before, others + side_bytes(view.model, [group.spec for group in shared], target))
+    return Plan((), keep, others, plan_from_shapes(view, recipe, modules, keep))
+
+
+def _keep_for_target(
+    target: int, view: ModelView, shapes: Sequence[GroupShape], method: Method, others: int, options: dict[str, Any]
+) -> float:
+    """The share to keep so that all files together fit into `target` bytes."""
+    before, least = sum(shape.dense_bytes for shape in shapes), least_keep(shapes, method, options)
+    # What stands beside the tensors hardly depends on how much of them is kept: any plan tells it.
+    sides = side_bytes(view.model, uniform_specs(shapes, method, max(least, 0.5), options), target)
+    keep = target_keep(target, before, others + sides)
+    if keep < least:
+        lowest = others + sides + ceil(least * before)
+        raise BudgetError(
+            f"target size {target:,} bytes is too small for method {method.name!r} on this model: the least possible "
+            f"is {lowest:,}"
+        )
+    return keep
+
+
+def group_row(group: PlannedGroup) -> dict[str, Any]:
+    """A group as it stands in reports."""
+    spec = group.spec
+    return {
+        "name": spec.name,
+        "layer": group.layer,
+        "modules": list(spec.modules),
+        "method": spec.method,
+        "atoms": spec.atoms if spec.dictionary else None,
+        "nonzeros": spec.codes.nonzeros if spec.codes.sparse else None,
+        "pattern": spec.codes.pattern,
+        "bits": {"dictionary": spec.dictionary.bits if spec.dictionary else None, "values": spec.codes.bits},
+        "bytes": spec.bytes,
+        "bytes_before": spec.dense_bytes,
+    }

@@ -1,0 +1,1 @@
+"""Sequential fitting, layer by layer on compressed inputs, and tuning of the factors with Adam."""

@@ -1,0 +1,1 @@
+"""Models with shared attention matrices, trained from scratch."""

@@ -1,0 +1,30 @@
+"""The Unreasonable Ineffectiveness of the Deeper Layers (arXiv 2403.17887), without its healing."""
+
+from cospadi.pruning.base import depth_method
+from cospadi.pruning.depth.distances import chosen_run, require_run
+from cospadi.pruning.depth.surgery import Cut
+from cospadi.pruning.evidence import Evidence
+
+
+@depth_method("uidl", paper="arXiv 2403.17887")
+def uidl(evidence: Evidence, blocks: int, *, start: int | None = None) -> Cut:
+    """Remove the run of blocks over which the last token's hidden state turns least.
+
+    d(l, n) = mean over sequences of acos(cos(x_l, x_{l+n})) / π, x the hidden state of the last real token before
+    block l; the run l … l+n-1 of least d goes (equation 5).
+
+    Args:
+        evidence: model and text.
+        blocks: how many go.
+        start: the first block of the run, instead of the nearest.
+
+    Raises:
+        RecipeError: if the run would pass the last block.
+    """
+    require_run(len(evidence.view.layers), blocks, start)
+    first = chosen_run(evidence.pairs.angular, blocks, start)
+    distance = float(evidence.pairs.angular[first, first + blocks])
+    return Cut(
+        tuple(range(first, first + blocks)),
+        told={"measure": "angular distance of the last token", "distance": distance},
+    )

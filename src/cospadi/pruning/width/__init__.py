@@ -1,0 +1,1 @@
+"""Methods that remove a share of the width: one file a paper."""
