@@ -4,7 +4,6 @@ import json
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
-from unit.pruning.models import STANDARD, deep_model, generated, logits
 
 from cospadi.checkpoint import load
 from cospadi.checkpoint.formats.linear_blocks import LinearBlocksConfig
@@ -13,6 +12,7 @@ from cospadi.layers.linear_block import LinearBlock
 from cospadi.model_view import discover_layers
 from cospadi.pruning import Cut, Evidence, Tokens, get_depth_method
 from tiny import token_ids
+from unit.pruning.models import STANDARD, deep_model, generated, logits
 
 IDS = token_ids(2, 20, seed=4)
 

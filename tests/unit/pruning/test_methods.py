@@ -3,7 +3,6 @@ import copy
 import pytest
 import torch
 from torch.nn import functional
-from unit.pruning.models import STANDARD, deep_model, logits
 
 from cospadi.errors import BudgetError, ModelError, RecipeError
 from cospadi.model_view import discover_layers
@@ -12,6 +11,7 @@ from cospadi.pruning.base import fewest_blocks
 from cospadi.pruning.depth.laco import merged_weights
 from cospadi.pruning.depth.surgery import Cut
 from tiny import token_ids
+from unit.pruning.models import STANDARD, deep_model, logits
 
 DEPTH = sorted(name for name, method in all_depth_methods().items() if method.unit == "blocks")
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
-from unit.pruning.models import FOLDABLE, STANDARD, deep_model, generated, logits
 
 from cospadi.errors import BudgetError, ModelError, RecipeError
 from cospadi.model_view import LayerReplay, discover_layers
@@ -15,6 +14,7 @@ from cospadi.pruning.depth.replaceme.branch import find_branch
 from cospadi.pruning.depth.replaceme.normal_equations import Sums
 from cospadi.pruning.depth.surgery import Cut
 from tiny import token_ids
+from unit.pruning.models import FOLDABLE, STANDARD, deep_model, generated, logits
 
 IDS = token_ids(2, 20, seed=4)
 

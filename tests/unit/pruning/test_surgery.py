@@ -3,12 +3,12 @@ import copy
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from unit.pruning.models import STANDARD, deep_model, generated, logits, skipping
 
 from cospadi.errors import BudgetError, ModelError
 from cospadi.model_view import discover_layers, skeleton
 from cospadi.pruning.depth.surgery import Cut, _cut_config, runs, without_blocks
 from tiny import tiny_config, token_ids
+from unit.pruning.models import STANDARD, deep_model, generated, logits, skipping
 
 IDS = token_ids(2, 20, seed=4)
 CASES = [(name, (0, 3)) for name in STANDARD]

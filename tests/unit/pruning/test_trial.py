@@ -6,7 +6,6 @@ from itertools import pairwise
 import pytest
 import torch
 from torch.nn import functional
-from unit.pruning.models import deep_model, logits
 
 from cospadi.errors import BudgetError, NumericalError
 from cospadi.model_view import discover_layers
@@ -15,6 +14,7 @@ from cospadi.pruning.depth.replaceme.rows import place, stream_rows
 from cospadi.pruning.depth.replaceme.trial import Trial, best, cheapest, solutions, tried
 from cospadi.pruning.depth.surgery import Cut
 from tiny import token_ids
+from unit.pruning.models import deep_model, logits
 
 
 def evidence(model, sequences=16, length=24, lengths=None):
