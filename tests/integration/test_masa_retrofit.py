@@ -211,20 +211,20 @@ def test_the_same_command_again_changes_nothing_and_another_run_gives_the_same_b
 
 
 def test_an_interrupted_run_goes_on(place, tmp_path, monkeypatch):
-    from cospadi.engine import run
+    from cospadi.engine import compress as engine
 
-    flags, solve, solved = ("--keep", 0.7, "--set", "groups=2", "--set", "least_atoms=1"), run.factorise_shared, []
+    flags, solve, solved = ("--keep", 0.7, "--set", "groups=2", "--set", "least_atoms=1"), engine.factorise_group, []
 
-    def stop(view, spec, *rest):
+    def stop(context, group):
         if len(solved) == 3:
             raise KeyboardInterrupt
-        solved.append(spec)
-        return solve(view, spec, *rest)
+        solved.append(group)
+        return solve(context, group)
 
-    monkeypatch.setattr(run, "factorise_shared", stop)
+    monkeypatch.setattr(engine, "factorise_group", stop)
     assert compress(place, tmp_path / "out", *flags).code == 130
-    monkeypatch.setattr(run, "factorise_shared", solve)
-    monkeypatch.setattr("cospadi.engine.plan.shared.search", None)  # the plan is taken over, not searched again
+    monkeypatch.setattr(engine, "factorise_group", solve)
+    monkeypatch.setattr("cospadi.engine.allocate.atoms.search", None)  # the plan is taken over, not searched again
     done = compress(place, tmp_path / "out", *flags)
     assert done.code == 0 and "3 of 8 groups were taken over" in done.err
     assert weights(tmp_path / "out") == weights(place / "small")

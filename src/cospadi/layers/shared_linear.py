@@ -7,137 +7,14 @@ With as many atoms as layers nothing would be gained by sharing: every layer the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cospadi.errors import ModelError
-from cospadi.layers.tensors import GUARD, GUARD_DTYPE, GUARD_SHAPE, TensorTable
-
-METHOD = "masa"
-
-
-@dataclass(frozen=True)
-class SharedSpec:
-    """How one projection of several layers is stored. All numbers are 16-bit floats.
-
-    Attributes:
-        modules: dotted names in the model, in the order of the layers; the first one holds the atoms.
-        d_in: inputs, the same for all.
-        d_out: outputs, the same for all.
-        atoms: S, full-size matrices that all of them share; 0 for none; as many as modules: each keeps its own.
-        ranks: of each module's own low-rank part; 0 for none.
-        method: the method that made it (for reports).
-    """
-
-    modules: tuple[str, ...]
-    d_in: int
-    d_out: int
-    atoms: int
-    ranks: tuple[int, ...]
-    method: str = METHOD
-
-    def __post_init__(self) -> None:
-        if not self.modules or len(self.modules) != len(self.ranks):
-            raise ValueError(f"{len(self.modules)} modules but {len(self.ranks)} ranks")
-        if self.d_in < 1 or self.d_out < 1:
-            raise ValueError(f"a matrix of {self.d_out}x{self.d_in} cannot be stored")
-        if not 0 <= self.atoms <= len(self.modules):
-            raise ValueError(f"{self.atoms} atoms for {len(self.modules)} modules")
-        for module, rank in zip(self.modules, self.ranks, strict=True):
-            if not 0 <= rank <= min(self.d_in, self.d_out):
-                raise ValueError(f"{module}: a rank of {rank} is not possible for {self.d_out}x{self.d_in}")
-            if rank and self.whole:
-                raise ValueError(f"{module}: a layer that keeps its matrix has no low-rank part, but rank {rank}")
-
-    @property
-    def name(self) -> str:
-        """Readable name: that of the modules, with the layers from first to last."""
-        first, last = self.modules[0].split("."), self.modules[-1].split(".")
-        if len(first) != len(last):
-            return f"{self.modules[0]}-{self.modules[-1]}"
-        return ".".join(a if a == b else f"{a}-{b}" for a, b in zip(first, last, strict=True))
-
-    @property
-    def whole(self) -> bool:
-        """Whether every layer keeps its own matrix."""
-        return self.atoms == len(self.modules)
-
-    @property
-    def bytes(self) -> int:
-        """Exact bytes of atoms, coefficients and low-rank parts (biases excluded)."""
-        if self.whole:
-            return self.dense_bytes
-        shared = self.atoms * (self.d_in * self.d_out + len(self.modules))
-        return 2 * (shared + sum(self.ranks) * (self.d_in + self.d_out))
-
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes of the same layers at 16 bits a weight."""
-        return 2 * self.d_in * self.d_out * len(self.modules)
-
-    def tensors(self, index: int, dtype: torch.dtype = torch.bfloat16) -> TensorTable:
-        """Shape and dtype of one module's tensors by parameter name, bias and guard excluded."""
-        if self.whole:
-            return {"matrix": ((self.d_out, self.d_in), dtype)}
-        table: TensorTable = {}
-        if self.atoms:
-            if index == 0:
-                table["atoms"] = ((self.atoms, self.d_out, self.d_in), dtype)
-            table["coefficients"] = ((self.atoms,), dtype)
-        if self.ranks[index]:
-            table["down"] = ((self.ranks[index], self.d_in), dtype)
-            table["up"] = ((self.d_out, self.ranks[index]), dtype)
-        return table
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form, as it stands in ``config.json``."""
-        return {
-            "modules": list(self.modules),
-            "d_in": self.d_in,
-            "d_out": self.d_out,
-            "atoms": self.atoms,
-            "ranks": list(self.ranks),
-        }
-
-    def row(self, layer: int | None = None) -> dict[str, Any]:
-        """The group as it stands in reports.
-
-        Args:
-            layer: index of the first of its decoder layers.
-        """
-        return {
-            "name": self.name,
-            "layer": layer,
-            "modules": list(self.modules),
-            "method": self.method,
-            "atoms": None if self.whole else self.atoms,
-            "ranks": list(self.ranks),
-            "nonzeros": None,
-            "pattern": "dense",
-            "bits": {"dictionary": 16 if self.atoms and not self.whole else None, "values": 16},
-            "bytes": self.bytes,
-            "bytes_before": self.dense_bytes,
-        }
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> SharedSpec:
-        """Inverse of :meth:`to_dict`.
-
-        Raises:
-            ValueError: if the description is not one of a group of shared layers.
-        """
-        try:
-            numbers = [data["d_in"], data["d_out"], data["atoms"], *data["ranks"]]
-            modules = tuple(data["modules"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not the description of a group of shared layers: {error}") from error
-        if any(type(n) is not int for n in numbers) or any(type(name) is not str for name in modules):
-            raise ValueError("sizes, atoms and ranks must be whole numbers, modules names")
-        return cls(modules, data["d_in"], data["d_out"], data["atoms"], tuple(data["ranks"]))
+from cospadi.format import SharedSpec
+from cospadi.layers.tensors import GUARD, GUARD_DTYPE, GUARD_SHAPE
 
 
 class _Owner:

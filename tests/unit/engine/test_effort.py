@@ -11,14 +11,15 @@ from transformers import LlamaConfig
 from cospadi.embedded import model_path
 from cospadi.engine.estimate import estimate as estimation
 from cospadi.engine.estimate import planning_work
-from cospadi.engine.estimate.effort import START, Speed, Work, gain, measure_speed
 from cospadi.engine.estimate.estimate import calibration_work, estimate, forward_work, gram_work, host_memory, phases
-from cospadi.engine.estimate.solver_work import SOLVERS, solver_work
+from cospadi.engine.estimate.solver_work import solver_work
+from cospadi.engine.estimate.speed import START, Speed, gain, measure_speed
 from cospadi.engine.plan.plan import make_plan
 from cospadi.errors import BudgetError, CalibrationError, RecipeError
 from cospadi.format import GroupSpec
-from cospadi.methods import GroupShape, Problem, all_methods, base, get_method, method
+from cospadi.methods import METHODS, GroupShape, Problem, all_methods, get_method, method
 from cospadi.methods.auto import FITTED
+from cospadi.methods.cost import Work
 from cospadi.methods.sizing import low_rank_plan
 from cospadi.model_view import discover, open_config, skeleton
 from cospadi.recipe import Recipe
@@ -129,7 +130,7 @@ def test_no_harm_is_counted_where_everything_fits_at_eight_bits(llama, monkeypat
     roomy, tight = (guess(llama, TWO_CORES, method="auto", keep=keep) for keep in (0.8, 0.45))
     assert 0 < roomy["allocate"] < tight["allocate"] / 2
     counted = []
-    monkeypatch.setattr(planning_work, "harm_work", lambda *_: counted.append(1) or Work())
+    monkeypatch.setattr(planning_work, "sensitivity_work", lambda *_: counted.append(1) or Work())
     guess(llama, TWO_CORES, method="auto", keep=0.8)
     assert not counted
     guess(llama, TWO_CORES, method="auto", keep=0.45)
@@ -239,7 +240,7 @@ def test_work_grows_with_what_is_asked_for(llama):
     assert calibration_work(llama, make_plan(llama, gradients), gradients).forward == 4 * halves[0].forward
 
 
-def test_what_cannot_be_guessed_is_said_to_be_unknown(llama, monkeypatch):
+def test_what_cannot_be_guessed_is_said_to_be_unknown(llama):
     assert guess(llama, TWO_CORES, allocation="rocket")["allocate"] is None
     assert guess(llama, TWO_CORES, method="compot")["allocate"] is None
     assert guess(llama, TWO_CORES, method="compot")["factorise"] > 0
@@ -250,14 +251,15 @@ def test_what_cannot_be_guessed_is_said_to_be_unknown(llama, monkeypatch):
     known = phases(llama, make_plan(llama, recipe), recipe)
     assert estimation.seconds(known, llama, CPU)["total"] is None
     assert estimation.seconds(known, llama, CPU)["calibrate"] > 0
-    assert set(all_methods()) - set(SOLVERS) <= {"auto", "masa"}, "a method without a guess: give it one, or name it"
-    monkeypatch.setattr(base, "_METHODS", dict(base.all_methods()))
+    without = {name for name, item in all_methods().items() if item.cost is None}
+    assert without <= {"masa"}, "a method without a guess: declare its cost, or name it here"
+    with METHODS.temporary():
 
-    @method("elsewhere", plan=low_rank_plan)
-    def elsewhere(problem: Problem, spec: GroupSpec) -> None:
-        """A plug-in's."""
+        @method("elsewhere", plan=low_rank_plan)
+        def elsewhere(problem: Problem, spec: GroupSpec) -> None:
+            """A plug-in's."""
 
-    assert guess(llama, TWO_CORES, method="elsewhere")["factorise"] is None
+        assert guess(llama, TWO_CORES, method="elsewhere")["factorise"] is None
 
 
 def test_the_machine_is_measured_quickly_and_left_as_it_was():

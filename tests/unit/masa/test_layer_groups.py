@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from cospadi.calibration.logit_lens import logit_lens
 from cospadi.errors import CalibrationError, NumericalError, RecipeError
 from cospadi.masa.retrofit import layer_groups as grouping
-from cospadi.masa.retrofit.layer_groups import divergences, group_layers, logit_lens
+from cospadi.masa.retrofit.layer_groups import divergences, group_layers
 from cospadi.model_view import discover
 from tiny import tiny_model, token_ids
 

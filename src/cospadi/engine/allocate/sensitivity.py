@@ -39,7 +39,7 @@ def probe_ids(ids: Tensor, tokens: int = TOKENS, length: int = LENGTH) -> Tensor
     return ids[: -(-tokens // length), :length]
 
 
-class DamageMeter:
+class SensitivityMeter:
     """Carries the original and all variants through the decoder layers, first to last.
 
     Use as a context manager, and call :meth:`layer` for every decoder layer in order, then :meth:`divergences`.
@@ -56,7 +56,7 @@ class DamageMeter:
         self.variants: list[Tensor] = []
         self._stack = ExitStack()
 
-    def __enter__(self) -> DamageMeter:
+    def __enter__(self) -> SensitivityMeter:
         with guard_memory("measuring the harm of errors", REMEDY):
             # Small errors drown in the rounding of 16-bit activations.
             self._stack.enter_context(placed(self.view.model, "cpu", torch.float32))

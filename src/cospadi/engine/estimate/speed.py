@@ -1,9 +1,4 @@
-"""Work and speed: what some computation takes, counted from shapes alone, and how fast this machine is at it.
-
-Work is of several kinds, since no single one explains both a processor and a large GPU: operations of matrix products,
-the same in the model's own float type (the forward pass), bytes that pass through memory, kernels that are started one
-after another, and bytes between host and device. A short measurement of the machine turns them into seconds.
-"""
+"""How fast this machine is: a short measurement turns work (`cospadi.methods.cost.Work`) into seconds."""
 
 from __future__ import annotations
 
@@ -14,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from cospadi.calibration.statistics import full_precision
+from cospadi.methods.cost import Work
 
 LAUNCH = {"cpu": 3e-6, "cuda": 6e-6}
 """Seconds between two small kernels that torch starts one after another; on CUDA fitted to whole runs on an H200."""
@@ -32,58 +28,6 @@ TOGETHER = 0.7
 
 MEMORY_THREADS = 4
 """Threads that together draw all that memory gives; assumed."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """An amount of work; amounts add up and scale.
-
-    Attributes:
-        products: floating-point operations of float32 matrix products; float64 counts twice.
-        forward: floating-point operations of matrix products in the model's own float type.
-        moved: bytes read and written by operations that memory limits.
-        kernels: operations started one after another.
-        transferred: bytes between the host and the device, where these are two.
-        cpu_kernels: operations started one after another on a processor only; a GPU has one kernel for many of them.
-    """
-
-    products: float = 0.0
-    forward: float = 0.0
-    moved: float = 0.0
-    kernels: float = 0.0
-    transferred: float = 0.0
-    cpu_kernels: float = 0.0
-
-    def __add__(self, other: Work) -> Work:
-        """Both."""
-        return Work(
-            self.products + other.products,
-            self.forward + other.forward,
-            self.moved + other.moved,
-            self.kernels + other.kernels,
-            self.transferred + other.transferred,
-            self.cpu_kernels + other.cpu_kernels,
-        )
-
-    def __mul__(self, times: float) -> Work:
-        """The same so many times."""
-        return Work(
-            times * self.products,
-            times * self.forward,
-            times * self.moved,
-            times * self.kernels,
-            times * self.transferred,
-            times * self.cpu_kernels,
-        )
-
-    def __rmul__(self, times: float) -> Work:
-        """The same so many times."""
-        return self * times
-
-    @property
-    def operations(self) -> float:
-        """Floating-point operations of all matrix products."""
-        return self.products + self.forward
 
 
 @dataclass(frozen=True)
