@@ -1,8 +1,8 @@
 """Fenced code blocks of Markdown pages, and how each is checked.
 
 A block's language says what it is: ``console``, ``bash`` and ``python`` blocks run; ``yaml`` is a recipe; ``json`` must
-parse; ``text`` is output or a formula. A comment before a block says why the tests cannot run it, and names the committed
-log of its last run::
+parse; ``text`` is output or a formula. A comment before a block says why the tests cannot run it, and names the log of
+its last run::
 
     <!-- run: gpu log=docs/logs/benchmark.txt -->
 

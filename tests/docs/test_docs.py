@@ -151,6 +151,26 @@ def test_every_log_is_used() -> None:
     assert used == {f"docs/logs/{path.name}" for path in (ROOT / "docs" / "logs").iterdir()}
 
 
+def test_the_table_of_recipe_keys_is_complete() -> None:
+    from cospadi.recipe import Calibration, Prune, Recipe, Refine
+
+    sections = {"calibration": Calibration, "prune": Prune, "refine": Refine}
+    expected = {key for key in Recipe.model_fields if key not in sections}
+    expected |= {f"{name}.{key}" for name, section in sections.items() for key in section.model_fields}
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8").partition("### Recipe keys")[2].partition("## ")[0]
+    assert set(re.findall(r"^\| `([\w.]+)` \|", page, re.MULTILINE)) == expected
+
+
+def test_every_public_name_and_error_is_in_the_reference() -> None:
+    import cospadi
+    from cospadi import errors
+
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^::: ([\w.]+)$", page, re.MULTILINE))
+    raised = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    assert named >= {f"cospadi.{name}" for name in cospadi.__all__} | {f"cospadi.errors.{name}" for name in raised}
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
