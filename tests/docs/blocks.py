@@ -122,3 +122,11 @@ def slug(title: str) -> str:
     """The anchor of a heading, as both GitHub and mkdocs make it for plain words."""
     words = re.sub(r"[^\w\s-]", "", title.replace("`", "")).strip().lower()
     return re.sub(r"[\s]+", "-", words)
+
+
+if __name__ == "__main__":
+    every = [block for page in PAGES for block in blocks(page)]
+    ran, marked = sum(block.runs for block in every), sum(block.marker is not None for block in every)
+    print(
+        f"{len(every)} blocks on {len(PAGES)} pages: {ran} run, {marked} marked, {len(every) - ran - marked} are data"
+    )

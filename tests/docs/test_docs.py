@@ -12,7 +12,7 @@ import click
 import pytest
 import typer
 import yaml
-from blocks import DATA, MARKERS, PAGES, ROOT, RUN, Block, anchors, blocks, links, spans
+from blocks import DATA, MARKERS, PAGES, ROOT, RUN, anchors, blocks, links, spans
 
 from command import command
 
@@ -76,6 +76,8 @@ def test_a_page_runs_from_top_to_bottom(page: Path, stand_ins: Path) -> None:
 def test_every_block_is_run_or_marked(page: Path) -> None:
     for block in blocks(page):
         assert block.language in RUN | DATA, f"{block.name}: name the language, one of {sorted(RUN | DATA)}"
+        hidden = block.language in DATA and re.search(r"^\$ ", block.text, re.MULTILINE)
+        assert not hidden, f"{block.name}: commands in a block that is not run"
         if block.marker is None:
             continue
         assert block.language in RUN, f"{block.name}: only what would be run carries a marker"
@@ -175,8 +177,34 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
-def counted() -> tuple[list[Block], list[Block], list[Block]]:
-    """Blocks that run, that are marked, and that are data."""
-    found = [block for page in PAGES for block in blocks(page)]
-    ran = [block for block in found if block.runs]
-    return ran, [b for b in found if b.marker], [b for b in found if b.language in DATA]
+PAGE = """
+<!-- run: gpu log=docs/logs/a.txt -->
+```console
+$ cospadi demo \\
+    out
+printed
+$ cospadi doctor  # checks
+```
+
+text
+
+```python
+print("hello")
+```
+"""
+
+
+def test_blocks_are_found_with_their_markers(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(PAGE, encoding="utf-8")
+    marked, plain = blocks(page)
+    assert marked.commands == ["cospadi demo \\\n    out", "cospadi doctor  # checks"]
+    assert (marked.marker, marked.log, marked.runs) == ("gpu", "docs/logs/a.txt", False)
+    assert (plain.marker, plain.language, plain.runs) == (None, "python", True)
+
+
+def test_a_block_that_is_neither_run_nor_marked_fails(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    for language in ("", "sh", "output"):
+        page.write_text(f"```{language}\necho\n```\n", encoding="utf-8")
+        assert blocks(page)[0].language not in RUN | DATA
