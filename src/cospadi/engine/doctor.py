@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cospadi.checkpoint import register
+from cospadi.checkpoint import FORMATS, register
 from cospadi.engine.factorise import output_error, pack_factors, rebuild
 from cospadi.methods import GroupShape, Problem, get_method
 from cospadi.runtime.devices import device_name
@@ -44,7 +44,7 @@ def _registration() -> dict[str, Any]:
     automatic = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") != "0"
     return _check(
         "loading by transformers",
-        "cospadi" in AUTO_QUANTIZER_MAPPING,
+        AUTO_QUANTIZER_MAPPING.keys() >= FORMATS.all().keys(),
         "from_pretrained needs no import of cospadi" if automatic else "automatic loading is off: import cospadi first",
     )
 

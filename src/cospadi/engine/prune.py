@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cospadi.calibration import TokenBlocks
-from cospadi.checkpoint import file_bytes
+from cospadi.checkpoint import file_bytes, is_compressed
 from cospadi.checkpoint.checksums import write_checksums
 from cospadi.checkpoint.headers import read_directory
 from cospadi.checkpoint.publish import staged
@@ -22,7 +22,7 @@ from cospadi.engine.journal import Journal, check_output, disk_errors, write_dur
 from cospadi.engine.plan.pruning import check_section, decide
 from cospadi.engine.run import Progress, Run, silent
 from cospadi.errors import CalibrationError, CheckpointError, ModelError, NumericalError, OutputError
-from cospadi.model_view import ModelView, check_length, discover_layers, is_compressed, open_model, source_name
+from cospadi.model_view import ModelView, check_length, discover_layers, open_model, source_name
 from cospadi.pruning import Evidence, Tokens, block_bytes
 from cospadi.recipe import Prune, Recipe, with_prune
 from cospadi.runtime.devices import device_name, resolve_device, widened

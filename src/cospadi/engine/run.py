@@ -17,10 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cospadi.calibration import StatisticsStore, Texts, TokenBlocks, collect, fisher, read_texts, token_blocks
-from cospadi.checkpoint import file_bytes, install_packed, replace_modules, save, storage_dtype
-from cospadi.checkpoint.formats.shared_hf import save_shared
+from cospadi.checkpoint import file_bytes, format_for, is_compressed, save, storage_dtype
 from cospadi.engine.allocate.rules import final_plan
-from cospadi.engine.factorise import factorise_group, split_packed
+from cospadi.engine.factorise import factorise_group
 from cospadi.engine.journal import Journal, check_complete, check_output, disk_errors, write_durably
 from cospadi.engine.plan.plan import Plan, PlannedGroup, group_row, make_plan
 from cospadi.engine.plan.pruning import check_section, prune_first
@@ -34,7 +33,6 @@ from cospadi.model_view import (
     check_length,
     check_weights,
     discover,
-    is_compressed,
     model_name,
     open_model,
 )
@@ -310,13 +308,14 @@ class Run:
         if plan.shared:
             shared = install_plan(model, plan, journal)
             with disk_errors(self.out):
-                save_shared(model, tokenizer, self.out, shared)
+                save(model, tokenizer, self.out, shared)
         else:
             specs = [group.spec for group in plan.groups]
-            replace_modules(model, specs)
+            stored = format_for(specs)
+            stored.replace(model, specs)
             for index, spec in enumerate(specs):
                 with journal.checked(index):
-                    install_packed(model, spec, *split_packed(journal.read(index)[0]))
+                    stored.install(model, spec, journal.read(index)[0])
             with disk_errors(self.out):
                 save(model, tokenizer, self.out, specs)
         self.progress("save", 1, 1)

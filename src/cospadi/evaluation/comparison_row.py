@@ -17,8 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cospadi.calibration import StatisticsStore, Texts, TokenBlocks, collect
-from cospadi.checkpoint import load, replace_by_dense
-from cospadi.checkpoint.formats.shared_hf import load_shared
+from cospadi.checkpoint import load
 from cospadi.engine.factorise import rebuild
 from cospadi.engine.journal import Journal
 from cospadi.engine.plan.plan import Plan
@@ -26,7 +25,6 @@ from cospadi.engine.plan.shared import shared_weights
 from cospadi.engine.prune import PruneRun
 from cospadi.engine.run import Run
 from cospadi.evaluation.yardstick import Yardstick, peak, reset_peak
-from cospadi.layers.shared_linear import METHOD as MASA
 from cospadi.model_view import ModelView
 from cospadi.pruning import Evidence, Tokens
 from cospadi.recipe import Recipe
@@ -186,11 +184,7 @@ class RowRun(Run):
     def _stored(self) -> dict[str, Any]:
         """Figures of a checkpoint that was written earlier."""
         begun = time.perf_counter()
-        if self.recipe.method == MASA:
-            model = load_shared(self.out, compose=True, dtype=self.yardstick.dtype or "auto")
-        else:
-            model = load(self.out)
-            replace_by_dense(model, self.yardstick.dtype)
+        model = load(self.out, compose=True, dtype=self.yardstick.dtype or "auto")
         row = self.yardstick.measure(model, self.shared.tokenizer, self.shared.device, self.progress)
         return row | {"evaluate_seconds": time.perf_counter() - begun}
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cospadi.checkpoint import is_compressed
 from cospadi.engine.plan.selection import chosen_modules, narrowed, restricted
 from cospadi.errors import BudgetError, RecipeError
-from cospadi.model_view import ModelView, discover, discover_layers, is_compressed, open_config, skeleton
+from cospadi.model_view import ModelView, discover, discover_layers, open_config, skeleton
 from cospadi.pruning import Edit, Evidence, Tokens, block_bytes, get_depth_method, without_blocks
 from cospadi.pruning.base import fewest_blocks
 from cospadi.recipe import Prune, Recipe

@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cospadi.calibration import StatisticsStore
-from cospadi.checkpoint import storage_dtype
-from cospadi.checkpoint.formats.shared import install_shared, replace_shared
+from cospadi.checkpoint import format_for, storage_dtype
 from cospadi.engine.factorise import output_error
 from cospadi.engine.journal import Journal, write_durably
 from cospadi.errors import BudgetError, RecipeError
@@ -201,10 +200,11 @@ def install_plan(model: PreTrainedModel, plan: Plan, journal: Journal) -> list[S
         the specs, for saving.
     """
     specs = [group.spec for group in plan.shared]
-    replace_shared(model, specs)
+    stored = format_for(specs)
+    stored.replace(model, specs)
     for index, spec in enumerate(specs):
         with journal.checked(index):
-            install_shared(model, spec, journal.read(index)[0])
+            stored.install(model, spec, journal.read(index)[0])
     return specs
 
 
