@@ -53,17 +53,20 @@ def _ready(module: ModuleType | None) -> bool:
 
 
 def _register(last_chance: bool = False) -> bool:
+    """Register all formats; False if some could not be, and a later attempt may succeed."""
     try:
-        from cospadi.checkpoint.formats.factored_hf import register
-        from cospadi.checkpoint.formats.shared_hf import register as register_shared
+        from cospadi.checkpoint import FORMATS, register
 
         register()
-        register_shared()
+        faults = dict(FORMATS.faults)  # plug-ins of other packages
     except Exception as error:
         if last_chance:
             _complain(error)
         return False
-    return True
+    if last_chance:
+        for name, why in faults.items():
+            _complain(f"plug-in {name}: {why}")
+    return last_chance or not faults
 
 
 def _register_configurations() -> None:
@@ -76,7 +79,7 @@ def _register_configurations() -> None:
         logging.getLogger("cospadi").debug("transformers will not know models with shared attention: %s", error)
 
 
-def _complain(error: Exception) -> None:
+def _complain(error: Exception | str) -> None:
     logging.getLogger("cospadi").warning("transformers will not read cospadi checkpoints: %s", error)
 
 

@@ -24,8 +24,6 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from cospadi.checkpoint import validate
-from cospadi.checkpoint.formats.shared import is_shared, validate_shared
-from cospadi.checkpoint.headers import read_json
 from cospadi.errors import CheckpointError, CospadiError, OutputError, ResourceError
 
 FOLDER = ".cospadi"
@@ -314,8 +312,7 @@ def check_complete(out: Path) -> None:
         OutputError: naming what is wrong with it.
     """
     try:
-        shared = is_shared(read_json(out / "config.json").get("quantization_config"))
-        (validate_shared if shared else validate)(out, deep=False)
+        validate(out, deep=False)
     except CheckpointError as error:
         raise OutputError(
             f"the run is finished, but its checkpoint is damaged ({error}): compress anew with --fresh"

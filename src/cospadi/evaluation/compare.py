@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from cospadi.calibration import read_texts, token_blocks
+from cospadi.checkpoint import is_compressed
 from cospadi.engine.journal import FOLDER, ROWS, check_output, disk_errors
 from cospadi.engine.plan.plan import other_bytes
 from cospadi.engine.plan.selection import chosen_modules, narrowed, restricted
@@ -44,7 +45,6 @@ from cospadi.model_view import (
     check_length,
     check_weights,
     discover,
-    is_compressed,
     open_model,
     source_name,
 )

@@ -86,10 +86,6 @@ class GroupSpec:
             table |= dictionary_tensors(self.dictionary, dtype)
         return table | codes_tensors(self.module_codes(index), dtype)
 
-    def tensor_names(self) -> list[str]:
-        """Full names of all tensors."""
-        return [f"{module}.{leaf}" for index, module in enumerate(self.modules) for leaf in self.tensors(index)]
-
     def row(self, layer: int | None = None) -> dict[str, Any]:
         """The group as it stands in reports.
 

@@ -91,11 +91,6 @@ class SharedSpec:
         """Names and sizes of the layers."""
         return GroupShape(self.modules, self.d_in, (self.d_out,) * len(self.modules))
 
-    def tensor_names(self) -> list[str]:
-        """Full names of all tensors that there may be, whatever groups, atoms and ranks calibration decides on."""
-        leaves = ("atoms", "coefficients", "down", "up")
-        return [f"{module}.{leaf}" for module in self.modules for leaf in leaves]
-
     def to_dict(self) -> dict[str, Any]:
         """JSON form, as it stands in ``config.json``."""
         return {

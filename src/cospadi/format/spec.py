@@ -63,9 +63,6 @@ class Spec(Protocol):
     def tensors(self, index: int, dtype: torch.dtype = torch.bfloat16) -> TensorTable:
         """Shape and dtype of one module's tensors by parameter name, bias and guard excluded."""
 
-    def tensor_names(self) -> list[str]:
-        """Full names of all tensors; where calibration still decides which there are, all that there may be."""
-
     def row(self, layer: int | None = None) -> dict[str, Any]:
         """The group as it stands in reports; `layer` is the index of its first decoder layer."""
 

@@ -25,25 +25,12 @@ from transformers import (
 from cospadi.errors import CospadiError, ModelError
 from cospadi.runtime.memory import guard_memory
 
-QUANT_METHODS = ("cospadi", "cospadi_width", "cospadi_depth", "cospadi_masa")
-"""What the checkpoints that this package alone can load say of themselves."""
-
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _LONGEST_CAUSE = 240
 HUB_TIMEOUT = 5.0
 """Seconds until a hub that says nothing is given up."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-
-def is_compressed(config: PreTrainedConfig) -> bool:
-    """Whether a configuration belongs to a checkpoint that cospadi wrote."""
-    quantisation = getattr(config, "quantization_config", None)
-    if quantisation is None:
-        return False
-    if isinstance(quantisation, dict):
-        return quantisation.get("quant_method") in QUANT_METHODS
-    return getattr(quantisation, "quant_method", None) in QUANT_METHODS
 
 
 def source_name(source: str | Path) -> str:
@@ -127,8 +114,7 @@ def open_model(source: str | Path, *, revision: str | None = None) -> tuple[PreT
     """
     config = open_config(source, revision=revision)
     tokenizer = open_tokenizer(source, revision=revision)
-    if is_compressed(config):
-        _require_plugin(source)
+    _check_quantisation(source, config)
     options = _where(source, revision)
     if _is_directory(options):
         _check_files(_inside(options))
@@ -306,11 +292,17 @@ def _check_length(path: Path) -> None:
         )
 
 
-def _require_plugin(source: str | Path) -> None:
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+def _check_quantisation(source: str | Path, config: PreTrainedConfig) -> None:
+    """Refuse a format that transformers does not know: it would build dense layers with random weights."""
+    from transformers.quantizers.auto import AutoHfQuantizer
 
-    if not AUTO_QUANTIZER_MAPPING.keys() >= set(QUANT_METHODS):
-        raise ModelError(f"{source}: is a cospadi checkpoint; `import cospadi` first, so that transformers can read it")
+    known: Any = AutoHfQuantizer.supports_quant_method
+    stored = getattr(config, "quantization_config", None)
+    if isinstance(stored, dict) and "quant_method" in stored and not known(stored):
+        raise ModelError(
+            f"{source}: transformers does not know its format {stored['quant_method']!r}; import the package that "
+            "wrote it first (`import cospadi` for its own formats), or upgrade it"
+        )
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def test_neighbours_share_what_siblings_read_and_the_rest_stays_alone():
             assert [source.layer for source in item.sources] == [0, 1]
             assert all(n in s.modules for n, s in zip(item.shape.modules, item.sources, strict=True))
         else:
-            assert item.sources == ()
+            assert len(item.sources) == 1 and item.shape.modules[0] in item.sources[0].modules
 
 
 def test_all_projections_are_grouped_where_none_has_siblings():

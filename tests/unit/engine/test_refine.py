@@ -5,7 +5,6 @@ import torch
 from safetensors.torch import load_file
 
 from cospadi.engine.compress import compress
-from cospadi.engine.factorise import pack_factors, rebuild
 from cospadi.engine.tune import block as refine
 from cospadi.engine.tune.block import block_error, refine_layer
 from cospadi.engine.tune.streams import Streams
@@ -50,7 +49,7 @@ def made(kind, seed=0, d_in=22, atoms=37, d_out=(9, 5)):
     dictionary = None if dictionary_options is None else MatrixSpec(atoms, d_in, **dictionary_options)
     spec = GroupSpec(("a", "b"), d_in, d_out, MatrixSpec(sum(d_out), atoms, **codes_options), dictionary)
     factors = Factors(stored(spec.codes, generator), None if dictionary is None else stored(dictionary, generator))
-    return spec, pack_factors(factors, spec, torch.bfloat16), generator
+    return spec, factors.pack(spec, torch.bfloat16), generator
 
 
 @pytest.mark.parametrize("kind", SPECS)
@@ -61,7 +60,7 @@ def test_untouched_parameters_pack_to_the_same_bytes(kind):
     assert packed.keys() == tensors.keys()
     for key, tensor in tensors.items():
         assert torch.equal(packed[key], tensor), key
-    assert torch.allclose(torch.cat(group.weights()).double().T, rebuild(tensors, spec), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(torch.cat(group.weights()).double().T, spec.weight(tensors), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", SPECS)
@@ -77,7 +76,7 @@ def test_moved_parameters_compute_exactly_what_they_pack_to(kind):
     assert any(not torch.equal(packed[key], tensors[key]) for key in tensors if key.endswith("values"))
     assert all(torch.equal(packed[key], tensors[key]) for key in tensors if key.split(".")[1] in ("mask", "zeros"))
     weight = torch.cat(group.weights()).detach().double().T
-    assert torch.allclose(weight, rebuild(packed, spec), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(weight, spec.weight(packed), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", SPECS)
@@ -113,14 +112,14 @@ def layer_setup(architecture="llama", keep=0.5, count=24, layer=1, noise=0.1):
             group.modules, group.d_in, group.d_out, MatrixSpec(sum(group.d_out), rank), MatrixSpec(rank, group.d_in)
         )
         factors = Factors(Stored((values[:rank, None] * right[:rank]).T), Stored(left[:, :rank].T))
-        groups.append((spec, pack_factors(factors, spec, torch.bfloat16)))
+        groups.append((spec, factors.pack(spec, torch.bfloat16)))
     return streams, groups, streams.run(layer, streams.original)
 
 
 def dense(streams, groups, packed, layer=1):
     out = {}
     for (spec, _), tensors in zip(groups, packed, strict=True):
-        parts = rebuild(tensors, spec).T.float().split(spec.d_out)
+        parts = spec.weight(tensors).T.float().split(spec.d_out)
         out |= {f"{streams.relative(layer, m)}.weight": p for m, p in zip(spec.modules, parts, strict=True)}
     return out
 

@@ -99,7 +99,7 @@ def test_exact_to_the_last_bit_with_as_many_atoms_as_layers(dtype):
     kept = [w.to(dtype) for w in given.weights]
     stored = Problem("test", tuple(w.double() for w in kept), given.grams)
     spec = SharedSpec(NAMES, 9, 6, 4, (0,) * 4)
-    found = spec.rebuild(masa(replace(stored, dtype=dtype)).tensors(), spec)
+    found = spec.rebuild(masa(replace(stored, dtype=dtype), spec).tensors())
     assert all(torch.equal(a.to(dtype), b) for a, b in zip(found, kept, strict=True))
 
 
@@ -153,7 +153,7 @@ def test_dependent_matrices_and_silent_inputs():
     for atoms in (2, 3):  # of three atoms one is empty
         spec = SharedSpec(NAMES, 9, 6, atoms, (0,) * 4)
         for found, weight in zip(
-            spec.rebuild(masa(replace(twins, dtype=torch.float64)).tensors(), spec), twins.weights, strict=True
+            spec.rebuild(masa(replace(twins, dtype=torch.float64), spec).tensors()), twins.weights, strict=True
         ):
             torch.testing.assert_close(found, weight, rtol=0, atol=1e-9)
 

@@ -34,12 +34,13 @@ def side_bytes(model: PreTrainedModel, specs: Sequence[Spec], total: int) -> int
     """
     layers = {name for spec in specs for name in spec.modules}
     names = [name for name, _ in model.named_parameters() if name.removesuffix(".weight") not in layers]
-    names += [name for spec in specs for name in spec.tensor_names()]
+    stored = format_for(specs)
+    names += stored.bound_names(specs)
     names.append(f"{specs[0].modules[0]}.guard")
     each = ENTRY + (INDEX_ENTRY if total > SHARD // 2 else 0)
     factor = 2 if total > SHARD // 2 else 1
     headers = sum(factor * len(name) + each for name in names)
-    groups = len(json.dumps({"quantization_config": format_for(specs).bound(specs)}, indent=2))
+    groups = len(json.dumps({"quantization_config": stored.bound(specs)}, indent=2))
     with TemporaryDirectory() as folder:
         source = model.config.name_or_path
         if source:

@@ -3,9 +3,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from checkpoints.factory import KINDS, compress_randomly, make_spec, random_factors, tiny_groups
-from cospadi.checkpoint import install, install_packed, replace_modules, storage_dtype
-from cospadi.checkpoint.convert import factored_layers, replace_by_dense
+from checkpoints.factory import KINDS, compress_randomly, install, make_spec, random_factors, tiny_groups
+from cospadi.checkpoint import storage_dtype
+from cospadi.checkpoint.formats.factored import FACTORED
 from cospadi.errors import ModelError
 from cospadi.format import Factors, Stored, pack, unpack
 from cospadi.layers import FactoredLinear
@@ -65,17 +65,17 @@ def test_factors_are_rounded_to_the_models_sixteen_bit_float(dtype):
 def test_the_guard_is_in_one_place():
     model = tiny_model("llama")
     groups = tiny_groups(model)
-    replace_modules(model, groups)
-    assert [layer.name for layer in factored_layers(model) if GUARD in layer._parameters] == [Q]
-    replace_modules(model, groups[2:])
-    assert [layer.name for layer in factored_layers(model) if GUARD in layer._parameters] == [groups[2].modules[0]]
+    FACTORED.replace(model, groups)
+    assert [layer.name for _, layer in FACTORED.layers(model) if GUARD in layer._parameters] == [Q]
+    FACTORED.replace(model, groups[2:])
+    assert [layer.name for _, layer in FACTORED.layers(model) if GUARD in layer._parameters] == [groups[2].modules[0]]
 
 
 def test_replacing_twice_changes_nothing():
     model = tiny_model("llama")
     groups = compress_randomly(model)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    replace_modules(model, groups)
+    FACTORED.replace(model, groups)
     after = dict(model.named_parameters())
     assert set(after) - set(before) == {f"{Q}.weight"}
     assert all(torch.equal(after[name], p) for name, p in before.items())
@@ -85,8 +85,8 @@ def test_on_meta():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config("llama"))
     groups = tiny_groups(model)
-    replace_modules(model, groups, torch.bfloat16)
-    assert {p.device.type for layer in factored_layers(model) for p in layer.parameters()} == {"meta"}
+    FACTORED.replace(model, groups, torch.bfloat16)
+    assert {p.device.type for _, layer in FACTORED.layers(model) for p in layer.parameters()} == {"meta"}
     install(model, groups[0], random_factors(groups[0]))
     assert model.get_submodule(Q).values.device.type == "cpu"
 
@@ -100,28 +100,32 @@ def test_what_cannot_be_compressed_is_named():
     ]
     for modules, d_in, message in cases:
         with pytest.raises(ModelError, match=message) as caught:
-            replace_modules(model, [make_spec("free16", modules, d_in, (24,))])
+            FACTORED.replace(model, [make_spec("free16", modules, d_in, (24,))])
         assert modules[0] in str(caught.value)
-    assert not factored_layers(model)
+    assert not FACTORED.layers(model)
     # compressed already, but in another way
     compress_randomly(model)
     with pytest.raises(ModelError, match="FactoredLinear cannot be compressed"):
-        replace_modules(model, [make_spec("low_rank", [Q], 24, (24,), atoms=3)])
+        FACTORED.replace(model, [make_spec("low_rank", [Q], 24, (24,), atoms=3)])
 
 
 def test_factors_that_do_not_fit_are_refused():
     model = tiny_model("llama")
     spec = make_spec("free16", [Q], 24, (24,))
     factors = random_factors(spec)
-    with pytest.raises(ValueError, match="disagree"):
+    with pytest.raises(ValueError, match="dictionary is missing"):
         install(model, spec, Factors(factors.codes))
     with pytest.raises(ValueError, match="spec says"):
         install(model, spec, Factors(factors.codes, Stored(torch.ones(3, 3))))
-    packed = pack(factors.codes, spec.codes)
-    with pytest.raises(ValueError, match="does not fit"):
-        install_packed(model, spec, None, packed | {"values": packed["values"][:, :-1]})
-    with pytest.raises(ValueError, match="does not fit"):
-        install_packed(model, spec, None, packed | {"zeros": packed["mask"]})
+    packed = factors.pack(spec, torch.bfloat16)
+    for wrong in (
+        {"codes.values": packed["codes.values"][:, :-1]},
+        {"codes.values": packed["codes.values"][:-1]},
+        {"codes.zeros": packed["codes.mask"]},
+        {"0.values": packed["codes.values"]},
+    ):
+        with pytest.raises(ValueError, match="does not fit"):
+            FACTORED.install(model, spec, packed | wrong)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,8 +134,8 @@ def test_dense_again(kind):
     compress_randomly(model, [kind])
     with torch.no_grad():
         before = model(ids).logits
-        replace_by_dense(model)
-        assert not factored_layers(model)
+        FACTORED.dense(model)
+        assert not FACTORED.layers(model)
         layer = model.get_submodule(Q)
         assert type(layer) is nn.Linear and layer.bias is not None and not layer.training
         torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-4)
