@@ -253,7 +253,7 @@ class Journal:
         try:
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise OutputError(f"{path} is damaged ({error}): compress anew with --fresh") from None
+            raise OutputError(f"{path} is damaged ({error}): compress again with --fresh") from None
         return found
 
     def finish(self) -> None:
@@ -315,5 +315,5 @@ def check_complete(out: Path) -> None:
         validate(out, deep=False)
     except CheckpointError as error:
         raise OutputError(
-            f"the run is finished, but its checkpoint is damaged ({error}): compress anew with --fresh"
+            f"the run is finished, but its checkpoint is damaged ({error}): compress again with --fresh"
         ) from None

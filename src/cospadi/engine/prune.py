@@ -256,5 +256,5 @@ def _check_whole(out: Path) -> None:
         read_directory(out)
     except CheckpointError as error:
         raise OutputError(
-            f"the run is finished, but its checkpoint is damaged ({error}): prune anew with --fresh"
+            f"the run is finished, but its checkpoint is damaged ({error}): prune again with --fresh"
         ) from None

@@ -299,7 +299,7 @@ def test_errors_of_other_group_sizes_are_carried_over_from_the_first_layers(mixe
     assert teachers == {"0", "1"}
     late = next(p for p in mixed.found if p.shape.modules[0] == "model.layers.3.mlp.down_proj")
     group = next(g for g in mixed.start.groups if g.spec.modules == late.shape.modules)
-    near = loss_curve(late.harm[0])
+    near = loss_curve(late.losses[0])
     learnt = [option for option in late.options if option.parts[0][0].learnt]
     assert len(learnt) > 3
     context = run_context(mixed.view, mixed.store, ids(0, 2))

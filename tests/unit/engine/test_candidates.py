@@ -30,7 +30,7 @@ class TestCurve:
         assert all(b <= a * (1 + 1e-12) for a, b in pairwise(values))
         assert curve(1.0) == pytest.approx(9.0)
 
-    def test_harm_is_proportional_to_small_errors_and_at_most_quadratic_in_large_ones(self):
+    def test_loss_is_proportional_to_small_errors_and_at_most_quadratic_in_large_ones(self):
         curve = loss_curve([(1.0, 1.0), (10.0, 1000.0)])
         assert curve(0.1) == pytest.approx(0.1)
         assert curve(100.0) == pytest.approx(1e5)
@@ -71,7 +71,7 @@ def test_shares_lie_about_the_budget(keep, down):
     assert 0.9 * min(2.5 * keep, 1) < grid[-1] < 1
 
 
-def test_harm_is_extrapolated_to_single_sizes_only():
+def test_loss_is_extrapolated_to_single_sizes_only():
     shape = GroupShape(("a",), 64, (64,))
     integers = Representation("gptq", {"bits": 2, "group": 64}, fixed=True)
     (two,) = integers.specs(shape, [0.1, 0.9])  # whatever the shares, the one size there is, if it is not too far

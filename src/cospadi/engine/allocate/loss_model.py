@@ -1,4 +1,4 @@
-"""What every candidate of every group costs the model: trials, measured harm, and curves between them."""
+"""The predicted loss of every candidate of every group: trials, measured sensitivity, and curves between them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from cospadi.model_view import LinearGroup
 STEPS_PER_OCTAVE = 8
 REACH_DOWN, REACH_UP = 1.4, 2.5
 """A group may get this many times less or more than the share that all together keep. Below the smallest size at which
-harm is measured (`MEASURED`) it would be extrapolated. What a reach of 3 did better and worse: docs/methods.md."""
+the loss is measured (`MEASURED`) it would be extrapolated. docs/benchmarks.md (Design choices) compares a reach of 3."""
 FAR_DOWN = 3.0
 """The same where losses are errors, which are not extrapolated."""
 MEASURED = (1.0, 0.55)
-"""Sizes, as shares of the target, about which the harm of each piece is measured: at it, and where errors are large."""
+"""Sizes, as shares of the target, at which the loss of each piece is measured: at the target, and well below it."""
 MOST_COMBINATIONS = 256
 """Combinations of the pieces of a group that are handed to the knapsack."""
 
@@ -70,7 +70,7 @@ class Profile:
         pieces: the layers that may choose for themselves; the group itself if they may not.
         offered: representations that were tried, by number.
         seen: their trials.
-        harm: of each piece, pairs of squared error and measured divergence.
+        losses: of each piece, pairs of squared error and measured divergence.
         options: all candidates, once known.
     """
 
@@ -79,10 +79,10 @@ class Profile:
     pieces: tuple[GroupShape, ...]
     offered: dict[int, Representation] = field(default_factory=dict)
     seen: dict[int, list[Trial]] = field(default_factory=dict)
-    harm: list[list[tuple[float, float]]] = field(default_factory=list)
+    losses: list[list[tuple[float, float]]] = field(default_factory=list)
     options: list[Option] = field(default_factory=list)
     _curves: dict[int, tuple[Curve, ...]] = field(default_factory=dict)
-    _harm: list[Curve] = field(default_factory=list)
+    _loss_curves: list[Curve] = field(default_factory=list)
 
     def settle(self, grid: Sequence[float]) -> None:
         """Turn what was solved and measured into candidates at all shares of the grid."""
@@ -94,7 +94,7 @@ class Profile:
                 )
                 for piece in range(len(self.pieces))
             )
-        self._harm = [loss_curve(points) for points in self.harm if points]
+        self._loss_curves = [loss_curve(points) for points in self.losses if points]
         whole: list[Option] = []
         singles: list[list[Option]] = [[] for _ in self.pieces]
         for index, trials in self.seen.items():
@@ -119,7 +119,7 @@ class Profile:
 
     def _piece_loss(self, index: int, spec: Spec, piece: int) -> float:
         error = self._curves[index][piece](spec.bytes)
-        return self._harm[piece](error) if self._harm else error
+        return self._loss_curves[piece](error) if self._loss_curves else error
 
 
 def combined(singles: Sequence[Sequence[Option]], most: int = MOST_COMBINATIONS) -> list[Option]:
@@ -158,7 +158,7 @@ def profile(
     measure: bool,
     relative: bool,
 ) -> list[Profile]:
-    """Solve trials of every group, measure the harm of some, and predict the loss of every candidate.
+    """Solve trials of every group, measure the sensitivity of some, and predict the loss of every candidate.
 
     Args:
         context: of the run.
@@ -195,7 +195,7 @@ def profile(
                 task = Task.of(problem, [sum(piece.d_out) for piece in item.pieces])
                 item.offered, item.seen, solved = trier.trials(item.shape, task)
                 if meter is not None:
-                    item.harm = [[] for _ in item.pieces]
+                    item.losses = [[] for _ in item.pieces]
                     target = int(keep * group.spec.dense_bytes)
                     for piece, missed, weight in telling(solved, task, target):
                         shape = item.pieces[piece]
@@ -207,7 +207,7 @@ def profile(
                 meter.layer(layer, list(variants))
         if meter is not None:
             for (index, piece, missed), divergence in zip(measured, meter.divergences(), strict=True):
-                found[index].harm[piece].append((missed, divergence))
+                found[index].losses[piece].append((missed, divergence))
     for item in found:
         item.settle(grid)
     context.progress("plan", len(groups), len(groups))
@@ -242,7 +242,7 @@ def _pieces(group: PlannedGroup, offered: Sequence[Representation]) -> tuple[Gro
 
 
 def telling(solved: Sequence[tuple[Trial, Tensor]], task: Task, target: int) -> list[tuple[int, float, Tensor]]:
-    """What to put in the place of each piece to learn how much its errors harm.
+    """What to replace each piece with to measure how sensitive the model is to its errors.
 
     Of the trials that no other one beats in bytes and error, those nearest to the sizes `MEASURED`. Where there is but
     one, its error is taken once more, twice as large.

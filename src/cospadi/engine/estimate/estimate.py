@@ -1,9 +1,9 @@
-"""What a run will give and take, from the configuration alone: sizes, layer table, memory, seconds by phase.
+"""What a run will produce and cost, from the configuration alone: sizes, layer table, memory, seconds by phase.
 
-The aim is a factor of two. Constants were fitted to whole runs of `pursuit` and `cospadi` on two CPU cores and on an
-H200, and to single groups of the other methods on one CPU thread; what refinement takes is counted only. What `auto`
-gives up on the way is taken from runs on trained models. Where else a method's work depends on what it finds there is
-no honest guess, and none is given.
+Times should be right within a factor of two. Constants were fitted to whole runs of `pursuit` and `cospadi` on two CPU
+cores and on an H200, and to single groups of the other methods on one CPU thread; the cost of tuning is counted, not
+fitted. Which representations `auto` drops on the way is taken from runs on trained models. Where a method's work depends
+on the weights in any other way, no time is stated.
 """
 
 from __future__ import annotations

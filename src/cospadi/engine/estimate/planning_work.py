@@ -1,4 +1,4 @@
-"""The work of choosing a plan after calibration, as far as shapes tell it: trials of every group, and their harm.
+"""The work of choosing a plan after calibration, as far as shapes tell: trials of every group, and their sensitivity.
 
 Which representations are given up on the way only the weights tell. On trained models dictionaries fall behind where
 plain integers reach their sizes, and of several patterns one stays, so that is taken for granted.
@@ -53,7 +53,7 @@ def planning_work(view: ModelView, plan: Plan, recipe: Recipe) -> Work | None:
         work = work + sum((trial_work(item, spec) for item, specs in tried for spec in specs), Work())
         whole += [trial_work(item, specs[-1]) for item, specs in tried if not item.each][:1]
     if roomy(trier.active, groups, grid, keep):
-        return work  # all can have the most there is: no harm is measured
+        return work  # every group can have the largest size: sensitivity is not measured
     each = any(item.each for item in trier.offered)
     work = work + sensitivity_work(view, [(g.layer, len(g.spec.modules) if each else 1) for g in groups], recipe)
     if each and len(whole) == len(groups):  # two whole plans are compared; the other one has pieces, solved quickly

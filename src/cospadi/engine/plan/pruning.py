@@ -79,7 +79,7 @@ def prune_first(
     model = edit.apply(view)
     if is_compressed(model.config):
         raise RecipeError(
-            f"pruning method {recipe.prune.method!r} with these options gives layers of its own, which cannot be "
+            f"pruning method {recipe.prune.method!r} with these options creates layers of its own, which cannot be "
             "factorised afterwards: choose a method that keeps the architecture"
         )
     pruned = discover(model)

@@ -27,8 +27,8 @@ from cospadi.model_view import LinearGroup
 from cospadi.recipe import Recipe
 from cospadi.runtime.fingerprints import derived_seed
 
-# Measured on the embedded model: the full correction gives the least error of every layer's output, but with a good
-# solver half of it gives the lower perplexity (a weak one, a plain low rank, gains from all of it).
+# Measured on the embedded model: the full correction minimises the error of every layer's output, but with a good
+# solver half of it leads to a lower perplexity (a weak one, plain low rank, gains from all of it).
 ANCHOR_RIDGE = 1e-2
 ANCHOR_BLEND = 0.5
 

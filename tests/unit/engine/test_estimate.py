@@ -126,7 +126,7 @@ def test_two_large_layers_without_integers_are_near_a_measured_run():
     assert near(found["factorise"], 42.7)
 
 
-def test_no_harm_is_counted_where_everything_fits_at_eight_bits(llama, monkeypatch):
+def test_no_sensitivity_is_counted_where_everything_fits_at_eight_bits(llama, monkeypatch):
     roomy, tight = (guess(llama, TWO_CORES, method="auto", keep=keep) for keep in (0.8, 0.45))
     assert 0 < roomy["allocate"] < tight["allocate"] / 2
     counted = []
