@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cospadi.format import MatrixSpec, Packed
+from cospadi.kernels import _torch_private as hooks
 from cospadi.kernels.cpu import cpu_forward
 from cospadi.kernels.gradients import backward as stored_backward
 
@@ -174,7 +175,7 @@ _FORWARDS: dict[str, Callable[..., Tensor]] = {"cpu": cpu_forward, "cuda": _cuda
 
 def is_traced() -> bool:
     """Whether a compiler or an exporter is looking."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return torch.compiler.is_compiling() or hooks.tracing_state() is not None
 
 
 def _observed(x: Tensor, dictionary: Packed, codes: Packed) -> bool:
@@ -184,7 +185,7 @@ def _observed(x: Tensor, dictionary: Packed, codes: Packed) -> bool:
     """
     if is_traced() or type(x) not in (Tensor, torch.nn.Parameter):
         return True
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+    if hooks.dispatch_modes() or hooks.functorch_active():
         return True
     if not torch.is_grad_enabled():
         return False

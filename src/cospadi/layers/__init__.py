@@ -1,7 +1,8 @@
-"""The ``nn.Module`` of a compressed model."""
+"""The ``nn.Module``s of compressed and pruned models."""
 
 from cospadi.layers.factored_linear import FactoredLinear
 from cospadi.layers.siblings import Siblings
+from cospadi.layers.stored_layer import IntegerParameter, StoredLayer
 from cospadi.layers.tensors import module_tensors
 
-__all__ = ["FactoredLinear", "Siblings", "module_tensors"]
+__all__ = ["FactoredLinear", "IntegerParameter", "Siblings", "StoredLayer", "module_tensors"]
