@@ -3,33 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from cospadi.format import Packed
 from cospadi.layers.factor_tensors import FactorTensors
 
-FEW_TOKENS = 16
-"""Up to this many rows of x the outputs are computed together; with more, the cost of launches no longer matters."""
-
 JOINED_ON = ("cuda",)
 """Device types where a launch costs so much that joining the codes pays."""
-
-
-def few_tokens(x: Tensor) -> bool:
-    """Whether x (…, d_in) has at most `FEW_TOKENS` rows; False where a compiler does not know."""
-    return guard_or_false(prod(x.shape[:-1]) <= FEW_TOKENS)
-
-
-def needs_gradient(x: Tensor, members: Sequence[FactorTensors]) -> bool:
-    """Whether there may be a backward pass through the outputs for x."""
-    if not torch.is_grad_enabled():
-        return False
-    return x.requires_grad or any(p.requires_grad for member in members for p in member.factor_parameters())
 
 
 class JoinedCodes:
@@ -45,30 +27,20 @@ class JoinedCodes:
         self._matrix: Packed | None = None
         self._pending = True
 
-    def pays(self, x: Tensor) -> bool:
-        """Whether one product with joined codes is faster for x, and allowed: no gradient is needed."""
-        return x.device.type in JOINED_ON and not needs_gradient(x, self._members)
-
-    def for_input(self, x: Tensor) -> Packed | None:
-        """The codes of all members as one matrix, if they lie so and one product with them pays for x.
-
-        Args:
-            x: (…, d_in).
-
-        Returns:
-            stored tensors by role, or None.
-        """
-        if not self.pays(x):
+    def device(self) -> torch.device | None:
+        """The device of the dictionary and all codes; None if there are several, or if joining does not pay there."""
+        where = self._members[0].dictionary_device()
+        if where.type not in JOINED_ON:
             return None
-        if self._pending and not (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        apart = any(member.code_tensor("values").device != where for member in self._members)
+        return None if apart else where
+
+    def prepare(self) -> None:
+        """Join the codes at the first call, unless a CUDA graph is being captured."""
+        where = self._members[0].dictionary_device().type
+        if self._pending and not (where == "cuda" and torch.cuda.is_current_stream_capturing()):
             self._pending = False
             self.join()
-        return self._matrix if few_tokens(x) and self._still_joined(x.device) else None
-
-    def all_on(self, device: torch.device) -> bool:
-        """Whether the dictionary and the codes of all members lie on one device."""
-        codes = (member.code_tensor("values").device for member in self._members)
-        return self._members[0].dictionary_device() == device and all(found == device for found in codes)
 
     def join(self) -> bool:
         """Move the members' codes into one storage; each parameter becomes a view of its rows.
@@ -91,19 +63,25 @@ class JoinedCodes:
         self._matrix = matrix
         return True
 
-    def _still_joined(self, device: torch.device) -> bool:
-        """Whether the members' codes still are the rows of the joined matrix, and all lies on one device."""
-        if self._matrix is None or self._members[0].dictionary_device() != device:
-            return False
+    def matrix(self) -> Packed | None:
+        """The codes of all members as one matrix, by role, on one device with the dictionary.
+
+        None unless the members' codes still are the rows of the joined matrix.
+        """
+        if self._matrix is None:
+            return None
+        where = self._matrix["values"].device
+        if self._members[0].dictionary_device() != where:
+            return None
         for role, tensor in self._matrix.items():
             address, step = tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
             for member in self._members:
                 part = member.code_tensor(role)
-                if part.data_ptr() != address or part.dtype != tensor.dtype or part.device != device:
+                if part.data_ptr() != address or part.dtype != tensor.dtype or part.device != where:
                     self._matrix = None  # moved or replaced; this also frees the storage
-                    return False
+                    return None
                 address += member.out_features * step
-        return True
+        return self._matrix
 
     def drop(self) -> None:
         """Forget the joined matrix; the next call that could use it joins the codes again."""

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
+from cospadi.format import Packed
 from cospadi.kernels import _torch_private as hooks
 from cospadi.kernels import factored_linear
 from cospadi.layers.factor_tensors import FactorTensors, State
-from cospadi.layers.siblings.joined import JoinedCodes
+from cospadi.layers.siblings import joined
+
+FEW_TOKENS = 16
+"""Up to this many rows of x the outputs are computed together; with more, the cost of launches no longer matters."""
 
 
 def own_product(owner: FactorTensors, x: Tensor) -> Tensor:
@@ -46,6 +52,18 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if casts else None
 
 
+def few_tokens(x: Tensor) -> bool:
+    """Whether x (…, d_in) has at most `FEW_TOKENS` rows; False where a compiler does not know."""
+    return guard_or_false(prod(x.shape[:-1]) <= FEW_TOKENS)
+
+
+def needs_gradient(x: Tensor, members: Sequence[FactorTensors]) -> bool:
+    """Whether there may be a backward pass through the outputs for x."""
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or any(p.requires_grad for member in members for p in member.factor_parameters())
+
+
 @dataclass
 class _Shared:
     """The shared result for one input, and everything that must be unchanged for it to hold."""
@@ -66,8 +84,8 @@ class Memo:
     autograd and autocast modes, and if neither dictionary nor codes have changed.
     """
 
-    def __init__(self, members: Sequence[FactorTensors], joined: JoinedCodes) -> None:
-        self._members, self._joined = tuple(members), joined
+    def __init__(self, members: Sequence[FactorTensors], codes: joined.JoinedCodes) -> None:
+        self._members, self._joined = tuple(members), codes
         self.held: _Shared | None = None
 
     def output(self, x: Tensor, index: int) -> Tensor:
@@ -80,9 +98,10 @@ class Memo:
         Returns:
             (…, d_out), on the device of x.
         """
-        members = self._members
+        member = self._members[index]
         if x.is_inference():  # has no version: a change would not be noticed
-            return self._combined(coordinates(members[0], x), index)
+            hidden = coordinates(self._members[0], x)
+            return factored_linear(hidden, None, None, member.packed_codes(), member.codes_spec)
         casts = autocast_dtype(x)
         ambient = (hooks.tensor_version(x), torch.is_grad_enabled(), torch.is_inference_mode_enabled(), casts)
         held = self.held
@@ -94,12 +113,7 @@ class Memo:
         self.held = held if held.waiting else None
         if held.coordinates is None:
             return held.outputs[index].contiguous()
-        return self._combined(held.coordinates, index)
-
-    def _combined(self, hidden: Tensor, index: int) -> Tensor:
-        """The product of coordinates with the codes of one member."""
-        member = self._members[index]
-        return factored_linear(hidden, None, None, member.packed_codes(), member.codes_spec)
+        return factored_linear(held.coordinates, None, None, member.packed_codes(), member.codes_spec)
 
     def _unchanged(self, held: _Shared, index: int) -> bool:
         if held.outputs and self._members[index].codes_state() != held.codes[index]:
@@ -112,9 +126,12 @@ class Memo:
     def _computed(self, x: Tensor, ambient: State) -> _Shared:
         owner = self._members[0]
         waiting = set(range(len(self._members)))
-        joined = self._joined.for_input(x)
-        if joined is not None:
-            together = factored_linear(x, owner.own_dictionary(), owner.dictionary_spec, joined, owner.group.codes)
+        matrix: Packed | None = None
+        if x.device.type in joined.JOINED_ON and not needs_gradient(x, self._members):
+            self._joined.prepare()
+            matrix = self._joined.matrix() if few_tokens(x) else None
+        if matrix is not None and matrix["values"].device == x.device:
+            together = factored_linear(x, owner.own_dictionary(), owner.dictionary_spec, matrix, owner.group.codes)
             outputs = torch.split(together, list(owner.group.d_out), -1)
             codes = tuple(member.codes_state() for member in self._members)
             return _Shared(x, ambient, owner.dictionary_state(), None, outputs, codes, waiting)

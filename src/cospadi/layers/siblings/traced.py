@@ -17,8 +17,8 @@ from torch import Tensor
 from cospadi.kernels import _torch_private as hooks
 from cospadi.kernels import factored_group, factored_linear
 from cospadi.layers.factor_tensors import FactorTensors
-from cospadi.layers.siblings.joined import JoinedCodes, few_tokens, needs_gradient
-from cospadi.layers.siblings.memo import autocast_dtype, coordinates
+from cospadi.layers.siblings.joined import JoinedCodes
+from cospadi.layers.siblings.memo import autocast_dtype, coordinates, few_tokens, needs_gradient
 
 
 @dataclass
@@ -61,30 +61,26 @@ class Traced:
         Returns:
             (…, d_out), on the device of x.
         """
-        owner, member = self._members[0], self._members[index]
-        if needs_gradient(x, self._members) or not _may_note():
+        members, owner = self._members, self._members[0]
+        member = members[index]
+        if needs_gradient(x, members) or not _may_note():
             hidden = coordinates(owner, x)
-        else:
-            held, cast = self.held, autocast_dtype(x)
-            if held is None or held.x is not x or held.cast != cast or index not in held.waiting:
-                held = self._computed(x, cast)
-            held.waiting.discard(index)
-            self.held = held if held.waiting else None
-            if held.finished:
-                return torch.split(held.result, list(owner.group.d_out), -1)[index].contiguous()
-            hidden = held.result
-        return factored_linear(hidden, None, None, member.packed_codes(), member.codes_spec)
-
-    def _computed(self, x: Tensor, cast: torch.dtype | None) -> _Shared:
-        owner, joined = self._members[0], self._joined
-        together = torch.compiler.is_dynamo_compiling() and joined.pays(x) and joined.all_on(x.device)
-        finished = together and few_tokens(x)
-        if finished:
-            codes = [member.packed_codes() for member in self._members]
-            result = factored_group(x, owner.own_dictionary(), owner.dictionary_spec, codes, owner.group.codes)
-        else:
-            result = coordinates(owner, x)
-        return _Shared(x, cast, result, finished, set(range(len(self._members))))
+            return factored_linear(hidden, None, None, member.packed_codes(), member.codes_spec)
+        held, cast = self.held, autocast_dtype(x)
+        if held is None or held.x is not x or held.cast != cast or index not in held.waiting:
+            joinable = torch.compiler.is_dynamo_compiling() and self._joined.device() == x.device
+            finished = joinable and few_tokens(x)
+            if finished:
+                codes = [member.packed_codes() for member in members]
+                result = factored_group(x, owner.own_dictionary(), owner.dictionary_spec, codes, owner.group.codes)
+            else:
+                result = coordinates(owner, x)
+            held = _Shared(x, cast, result, finished, set(range(len(members))))
+        held.waiting.discard(index)
+        self.held = held if held.waiting else None
+        if held.finished:
+            return torch.split(held.result, list(owner.group.d_out), -1)[index].contiguous()
+        return factored_linear(held.result, None, None, member.packed_codes(), member.codes_spec)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without what is noted."""
