@@ -10,7 +10,7 @@ from torch import nn
 
 from cospadi.errors import ModelError
 from cospadi.format import FORMAT_VERSION, Factors, GroupSpec, Packed, pack
-from cospadi.layers import FactoredLinear
+from cospadi.layers import FactoredLinear, count_weights
 from cospadi.layers.tensors import codes_name, dictionary_name
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def _swap(model: PreTrainedModel, group: GroupSpec, dtype: torch.dtype) -> None:
     for name, layer in zip(group.modules, layers, strict=True):
         _untie(model, name)
         model.set_submodule(name, layer)
+    count_weights(model)
 
 
 def _in_place(model: nn.Module, group: GroupSpec) -> bool:

@@ -1,8 +1,11 @@
 """The ``nn.Module``s of compressed and pruned models."""
 
+from cospadi.layers.counting import WeightCount, count_weights
 from cospadi.layers.factored_linear import FactoredLinear
 from cospadi.layers.siblings import Siblings
 from cospadi.layers.stored_layer import IntegerParameter, StoredLayer
 from cospadi.layers.tensors import module_tensors
 
-__all__ = ["FactoredLinear", "IntegerParameter", "Siblings", "StoredLayer", "module_tensors"]
+__all__ = [
+    "FactoredLinear", "IntegerParameter", "Siblings", "StoredLayer", "WeightCount", "count_weights", "module_tensors",
+]  # fmt: skip
