@@ -155,7 +155,7 @@ def _complete(config: SharedAttentionConfig) -> None:
 
 
 def stock_fields(config: SharedAttentionConfig) -> dict[str, Any]:
-    """The configuration of the dense model of the same shape: a dictionary without the fields that this package adds."""
+    """The configuration of the dense model of the same shape, as a dictionary without the fields added here."""
     added = {field.name for field in fields(SharedAttentionFields)} | {"model_type", "architectures"}
     return {name: value for name, value in config.to_dict().items() if name not in added}
 
