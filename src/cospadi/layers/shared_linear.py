@@ -1,7 +1,7 @@
 """A linear layer whose weight is a combination of matrices shared with other layers, plus a low-rank part of its own.
 
 MASA (arXiv 2508.04581): W_l ≈ Σ_s c_ls A_s + U_l V_l. The atoms A_s are stored once, in the first layer of their group.
-With as many atoms as layers nothing would be gained by sharing: every layer then keeps its own matrix, exactly.
+With as many atoms as layers sharing would save nothing; every layer then keeps its own matrix exactly.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from torch.nn import functional
 
 from cospadi.errors import ModelError
 from cospadi.format import SharedSpec
-from cospadi.layers.tensors import GUARD, GUARD_DTYPE, GUARD_SHAPE
+from cospadi.layers.stored_layer import StoredLayer
 
 
 class _Owner:
-    """A reference to the layer that holds the atoms, which does not make it a submodule of the others."""
+    """A reference to the layer that holds the atoms, without making it a submodule of the others."""
 
     def __init__(self, layer: SharedLinear) -> None:
         self.layer = layer
 
 
-class SharedLinear(nn.Module):
-    """``y = x (Σ_s c_s A_s + U V)ᵀ + b``, the weight composed anew at every call.
+class SharedLinear(StoredLayer):
+    """``y = x (Σ_s c_s A_s + U V)ᵀ + b``, the weight composed at every call.
 
     Parameters, all frozen when built: ``atoms`` (S, d_out, d_in) in the first layer of a group, ``coefficients`` (S,),
-    ``down`` V (r, d_in) and ``up`` U (d_out, r). Those of size zero do not exist. Where every layer keeps its own
-    matrix there is only that: ``matrix`` (d_out, d_in).
+    ``down`` V (r, d_in) and ``up`` U (d_out, r). Those of size zero do not exist. A layer that keeps its own matrix has
+    only ``matrix`` (d_out, d_in).
     """
 
     bias: nn.Parameter | None
@@ -42,11 +42,11 @@ class SharedLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        """Build a layer with unset tensors. Layers of a group must then be joined by :meth:`link`.
+        """Build a layer with unset tensors. The layers of a group must then be joined by :meth:`link`.
 
         Args:
             spec: how the group is stored.
-            index: which of its modules this is.
+            index: of this module in `spec.modules`.
             bias: whether there is a bias (d_out,).
             device: of the parameters, ``"meta"`` included.
             dtype: of the parameters.
@@ -83,17 +83,8 @@ class SharedLinear(nn.Module):
         """Dotted name of the module in the model."""
         return self.spec.modules[self.index]
 
-    def add_guard(self) -> None:
-        """Hold the tensor that makes readers without this package stop (see `cospadi.layers.tensors.GUARD`)."""
-        device = next(self.parameters()).device
-        self.register_parameter(GUARD, nn.Parameter(torch.zeros(GUARD_SHAPE, dtype=GUARD_DTYPE, device=device), False))
-
-    def drop_guard(self) -> None:
-        """Hold no such tensor."""
-        self._parameters.pop(GUARD, None)
-
     def factors(self) -> dict[str, nn.Parameter]:
-        """Atoms, coefficients and low-rank parts that lie in this layer, by name."""
+        """The atoms, coefficients and low-rank parts that this layer holds, by name."""
         held = {name: self._parameters[name] for name in self.spec.tensors(self.index)}
         return {name: parameter for name, parameter in held.items() if parameter is not None}
 
@@ -102,7 +93,8 @@ class SharedLinear(nn.Module):
 
         Args:
             x: (…, d_in).
-            mixture: give x (Σ_s mixture_s A_s)ᵀ instead; layers of the group ask an offloaded owner for it.
+            mixture: compute x (Σ_s mixture_s A_s)ᵀ instead. Other layers of the group ask for it while accelerate's
+                hooks, which run at this call, have the atoms offloaded.
 
         Returns:
             (…, d_out).
@@ -148,10 +140,10 @@ class SharedLinear(nn.Module):
 
     @torch.no_grad()
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight as ``nn.Linear`` would hold it, composed in at least float32 and rounded once.
+        """The dense weight as ``nn.Linear`` would hold it, composed in at least float32 and rounded once.
 
         Args:
-            dtype: of the result; None for that of the parameters.
+            dtype: of the result; None for the dtype of the parameters.
 
         Returns:
             (d_out, d_in), on the device of the layer.

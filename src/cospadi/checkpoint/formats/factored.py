@@ -18,8 +18,8 @@ from cospadi.checkpoint.headers import Entry
 from cospadi.checkpoint.mask_checks import check_codes
 from cospadi.errors import CheckpointError
 from cospadi.format import FORMAT_VERSION, GroupSpec
+from cospadi.format.leaves import codes_name, dictionary_name
 from cospadi.layers import FactoredLinear
-from cospadi.layers.tensors import codes_name, dictionary_name
 
 _FIELD_TYPES = {"bits": int, "nonzeros": int, "group": int, "symmetric": bool, "pattern": str}
 

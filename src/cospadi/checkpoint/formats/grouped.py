@@ -19,7 +19,9 @@ from cospadi.checkpoint.checks import FLOATS, FileTensors, check_entry, check_fi
 from cospadi.checkpoint.formats.base import Format, S
 from cospadi.checkpoint.headers import Entry
 from cospadi.errors import CheckpointError, ModelError
-from cospadi.layers.tensors import GUARD, GUARD_DTYPE, GUARD_SHAPE, TensorTable
+from cospadi.format.leaves import TensorTable
+from cospadi.layers import count_weights
+from cospadi.layers.tensors import GUARD, GUARD_DTYPE, GUARD_SHAPE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -204,6 +206,7 @@ class GroupedFormat(Format[S]):
         for name, layer in zip(spec.modules, layers, strict=True):
             _untie(model, name)
             model.set_submodule(name, layer)
+        count_weights(model)
 
     def _built(self, spec: S, index: int, module: nn.Module, dtype: torch.dtype) -> nn.Module:
         name, expected = spec.modules[index], self.shape(spec, index)

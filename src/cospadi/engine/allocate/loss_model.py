@@ -23,7 +23,7 @@ from cospadi.model_view import LinearGroup
 STEPS_PER_OCTAVE = 8
 REACH_DOWN, REACH_UP = 1.4, 2.5
 """A group may get this many times less or more than the share that all together keep. Below the smallest size at which
-the loss is measured (`MEASURED`) it would be extrapolated. docs/benchmarks.md (Design choices) compares a reach of 3."""
+the loss is measured (`MEASURED`) it would be extrapolated. docs/benchmarks.md (Design choices) has a reach of 3."""
 FAR_DOWN = 3.0
 """The same where losses are errors, which are not extrapolated."""
 MEASURED = (1.0, 0.55)

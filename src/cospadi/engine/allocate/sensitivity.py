@@ -1,10 +1,10 @@
 """Sensitivity: how far the model's predictions move when one group alone is replaced, for many groups in one pass.
 
 Equal squared errors of two groups' outputs do not cost the model equally: the same relative error costs a hundred times
-more in one group than in another, and large errors in early layers cost far more than their square predicts. So the loss
-is measured: the Kullback-Leibler divergence of the model's next-token distribution from the original's, with one group
-replaced at a time. This needs no labels, and since it compares the same tokens it has little noise: one or two thousand
-tokens suffice.
+more in one group than in another, and large errors in early layers cost far more than their square predicts. So the
+loss is measured: the Kullback-Leibler divergence of the model's next-token distribution from the original's, with one
+group replaced at a time. This needs no labels, and since it compares the same tokens it has little noise: one or two
+thousand tokens suffice.
 
 All variants pass through the model together, layer by layer. A layer is moved to the device once, however many variants
 there are, and a variant costs nothing before the layer in which it differs.

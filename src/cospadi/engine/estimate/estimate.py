@@ -2,8 +2,8 @@
 
 Times should be right within a factor of two. Constants were fitted to whole runs of `pursuit` and `cospadi` on two CPU
 cores and on an H200, and to single groups of the other methods on one CPU thread; the cost of tuning is counted, not
-fitted. Which representations `auto` drops on the way is taken from runs on trained models. Where a method's work depends
-on the weights in any other way, no time is stated.
+fitted. Which representations `auto` drops on the way is taken from runs on trained models. Where a method's work
+depends on the weights in any other way, no time is stated.
 """
 
 from __future__ import annotations
