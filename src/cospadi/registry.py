@@ -31,10 +31,10 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, package: str, group: str) -> None:
         self.kind, self.package, self.group = kind, package, group
         self.faults: dict[str, str] = {}
-        """Entry points that could not be loaded, with what went wrong; they are tried again at the next look-up."""
+        """Entry points that could not be loaded, each with the reason."""
         self._items: dict[str, T] = {}
-        self._entries: list[EntryPoint] | None = None
-        self._loading = False
+        self._failed: list[EntryPoint] = []
+        self._loaded = self._loading = False
 
     def add(self, name: str, item: T) -> T:
         """Register an item under a name; an item of that name is replaced."""
@@ -70,17 +70,27 @@ class Registry(Generic[T]):
         finally:
             self._items = kept
 
-    def _load(self) -> None:
-        if self._loading:
-            return  # a module that asks for another item while it is imported must not start over
-        self._loading = True
+    def retry(self) -> dict[str, str]:
+        """Load again the entry points that failed, because the cause may be gone.
+
+        Returns:
+            those that still fail, with the reason.
+        """
+        self._load(retry=True)
+        return dict(self.faults)
+
+    def _load(self, retry: bool = False) -> None:
+        if self._loading or (self._loaded and not retry):
+            return
+        self._loading = True  # a module that asks for another item while it is imported must not start over
         try:
-            if self._entries is None:
+            if not self._loaded:
                 package = import_module(self.package)
                 for module in walk_packages(package.__path__, f"{self.package}."):
                     import_module(module.name)
-                self._entries = list(entry_points(group=self.group))
-            self._entries = [entry for entry in self._entries if not self._loads(entry)]
+                self._loaded = True
+                self._failed = list(entry_points(group=self.group))
+            self._failed = [entry for entry in self._failed if not self._loads(entry)]
         finally:
             self._loading = False
 

@@ -46,8 +46,8 @@ def export_dense(
     for name, weight in model.named_parameters():
         if not bool(weight.isfinite().all()):
             raise NumericalError(
-                f"{path}: {name} is NaN or Inf in {str(model.dtype).removeprefix('torch.')}: another --dtype may hold "
-                "it, or the checkpoint is damaged; nothing was written"
+                f"{path}: {name} is NaN or Inf in {str(model.dtype).removeprefix('torch.')}: try another "
+                "--dtype; if that fails too, the checkpoint is damaged. Nothing was written"
             )
     with staged(target) as staging:
         model.save_pretrained(staging, max_shard_size=max_shard_size)

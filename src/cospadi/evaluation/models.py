@@ -1,4 +1,4 @@
-"""Loading, inspecting and running any checkpoint that transformers can load."""
+"""Load, inspect and run any checkpoint that transformers can load."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def load(
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of all parameters in memory; tied ones counted once."""
+    """Bytes of all parameters in memory; tied parameters count once."""
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
@@ -100,14 +100,16 @@ def inspect(directory: str | Path) -> dict[str, Any]:
 
 
 def _told(report: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """What a report says, and its groups by name; nothing where there is none."""
+    """A report, and its groups by name; both empty if there is none."""
     if not report.exists():
         return {}, {}
     try:
         told = json.loads(report.read_text(encoding="utf-8"))
         return told, {row["name"]: row for row in told.get("groups", [])}
     except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{report}: is not the report of a run ({error}); delete it to go on without") from None
+        raise CheckpointError(
+            f"{report}: is not the report of a run ({error}); delete it to inspect without it"
+        ) from None
 
 
 def _refuse_nan(model: PreTrainedModel, _ids: Tensor, scores: Tensor) -> Tensor:
@@ -125,21 +127,21 @@ def generate(
     seed: int = 0,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Go on from a prompt.
+    """Continue a prompt.
 
     Args:
         source: local directory or hub id.
-        prompt: the beginning; may be empty (then the model begins at its begin token).
-        max_new_tokens: at most so many.
+        prompt: the text to continue; if empty, generation starts at the model's begin token.
+        max_new_tokens: upper limit.
         temperature: 0 for greedy decoding.
         seed: of the sampling.
-        device: where.
+        device: where to run.
 
     Returns:
         ``{"prompt", "text", "tokens", "seconds", "tokens_per_second"}``.
 
     Raises:
-        NumericalError: if the model gives NaN or Inf, from which any token would follow.
+        NumericalError: if the logits are NaN, from which any token would follow.
     """
     model, tokenizer = load(source, device=device)
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids.long()

@@ -271,5 +271,5 @@ def test_a_model_in_memory_is_no_name(tmp_path):
         lambda: compare(model, tmp_path / "out", methods=["svd"], keeps=[0.8], text=("text",), calibration=("text",)),
     ]
     for call in calls:
-        with pytest.raises(ModelError, match="not given as a LlamaForCausalLM: save it first"):
+        with pytest.raises(ModelError, match="not a LlamaForCausalLM: save the model"):
             call()
