@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from cospadi.checkpoint import install
 from cospadi.format import Factors, GroupSpec, MatrixSpec, Stored
 from cospadi.format.pack import integer_range, spread
-from cospadi.solvers.projection import support
+from cospadi.format.patterns import support
 
 Kind = tuple[dict[str, Any], dict[str, Any] | None]
 

@@ -7,8 +7,8 @@ words; mask bit c of a row is bit c % 32 of word c // 32. Values of a sparse row
 import torch
 from torch import Tensor
 
+from cospadi.format.patterns import support as project_support
 from cospadi.format.schema import MatrixSpec, Stored
-from cospadi.solvers.projection import support as project_support
 
 Packed = dict[str, Tensor]
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from cospadi.format import MatrixSpec, Packed
 from cospadi.format.pack import integer_range, pack_bits, pack_mask
-from cospadi.solvers.projection import support
+from cospadi.format.patterns import support
 
 _CHUNK = 1 << 24  # matrix entries made at a time
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from cospadi.solvers.projection import parse_pattern
+from cospadi.format.patterns import parse_pattern
 
 Count = Annotated[int, Field(ge=1)]
 """Rounds and steps without which there is no result."""

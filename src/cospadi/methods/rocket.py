@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from cospadi.format import Factors, GroupSpec
+from cospadi.format.patterns import largest_per_column
 from cospadi.methods._whitened import complete_dictionary_plan, mean_gram, stacked, stored
 from cospadi.methods.base import Problem, method
 from cospadi.methods.ranges import Natural, NonNegative, Positive
 from cospadi.solvers.mod import mod_update, unit_atoms
 from cospadi.solvers.procrustes import leading_directions
-from cospadi.solvers.projection import largest_per_column
 from cospadi.solvers.whitening import Whitening, cholesky_whitening
 
 

@@ -49,7 +49,7 @@ def sparse_dictionary_plan(
         shape: the layers.
         budget: bytes.
         rho: atoms per non-zero. For ``"n:m"`` patterns n and m say it and rho is ignored.
-        pattern: ``"free"`` or ``"n:m"``; see `cospadi.solvers.projection`.
+        pattern: ``"free"`` or ``"n:m"``; see `cospadi.format.patterns`.
         dictionary_bits: 16, 8, 4, 3 or 2.
         value_bits: 16, 14, 8, 4, 3 or 2.
         group: values per scale of integer factors; 0: one scale per row.

@@ -7,7 +7,7 @@ H = DᵀGD and R = DᵀGW alone, so that any metric G serves: the error is tr(C�
 import torch
 from torch import Tensor
 
-from cospadi.solvers.projection import support
+from cospadi.format.patterns import support
 
 
 def largest_eigenvalue(matrix: Tensor, iterations: int = 40) -> Tensor:
@@ -78,7 +78,7 @@ def htp(
         products: R = DᵀGW (k, n).
         codes: C (k, n), where to start: earlier codes, or the dense solution H⁻¹R.
         nonzeros: per column.
-        pattern: see `cospadi.solvers.projection`.
+        pattern: see `cospadi.format.patterns`.
         steps: gradient step, projection, least squares on the support; each.
         iterations: of conjugate gradients.
         tolerance: of conjugate gradients.

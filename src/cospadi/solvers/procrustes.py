@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cospadi.solvers.projection import largest_per_column
+from cospadi.format.patterns import largest_per_column
 
 
 def leading_directions(target: Tensor, count: int) -> Tensor:

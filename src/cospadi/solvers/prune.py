@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from cospadi.format.patterns import largest_balanced, largest_per_column, parse_pattern
 from cospadi.solvers.feedback import feedback, refine, sweep
-from cospadi.solvers.projection import largest_balanced, largest_per_column, parse_pattern
 
 
 def wanda_support(rows: Tensor, gram: Tensor, pattern: str) -> Tensor:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cospadi.solvers.projection import balanced_nonzeros, parse_pattern
+from cospadi.format.patterns import balanced_nonzeros, parse_pattern
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def gradient_steps(
         lipschitz: at least ‖DᵀD‖₂.
         steps: how many.
         nonzeros: non-zeros per row.
-        pattern: see `cospadi.solvers.projection`.
+        pattern: see `cospadi.format.patterns`.
         before: the codes of the last alternation, whose direction of travel is kept.
     """
     previous, momentum = codes, 1.0

@@ -12,9 +12,9 @@ from cospadi.engine.tune.streams import Streams
 from cospadi.engine.tune.tunable import TunableGroup
 from cospadi.errors import RecipeError
 from cospadi.format import Factors, GroupSpec, MatrixSpec, Stored, unpack
+from cospadi.format.patterns import support
 from cospadi.model_view import discover
 from cospadi.recipe import Recipe, Refine
-from cospadi.solvers.projection import support
 from cospadi.solvers.quantise import quantise_rows
 from tiny import save_tiny, tiny_model, tiny_text, token_ids
 

@@ -5,8 +5,8 @@ from itertools import combinations, pairwise
 import pytest
 import torch
 
+from cospadi.format.patterns import support
 from cospadi.solvers.htp import dense_codes, htp, largest_eigenvalue, restricted_least_squares
-from cospadi.solvers.projection import support
 
 
 def case(d, k, n, seed):

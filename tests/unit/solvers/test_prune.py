@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from cospadi.format.patterns import balanced_nonzeros, largest_balanced
 from cospadi.solvers.feedback import damped
-from cospadi.solvers.projection import balanced_nonzeros, largest_balanced
 from cospadi.solvers.prune import sparsegpt, wanda_support
 
 PATTERNS = ["2:4", "4:8", "16:32", "3:16"]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from cospadi.format.patterns import balanced_nonzeros, parse_pattern
 from cospadi.solvers.ksvd import ksvd
-from cospadi.solvers.projection import balanced_nonzeros, parse_pattern
 from cospadi.solvers.pursuit import (
     gradient_steps,
     initial_dictionary,

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from cospadi.format.patterns import support as project
 from cospadi.solvers.feedback import damped, feedback, refine, sweep, sweep_supports
-from cospadi.solvers.projection import support as project
 from cospadi.solvers.quantise import fit_grid, grouped, levels, quantise_rows
 from gram import correlated, loss, rand
 

@@ -19,8 +19,8 @@ from cospadi.checkpoint.formats.width import WIDTH_METHOD
 from cospadi.checkpoint.headers import Entry, read_directory, read_json
 from cospadi.errors import CheckpointError
 from cospadi.format import FORMAT_VERSION, GroupSpec, MatrixSpec, Packed
+from cospadi.format.patterns import parse_pattern
 from cospadi.layers.tensors import GUARD, GUARD_DTYPE, GUARD_SHAPE, codes_name, dictionary_name, module_tensors
-from cospadi.solvers.projection import parse_pattern
 
 QUANT_METHOD = "cospadi"
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
