@@ -47,23 +47,6 @@ def apportion(shares: Sequence[Fraction], total: int, most: Sequence[int] | None
     return budgets
 
 
-def uniform(dense_bytes: Sequence[int], keep: float) -> list[int]:
-    """The same share for every group.
-
-    Args:
-        dense_bytes: bytes of each group at 16 bits a weight.
-        keep: share of bytes kept, in (0, 1].
-
-    Returns:
-        whole bytes of each group, within one of its exact share, that sum to floor(keep · total).
-
-    Raises:
-        BudgetError: if keep is out of range.
-    """
-    exact = exact_keep(keep)
-    return apportion([exact * size for size in dense_bytes], math.floor(exact * sum(dense_bytes)))
-
-
 def truncation_loss(spectrum: npt.ArrayLike, rank: int) -> float:
     """Theoretical loss of a truncation: root of the sum of the squared singular values beyond `rank`.
 

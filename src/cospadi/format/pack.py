@@ -7,7 +7,7 @@ words; mask bit c of a row is bit c % 32 of word c // 32. Values of a sparse row
 import torch
 from torch import Tensor
 
-from cospadi.format.patterns import support as project_support
+from cospadi.format.patterns import keep_largest
 from cospadi.format.schema import MatrixSpec, Stored
 
 Packed = dict[str, Tensor]
@@ -91,7 +91,7 @@ def _encode(values: Tensor, spec: MatrixSpec, stored: Stored, dtype: torch.dtype
     if stored.scales is None:
         raise ValueError(f"{spec.bits}-bit values need scales")
     scales = spread(stored.scales.float(), spec)
-    low, high = integer_range(spec)
+    low, high = integer_range(spec.bits, spec.symmetric)
     levels = torch.where(scales != 0, values.float() / scales, 0.0).round()
     packed: Packed = {"scales": stored.scales.to(dtype)}
     if spec.symmetric:
@@ -106,12 +106,10 @@ def _encode(values: Tensor, spec: MatrixSpec, stored: Stored, dtype: torch.dtype
     return packed
 
 
-def integer_range(spec: MatrixSpec) -> tuple[int, int]:
-    """Smallest and largest level: ±(2^(b-1) − 1) around zero, or 0 … 2^b − 1 with a zero point."""
-    if spec.symmetric:
-        top = 2 ** (spec.bits - 1) - 1
-        return -top, top
-    return 0, 2**spec.bits - 1
+def integer_range(bits: int, symmetric: bool) -> tuple[int, int]:
+    """Smallest and largest level: ±(2^(b−1) − 1) around zero, or 0 … 2^b − 1 with a zero point."""
+    top = 2 ** (bits - 1) - 1
+    return (-top, top) if symmetric else (0, 2**bits - 1)
 
 
 def decode_values(packed: Packed, spec: MatrixSpec, dtype: torch.dtype) -> Tensor:
@@ -127,7 +125,7 @@ def decode_values(packed: Packed, spec: MatrixSpec, dtype: torch.dtype) -> Tenso
     else:
         levels = unpack_bits(packed["values"], spec.bits, spec.nonzeros)
     if spec.symmetric:
-        low = 0 if spec.bits == 8 else integer_range(spec)[0]
+        low = 0 if spec.bits == 8 else integer_range(spec.bits, spec.symmetric)[0]
         shifted = levels.to(dtype) + low
     else:
         zeros = unpack_bits(packed["zeros"], spec.bits, spec.groups)
@@ -156,7 +154,7 @@ def pack(stored: Stored, spec: MatrixSpec, dtype: torch.dtype = torch.bfloat16) 
         return _encode(matrix, spec, stored, dtype)
     mask = stored.support
     if mask is None:
-        mask = project_support(matrix.T, spec.nonzeros, spec.pattern).T
+        mask = keep_largest(matrix, spec.nonzeros, spec.pattern, dim=1)
     if bool((mask.sum(1) != spec.nonzeros).any()) or bool((matrix[~mask] != 0).any()):
         raise ValueError(f"the matrix does not have {spec.nonzeros} non-zeros in every row under {spec.pattern}")
     packed = _encode(matrix[mask].view(spec.rows, spec.nonzeros), spec, stored, dtype)

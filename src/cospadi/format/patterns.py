@@ -1,11 +1,11 @@
-"""Projections onto sparse codes: keep the largest entries of every column.
+"""Sparsity patterns: where the non-zeros of a vector may lie, and which entries to keep.
 
-Codes S have shape (k, d_out): a column holds the coefficients of one output. A *pattern* says where the
-non-zeros of a column may lie:
+Codes S have shape (k, d_out); a column holds the coefficients of one output. A *pattern* restricts the support of a
+column:
 
-* ``"free"``: anywhere;
-* ``"n:m"``: exactly n in every run of m consecutive atoms. A last, shorter run of t atoms holds
-  ceil(n·t/m), so that k need not be a multiple of m.
+* ``"free"``: any atoms;
+* ``"n:m"``: exactly n atoms in every run of m consecutive ones. If k is not a multiple of m, the last run has t < m
+  atoms and holds ceil(n·t/m) non-zeros.
 """
 
 import re
@@ -17,7 +17,7 @@ GROUP_SIZES = (4, 8, 16, 32)
 
 
 def parse_pattern(pattern: str) -> tuple[int, int] | None:
-    """Read a pattern.
+    """Parse a pattern.
 
     Args:
         pattern: ``"free"`` or ``"n:m"`` with m one of 4, 8, 16, 32 and 0 < n <= m.
@@ -44,59 +44,40 @@ def balanced_nonzeros(atoms: int, n: int, m: int) -> int:
     return (atoms // m) * n + -(-n * (atoms % m) // m)
 
 
-def largest_per_column(magnitude: Tensor, nonzeros: int) -> Tensor:
-    """Mark exactly the `nonzeros` largest entries of every column.
+def keep_largest(values: Tensor, nonzeros: int, pattern: str = "free", *, dim: int = 0) -> Tensor:
+    """Support of the projection onto a pattern: the entries of largest magnitude that the pattern admits.
 
     Args:
-        magnitude: (k, d_out), non-negative.
-        nonzeros: how many to keep, 0 < nonzeros <= k.
-
-    Returns:
-        bool (k, d_out) with exactly `nonzeros` true entries in every column; ties go to one of the equals.
-    """
-    mask = torch.zeros_like(magnitude, dtype=torch.bool)
-    if nonzeros >= magnitude.shape[0]:
-        return mask.fill_(True)
-    keep = magnitude.topk(nonzeros, dim=0, sorted=False).indices
-    return mask.scatter_(0, keep, True)
-
-
-def largest_balanced(magnitude: Tensor, n: int, m: int) -> Tensor:
-    """Mark the n largest entries in every run of m atoms of every column.
-
-    Args:
-        magnitude: (k, d_out), non-negative.
-        n: entries kept in a run.
-        m: length of a run.
-
-    Returns:
-        bool (k, d_out).
-    """
-    k, d_out = magnitude.shape
-    whole = k // m * m
-    parts = []
-    if whole:
-        runs = magnitude[:whole].reshape(-1, m, d_out)
-        keep = runs.topk(n, dim=1, sorted=False).indices
-        mask = torch.zeros_like(runs, dtype=torch.bool).scatter_(1, keep, True)
-        parts.append(mask.reshape(whole, d_out))
-    if k > whole:
-        parts.append(largest_per_column(magnitude[whole:], -(-n * (k - whole) // m)))
-    return torch.cat(parts)
-
-
-def support(codes: Tensor, nonzeros: int, pattern: str = "free") -> Tensor:
-    """Support of the projection of `codes` onto the pattern.
-
-    Args:
-        codes: (k, d_out).
-        nonzeros: non-zeros per column; ignored for ``"n:m"``, where n, m and k fix it.
+        values: matrix, any float dtype. (k, d_out) for codes S, (d_out, k) for Sᵀ with ``dim=1``.
+        nonzeros: how many entries of each vector to keep; ignored for ``"n:m"``, where n, m and k determine it.
         pattern: ``"free"`` or ``"n:m"``.
+        dim: the dimension along which the atoms lie, 0 or 1.
 
     Returns:
-        bool (k, d_out).
+        bool mask of the same shape. Each vector along `dim` has exactly as many true entries as the pattern demands;
+        ties are broken arbitrarily.
+
+    Raises:
+        ValueError: if the pattern is malformed.
     """
+    magnitude, k = values.abs(), values.shape[dim]
+    mask = torch.zeros_like(magnitude, dtype=torch.bool)
     balanced = parse_pattern(pattern)
     if balanced is None:
-        return largest_per_column(codes.abs(), nonzeros)
-    return largest_balanced(codes.abs(), *balanced)
+        return _mark(mask, magnitude, nonzeros, dim)
+    n, m = balanced
+    whole = k // m * m
+    if whole:
+        runs, marks = (torch.unflatten(part.narrow(dim, 0, whole), dim, (-1, m)) for part in (magnitude, mask))
+        _mark(marks, runs, n, dim + 1)
+    if k > whole:
+        rest = k - whole
+        _mark(mask.narrow(dim, whole, rest), magnitude.narrow(dim, whole, rest), balanced_nonzeros(rest, n, m), dim)
+    return mask
+
+
+def _mark(mask: Tensor, magnitude: Tensor, count: int, dim: int) -> Tensor:
+    """Set the `count` largest entries along `dim` in an all-false mask, in place."""
+    if count >= magnitude.shape[dim]:
+        return mask.fill_(True)
+    return mask.scatter_(dim, magnitude.topk(count, dim=dim, sorted=False).indices, True)

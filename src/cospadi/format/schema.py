@@ -17,7 +17,6 @@ from cospadi.format.patterns import balanced_nonzeros, parse_pattern
 
 FORMAT_VERSION = 1
 BITS = (2, 3, 4, 8, 14, 16)
-SCALE_BYTES = 2
 
 
 def _words(values: int, bits: int) -> int:

@@ -10,7 +10,7 @@ from cospadi.format import Factors, GroupSpec, MatrixSpec, Stored
 from cospadi.methods.base import GroupShape, Problem
 from cospadi.methods.ranges import FactorBits, Natural, PruningPattern
 from cospadi.methods.sizing import largest
-from cospadi.solvers.quantise import Quantised, quantise_rows
+from cospadi.solvers.quantise import quantise_rows
 
 
 def identity_spec(shape: GroupShape, **codes: object) -> GroupSpec:
@@ -85,10 +85,10 @@ def module_rows(problem: Problem) -> Iterator[tuple[Tensor, Tensor]]:
             yield weight.T, gram
 
 
-def pruned_rows(rows: Tensor, support: Tensor, codes: MatrixSpec, hessian: Tensor | None = None) -> Quantised:
+def pruned_rows(rows: Tensor, support: Tensor, codes: MatrixSpec, hessian: Tensor | None = None) -> Stored:
     """Pruned rows as they are stored: 16-bit floats, or integers rounded with error feedback on each row's support."""
     if not codes.integer:
-        return Quantised(rows, support=support)
+        return Stored(rows, support=support)
     return quantise_rows(
         rows,
         bits=codes.bits,
@@ -101,7 +101,7 @@ def pruned_rows(rows: Tensor, support: Tensor, codes: MatrixSpec, hessian: Tenso
     )
 
 
-def stacked_rows(parts: list[Quantised], problem: Problem) -> Factors:
+def stacked_rows(parts: list[Stored], problem: Problem) -> Factors:
     """Identity-dictionary factors of the modules' rows, one below the other, in the dtype of the weights."""
 
     def stack(tensors: list[Tensor | None]) -> Tensor | None:

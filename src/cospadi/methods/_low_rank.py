@@ -4,22 +4,13 @@ import torch
 from torch import Tensor
 
 from cospadi.format import Factors, GroupSpec, Stored
+from cospadi.methods._problem import mean_gram
 from cospadi.methods.base import Problem
 from cospadi.solvers.low_rank import fit_codes, unit_variance
 from cospadi.solvers.whitening import Whitening, cholesky_whitening
 
 
-def stacked(problem: Problem) -> Tensor:
-    """The weights of all modules side by side, (d_in, sum of d_out) float64."""
-    return torch.cat([weight.double() for weight in problem.weights], 1)
-
-
-def mean_gram(problem: Problem) -> Tensor:
-    """The Gram of all modules' inputs together, (d_in, d_in) float64."""
-    return torch.stack([gram.double() for gram in problem.grams]).mean(0)
-
-
-def ridged_cholesky(problem: Problem, ridge: float) -> Whitening:
+def problem_whitening(problem: Problem, ridge: float) -> Whitening:
     """Whitening by the Cholesky factor of the mean Gram plus `ridge` times its mean diagonal."""
     gram = mean_gram(problem)
     jitter = ridge * gram.diagonal().mean()

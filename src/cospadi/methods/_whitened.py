@@ -3,23 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from cospadi.format import Factors, GroupSpec, Stored
-from cospadi.methods.base import GroupShape, Problem
+from cospadi.methods.base import GroupShape
 from cospadi.methods.ranges import AtomsPerNonzero
 from cospadi.methods.sizing import largest, sparse_dictionary_plan
-
-
-def stacked(problem: Problem) -> Tensor:
-    """The group's weights side by side, (d_in, sum of d_out)."""
-    return torch.cat(problem.weights, dim=1)
-
-
-def mean_gram(problem: Problem) -> Tensor:
-    """The Gram, or the mean of several (d_in, d_in): CoSpaDi's shared metric, appendix A.4."""
-    return torch.stack(problem.grams).mean(0) if len(problem.grams) > 1 else problem.grams[0]
 
 
 def stored(dictionary: Tensor, codes: Tensor, losses: Sequence[float], scale: float = 1.0) -> Factors:

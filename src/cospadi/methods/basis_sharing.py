@@ -1,7 +1,8 @@
 """Basis Sharing: neighbouring layers share one basis (Wang et al., arXiv 2410.03765)."""
 
 from cospadi.format import Factors, GroupSpec
-from cospadi.methods._low_rank import dense_factors, module_codes, ridged_cholesky, stacked
+from cospadi.methods._low_rank import dense_factors, module_codes, problem_whitening
+from cospadi.methods._problem import stacked
 from cospadi.methods.base import Problem, method
 from cospadi.methods.ranges import NonNegative
 from cospadi.methods.sizing import low_rank_plan
@@ -22,7 +23,7 @@ def basis_sharing(problem: Problem, spec: GroupSpec, *, ridge: NonNegative = 1e-
         update: coefficients of each layer by least squares under its own Gram, as the paper does for high
             compression; it never raises a layer's own error.
     """
-    dictionary, codes = whitened(stacked(problem), ridged_cholesky(problem, ridge), spec.atoms)
+    dictionary, codes = whitened(stacked(problem), problem_whitening(problem, ridge), spec.atoms)
     if update:
         codes = module_codes(problem, dictionary, ridge)
     return dense_factors(problem, spec, dictionary, codes)

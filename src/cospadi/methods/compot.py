@@ -1,7 +1,8 @@
 """COMPOT: sparse codes over an orthonormal dictionary, by orthogonal Procrustes (arXiv 2602.15200)."""
 
 from cospadi.format import Factors, GroupSpec
-from cospadi.methods._whitened import complete_dictionary_plan, mean_gram, stacked, stored
+from cospadi.methods._problem import mean_gram, stacked
+from cospadi.methods._whitened import complete_dictionary_plan, stored
 from cospadi.methods.base import Problem, method
 from cospadi.methods.ranges import Natural
 from cospadi.solvers.procrustes import procrustes

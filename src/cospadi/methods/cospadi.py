@@ -3,7 +3,8 @@
 from typing import Literal
 
 from cospadi.format import Factors, GroupSpec
-from cospadi.methods._whitened import mean_gram, stacked, stored
+from cospadi.methods._problem import mean_gram, stacked
+from cospadi.methods._whitened import stored
 from cospadi.methods.base import GroupShape, Problem, method
 from cospadi.methods.ranges import AtomsPerNonzero, Below1, Count
 from cospadi.methods.sizing import sparse_dictionary_plan

@@ -4,7 +4,8 @@ import torch
 
 from cospadi.errors import CalibrationError
 from cospadi.format import Factors, GroupSpec
-from cospadi.methods._low_rank import dense_factors, stacked
+from cospadi.methods._low_rank import dense_factors
+from cospadi.methods._problem import stacked
 from cospadi.methods.base import Problem, method
 from cospadi.methods.sizing import low_rank_plan
 from cospadi.solvers.low_rank import weighted

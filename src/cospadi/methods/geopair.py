@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from cospadi.format import Factors, GroupSpec
-from cospadi.methods._whitened import mean_gram, stacked, stored
+from cospadi.methods._problem import mean_gram, stacked
+from cospadi.methods._whitened import stored
 from cospadi.methods.base import GroupShape, Problem, method
 from cospadi.methods.ranges import AtomsPerNonzero, Below1, Count, Natural, NonNegative
 from cospadi.methods.sizing import sparse_dictionary_plan
 from cospadi.solvers.htp import dense_codes, htp
 from cospadi.solvers.ksvd import random_atoms
-from cospadi.solvers.mod import mod_update, unit_atoms
+from cospadi.solvers.mod import least_squares_dictionary, unit_atoms
 from cospadi.solvers.procrustes import leading_directions
 from cospadi.solvers.sylvester import Pencil, diagonalise, shared_update, sylvester_update
 
@@ -48,7 +49,7 @@ def _dictionary(
 ) -> Tensor:
     """The best dictionary for given codes, (d_in, k) float64; in closed form for one or two Grams."""
     if len(parts) == 1:  # the Gram cancels
-        return mod_update(parts[0][0].double(), codes[0], old, ridge)
+        return least_squares_dictionary(parts[0][0].double(), codes[0], ridge=ridge, fallback=old)
     moments, right = [], torch.zeros_like(old)
     for (weight, gram), code in zip(parts, codes, strict=True):
         wide = code.double()
@@ -130,6 +131,6 @@ def geopair(
         losses.append(sum(error for _, error in coded))
     scale = sum(float((w.double() * (g @ w.double())).sum()) for w, g in parts)
     # unit variance of every coordinate on calibration text, as in every dictionary of the format
-    energy = (dictionary * (mean_gram(problem).double() @ dictionary)).sum(0)
+    energy = (dictionary * (mean_gram(problem) @ dictionary)).sum(0)
     dictionary, joined = unit_atoms(dictionary, torch.cat(codes, dim=1).double(), energy.clamp_min(0).sqrt())
     return stored(dictionary.to(codes[0].dtype), joined.to(codes[0].dtype), losses, scale)

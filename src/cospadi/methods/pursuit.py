@@ -18,17 +18,14 @@ import torch
 from torch import Tensor
 
 from cospadi.format import Factors, GroupSpec, MatrixSpec, Stored
+from cospadi.format.patterns import keep_largest
+from cospadi.methods._problem import mean_gram, stacked
 from cospadi.methods.base import GroupShape, Problem, method
 from cospadi.methods.ranges import AtomsPerNonzero, CodePattern, Count, FactorBits, Natural, NonNegative, ValueBits
 from cospadi.methods.sizing import sparse_dictionary_plan
-from cospadi.solvers.pursuit import (
-    gradient_steps,
-    keep_largest,
-    least_squares_dictionary,
-    pursuit,
-    refine_on_support,
-    spectral_norm,
-)
+from cospadi.solvers.linalg import restricted_least_squares
+from cospadi.solvers.mod import least_squares_dictionary
+from cospadi.solvers.pursuit import gradient_steps, lipschitz_bound, pursuit
 from cospadi.solvers.quantise import fit_grid, quantise_rows
 from cospadi.solvers.rounding import CodeGrid, round_codes
 from cospadi.solvers.whitening import Whitening, ridge_whitening
@@ -108,9 +105,8 @@ def solve(
         refits: for integer factors: how often dictionary and codes are fitted to each other's rounding.
         clip_search: for factors of at most 4 bits: clipping ranges that compete for every scale.
     """
-    gram = torch.stack(problem.grams).mean(0) if len(problem.grams) > 1 else problem.grams[0]
-    whitening = ridge_whitening(gram, ridge)
-    weight = torch.cat([w.double() for w in problem.weights], 1)
+    whitening = ridge_whitening(mean_gram(problem), ridge)
+    weight = stacked(problem).double()
     target = _Target(whitening.apply(weight).float(), whitening, whitening.root.T @ whitening.root)
     result = pursuit(
         target.whitened,
@@ -128,7 +124,7 @@ def solve(
     low_bit = spec.dictionary.integer or spec.codes.integer
     for turn in range(1 + (refits if low_bit else 0)):
         if turn:
-            dictionary = least_squares_dictionary(target.whitened, codes)
+            dictionary = least_squares_dictionary(target.whitened, codes.T, dtype=codes.dtype)
         stored_dictionary = _round_dictionary(dictionary, target, spec.dictionary, clip_search)
         dictionary = whitening.apply(stored_dictionary.matrix.T.double()).float()
         stored_codes = _fit_codes(dictionary, codes, target, spec.codes, steps, clip_search)
@@ -163,10 +159,10 @@ def _fit_codes(
     """C on the stored grid for a rounded L D: a few steps that may move the support, then least squares."""
     gram, right = dictionary.T @ dictionary, target.whitened.T @ dictionary
     start = torch.ones(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    lipschitz, _ = spectral_norm(gram, start, steps=24)
+    lipschitz, _ = lipschitz_bound(gram, start, 24)
     codes = gradient_steps(codes, gram, right, lipschitz, 2 * steps, spec.nonzeros, spec.pattern)
-    mask = keep_largest(codes, spec.nonzeros, spec.pattern)
-    codes = refine_on_support(codes * mask, mask, gram, right, 2 * steps)
+    mask = keep_largest(codes, spec.nonzeros, spec.pattern, dim=1)
+    codes = restricted_least_squares(gram, right, codes * mask, mask, iterations=2 * steps, dim=1)
     if not spec.integer:
         return Stored(codes, support=mask)
     search = clip_search if spec.bits <= 4 else 0

@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from cospadi.format import Factors, GroupSpec
-from cospadi.format.patterns import largest_per_column
-from cospadi.methods._whitened import complete_dictionary_plan, mean_gram, stacked, stored
+from cospadi.format.patterns import keep_largest
+from cospadi.methods._problem import mean_gram, stacked
+from cospadi.methods._whitened import complete_dictionary_plan, stored
 from cospadi.methods.base import Problem, method
 from cospadi.methods.ranges import Natural, NonNegative, Positive
-from cospadi.solvers.mod import mod_update, unit_atoms
+from cospadi.solvers.mod import least_squares_dictionary, unit_atoms
 from cospadi.solvers.procrustes import leading_directions
 from cospadi.solvers.whitening import Whitening, cholesky_whitening
 
@@ -83,8 +84,8 @@ def rocket(
     dense = basis.T @ target
     size = torch.linalg.vector_norm(whitening.undo(basis), dim=0)
     importance = dense.abs() * size.unsqueeze(1) ** importance_power
-    codes = dense * largest_per_column(importance, spec.codes.nonzeros)
-    dictionary = whitening.undo(mod_update(target, codes, basis, ridge))
+    codes = dense * keep_largest(importance, spec.codes.nonzeros)
+    dictionary = whitening.undo(least_squares_dictionary(target, codes, ridge=ridge, fallback=basis))
     if refine_steps:
         dictionary, codes = adam_refined(
             weight, whitening, dictionary, codes, steps=refine_steps, learning_rate=learning_rate

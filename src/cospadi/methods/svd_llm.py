@@ -1,7 +1,8 @@
 """SVD-LLM: truncation-aware data whitening (Wang et al., arXiv 2403.07378)."""
 
 from cospadi.format import Factors, GroupSpec, Stored
-from cospadi.methods._low_rank import dense_factors, module_codes, ridged_cholesky, stacked
+from cospadi.methods._low_rank import dense_factors, module_codes, problem_whitening
+from cospadi.methods._problem import stacked
 from cospadi.methods.base import Problem, method
 from cospadi.methods.ranges import NonNegative
 from cospadi.methods.sizing import low_rank_plan
@@ -25,7 +26,7 @@ def svd_llm(
             is that of the compressed prefix where the engine compresses layer by layer. Done here for the dictionary
             as bfloat16 keeps it, so it makes good for that rounding and for the ridge, too.
     """
-    dictionary, codes = whitened(stacked(problem), ridged_cholesky(problem, ridge), spec.atoms)
+    dictionary, codes = whitened(stacked(problem), problem_whitening(problem, ridge), spec.atoms)
     factors = dense_factors(problem, spec, dictionary, codes)
     if not sequential_update or factors.dictionary is None:
         return factors

@@ -4,7 +4,8 @@ Its other half, budgets that follow the theoretical truncation loss, is `cospadi
 """
 
 from cospadi.format import Factors, GroupSpec
-from cospadi.methods._low_rank import dense_factors, mean_gram, stacked
+from cospadi.methods._low_rank import dense_factors
+from cospadi.methods._problem import mean_gram, stacked
 from cospadi.methods.base import Problem, method
 from cospadi.methods.ranges import NonNegative
 from cospadi.methods.sizing import low_rank_plan

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cospadi.solvers.mod import mod_update, unit_atoms
+from cospadi.solvers.mod import least_squares_dictionary, unit_atoms
 from cospadi.solvers.omp import batch_omp, exact_matmul
 
 Progress = Callable[[int, float], None]
@@ -160,7 +160,7 @@ def ksvd(
             if sweep is not None:
                 dictionary, codes, error = sweep(target, dictionary, codes)
             else:
-                dictionary, codes = unit_atoms(mod_update(target, codes, dictionary), codes)
+                dictionary, codes = unit_atoms(least_squares_dictionary(target, codes, fallback=dictionary), codes)
                 error = (target - dictionary @ codes).square().sum()
         losses.append(float(error))
         if progress is not None:

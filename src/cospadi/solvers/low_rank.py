@@ -7,6 +7,7 @@ a diagonal R the weighted SVDs (FWSVD, ASVD), RᵀR = G the truncation-aware one
 import torch
 from torch import Tensor
 
+from cospadi.solvers.linalg import ridged_cholesky
 from cospadi.solvers.whitening import Whitening
 
 
@@ -131,19 +132,8 @@ def fit_codes(dictionary: Tensor, weight: Tensor, gram: Tensor, ridge: float = 1
     """
     dictionary, gram = dictionary.double(), gram.double()
     half = gram @ dictionary
-    normal = dictionary.T @ half
-    mean = float(normal.diagonal().mean())
-    if mean == 0:
-        return torch.zeros(dictionary.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
-    eye = torch.eye(normal.shape[0], dtype=torch.float64, device=normal.device)
-    while mean > 0 and ridge < 1e-2:
-        factor, failed = torch.linalg.cholesky_ex(normal + ridge * mean * eye)
-        if not failed:
-            return torch.cholesky_solve(half.T @ weight.double(), factor)
-        ridge *= 10
-    raise ValueError(
-        "the codes' normal equations cannot be solved: the Gram is not positive semi-definite, or holds NaN"
-    )
+    codes: Tensor = torch.cholesky_solve(half.T @ weight.double(), ridged_cholesky(dictionary.T @ half, ridge))
+    return codes
 
 
 def unit_variance(dictionary: Tensor, codes: Tensor, gram: Tensor, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cospadi.format.patterns import largest_per_column
+from cospadi.format.patterns import keep_largest
 
 
 def leading_directions(target: Tensor, count: int) -> Tensor:
@@ -58,7 +58,7 @@ def orthonormal_codes(dictionary: Tensor, target: Tensor, nonzeros: int) -> Tens
         S (k, n).
     """
     dense = dictionary.T @ target
-    return dense * largest_per_column(dense.abs(), nonzeros)
+    return dense * keep_largest(dense, nonzeros)
 
 
 def procrustes(

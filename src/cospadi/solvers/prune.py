@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cospadi.format.patterns import largest_balanced, largest_per_column, parse_pattern
+from cospadi.format.patterns import keep_largest, parse_pattern
 from cospadi.solvers.feedback import feedback, refine, sweep
 
 
@@ -23,9 +23,9 @@ def wanda_support(rows: Tensor, gram: Tensor, pattern: str) -> Tensor:
     Raises:
         ValueError: if the pattern is not n:m.
     """
-    n, m = _balanced(pattern)
+    _balanced(pattern)
     scale = gram.diagonal().clamp_min(0).sqrt().to(rows.dtype)
-    return largest_balanced((rows.abs() * scale).T, n, m).T.contiguous()
+    return keep_largest(rows * scale, 0, pattern, dim=1)
 
 
 def sparsegpt(
@@ -65,7 +65,7 @@ def sparsegpt(
         )
         moved = weights[run] + moves
         cost = moved.square() * plan.cost[run, None]
-        keep[run] = largest_per_column(cost, -(-n * len(targets) // m))
+        keep[run] = keep_largest(cost, -(-n * len(targets) // m))
         return moved
 
     def decide(target: Tensor, step: int) -> Tensor:

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cospadi.format.patterns import balanced_nonzeros, parse_pattern
+from cospadi.format.patterns import balanced_nonzeros, keep_largest, parse_pattern
+from cospadi.solvers.linalg import leading_vector, restricted_least_squares
+from cospadi.solvers.mod import least_squares_dictionary
 
 
 @dataclass(frozen=True)
@@ -27,29 +29,6 @@ class PursuitResult:
     codes: Tensor
     support: Tensor
     losses: list[float]
-
-
-def keep_largest(codes: Tensor, nonzeros: int, pattern: str) -> Tensor:
-    """Support of the `nonzeros` largest entries of every row of C (n, k), or of the n:m largest of every run."""
-    balanced = parse_pattern(pattern)
-    rows, k = codes.shape
-    magnitude = codes.abs()
-    mask = torch.zeros_like(codes, dtype=torch.bool)
-    if balanced is None:
-        if nonzeros >= k:
-            return mask.fill_(True)
-        return mask.scatter_(1, magnitude.topk(nonzeros, dim=1, sorted=False).indices, True)
-    n, m = balanced
-    whole = k // m * m
-    if whole:
-        runs = magnitude[:, :whole].reshape(rows, -1, m)
-        head = torch.zeros_like(runs, dtype=torch.bool)
-        head.scatter_(2, runs.topk(n, dim=2, sorted=False).indices, True)
-        mask[:, :whole] = head.view(rows, whole)
-    if k > whole:
-        kept = magnitude[:, whole:].topk(balanced_nonzeros(k - whole, n, m), dim=1, sorted=False).indices
-        mask[:, whole:] = torch.zeros_like(mask[:, whole:]).scatter_(1, kept, True)
-    return mask
 
 
 def initial_dictionary(target: Tensor, atoms: int, generator: torch.Generator) -> Tensor:
@@ -75,21 +54,6 @@ def initial_dictionary(target: Tensor, atoms: int, generator: torch.Generator) -
     return torch.cat([vectors, extra / extra.norm(dim=0)], 1)
 
 
-def least_squares_dictionary(target: Tensor, codes: Tensor, ridge: float = 1e-6) -> Tensor:
-    """D = Y C (CᵀC + ε I)⁻¹ for C (n, k); ε is `ridge` times the mean of the diagonal. Solved in float64."""
-    gram = (codes.T @ codes).double()
-    diagonal = gram.diagonal()
-    diagonal += ridge * diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
-    right = (target @ codes).double()
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    while failed:  # float32 products can leave the Gram slightly indefinite
-        ridge *= 10
-        diagonal += ridge * diagonal.mean()
-        factor, failed = torch.linalg.cholesky_ex(gram)
-    solved: Tensor = torch.cholesky_solve(right.T, factor)
-    return solved.T.to(target.dtype)
-
-
 def _revive(dictionary: Tensor, codes: Tensor, target: Tensor) -> Tensor:
     """Point atoms that no column uses at the columns that are approximated worst. Returns unit-norm atoms."""
     norms = dictionary.norm(dim=0)
@@ -107,12 +71,23 @@ def _revive(dictionary: Tensor, codes: Tensor, target: Tensor) -> Tensor:
     return dictionary
 
 
-def spectral_norm(gram: Tensor, vector: Tensor, steps: int = 8) -> tuple[float, Tensor]:
-    """Upper estimate of the largest eigenvalue of a positive Gram by warm-started power iteration (5 % margin)."""
-    for _ in range(steps):
-        vector = gram @ vector
-        vector = vector / vector.norm().clamp_min(1e-30)
-    return 1.05 * float(vector @ (gram @ vector)), vector
+MARGIN = 1.05
+"""On the estimate of ‖DᵀD‖₂, which power iteration approaches from below."""
+
+
+def lipschitz_bound(gram: Tensor, vector: Tensor | None = None, iterations: int = 8) -> tuple[float, Tensor]:
+    """Upper bound on ‖DᵀD‖₂, which determines the step size.
+
+    Args:
+        gram: DᵀD (k, k).
+        vector: (k,) leading vector of the last round; None: a fixed random one.
+        iterations: of the power method.
+
+    Returns:
+        the bound, and the vector to start the next estimate from.
+    """
+    vector = leading_vector(gram, vector, iterations)
+    return MARGIN * float(vector @ (gram @ vector)), vector
 
 
 LEAST_MOMENTUM = 0.5
@@ -172,7 +147,7 @@ def gradient_steps(
     ahead = codes if before is None else codes + LEAST_MOMENTUM * (codes - before)
     for _ in range(steps):
         moved = torch.addmm(ahead, ahead, gram, alpha=-1 / lipschitz).add_(right, alpha=1 / lipschitz)
-        codes = moved * keep_largest(moved, nonzeros, pattern)
+        codes = moved * keep_largest(moved, nonzeros, pattern, dim=1)
         following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
         ahead = codes + max((momentum - 1) / following, LEAST_MOMENTUM) * (codes - previous)
         previous, momentum = codes, following
@@ -198,30 +173,6 @@ def order_by_use(codes: Tensor, m: int) -> Tensor:
     run = torch.where(lap % 2 == 0, at, runs - 1 - at)
     run = torch.where(place < runs * m, run, runs)
     return ranked[(run * k + place).argsort(stable=True)]
-
-
-def refine_on_support(codes: Tensor, mask: Tensor, gram: Tensor, right: Tensor, steps: int) -> Tensor:
-    """Least squares of every column on its fixed support, by conjugate gradients on all columns at once.
-
-    Args:
-        codes: (n, k) start, zero outside the mask.
-        mask: bool (n, k).
-        gram: DᵀD (k, k).
-        right: YᵀD (n, k).
-        steps: iterations of conjugate gradients.
-    """
-    residual = (right - codes @ gram) * mask
-    direction = residual.clone()
-    energy = (residual**2).sum(1, keepdim=True)
-    for _ in range(steps):
-        image = (direction @ gram) * mask
-        step = energy / (direction * image).sum(1, keepdim=True).clamp_min(1e-30)
-        codes = codes + step * direction
-        residual = residual - step * image
-        following = (residual**2).sum(1, keepdim=True)
-        direction = residual + following / energy.clamp_min(1e-30) * direction
-        energy = following
-    return codes
 
 
 def pursuit(
@@ -275,22 +226,23 @@ def pursuit(
         gram = dictionary.T @ dictionary
         right = target.T @ dictionary
         if number == 0:
-            codes = right * keep_largest(right, count, current)
-        lipschitz, vector = spectral_norm(gram, vector)
+            codes = right * keep_largest(right, count, current, dim=1)
+        lipschitz, vector = lipschitz_bound(gram, vector)
         travelling = len(losses) > 1 and losses[-1] <= losses[-2]  # a step too far: start afresh
         started = codes
         codes = gradient_steps(codes, gram, right, lipschitz, steps, count, current, before if travelling else None)
         if number == rounds - 1:
-            mask = keep_largest(codes, count, current)
-            codes = refine_on_support(codes * mask, mask, gram, right, polish)
-        dictionary = least_squares_dictionary(target, codes)
+            mask = keep_largest(codes, count, current, dim=1)
+            codes = restricted_least_squares(gram, right, codes * mask, mask, iterations=polish, dim=1)
+        dictionary = least_squares_dictionary(target, codes.T, dtype=target.dtype)
         dictionary = _revive(dictionary, codes, target)
         norms = dictionary.norm(dim=0).clamp_min(1e-30)
         dictionary, codes, before = dictionary / norms, codes * norms, started * norms
         losses.append(float(((target - dictionary @ codes.T).double() ** 2).sum()) / energy)
         if on_round:
             on_round(number + 1, losses[-1])
-    mask = keep_largest(codes, nonzeros if balanced is None else 0, pattern)
-    codes = refine_on_support(codes * mask, mask, dictionary.T @ dictionary, target.T @ dictionary, polish)
+    mask = keep_largest(codes, nonzeros if balanced is None else 0, pattern, dim=1)
+    gram, right = dictionary.T @ dictionary, target.T @ dictionary
+    codes = restricted_least_squares(gram, right, codes * mask, mask, iterations=polish, dim=1)
     losses.append(float(((target - dictionary @ codes.T).double() ** 2).sum()) / energy)
     return PursuitResult(dictionary, codes.T, mask.T, losses)

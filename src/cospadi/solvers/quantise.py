@@ -5,36 +5,13 @@ grids, an integer zero point: value = (level − zero) · scale. Scales are roun
 to them, so a matrix from here lies exactly on the grid that a checkpoint stores.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from cospadi.format.pack import integer_range
+from cospadi.format.schema import Stored
 from cospadi.solvers.feedback import Decide, feedback, refine, sweep, sweep_supports
 from cospadi.solvers.grid import Grid, GridSteps
-
-
-@dataclass(frozen=True)
-class Quantised:
-    """A matrix as it is to be stored.
-
-    Attributes:
-        matrix: (rows, columns) float32, exactly on the grid.
-        scales: (rows, groups) float32, exact in bfloat16; None for values that stay floats.
-        zeros: (rows, groups) int32, or None for symmetric grids.
-        support: bool (rows, columns) of a sparse matrix.
-    """
-
-    matrix: Tensor
-    scales: Tensor | None = None
-    zeros: Tensor | None = None
-    support: Tensor | None = None
-
-
-def levels(bits: int, symmetric: bool) -> tuple[int, int]:
-    """Least and largest level: ±(2^(b−1) − 1), or 0 … 2^b − 1 beside a zero point."""
-    top = 2 ** (bits - 1) - 1
-    return (-top, top) if symmetric else (0, 2**bits - 1)
 
 
 def grouped(values: Tensor, group: int) -> Tensor:
@@ -81,7 +58,7 @@ def fit_grid(
     """
     if bits not in (2, 3, 4, 8):
         raise ValueError(f"integers of {bits} bits are not supported, only 2, 3, 4 and 8")
-    low, high = levels(bits, symmetric)
+    low, high = integer_range(bits, symmetric)
     split = grouped(values.float(), group)
     bottom, top = split.amin(-1).clamp_max(0), split.amax(-1).clamp_min(0)
     if symmetric:
@@ -120,7 +97,7 @@ def quantise_rows(
     search: int = 0,
     shifts: int = 0,
     sweeps: int = 0,
-) -> Quantised:
+) -> Stored:
     """Quantise a matrix with outputs in rows, with error feedback where a Hessian is given.
 
     The loss is Σ over rows of eᵀ H e, e the row's error: the Gram of the inputs for weights (d_out, d_in); DᵀGD for
@@ -162,7 +139,7 @@ def quantise_rows(
             result = torch.zeros_like(matrix).masked_scatter(support, result)
     else:
         result = _with_feedback(matrix, grid, group or stored.shape[1], hessian, support, damping, sweeps)
-    return Quantised(result.contiguous(), grid.scales, None if symmetric else grid.zeros.int(), support)
+    return Stored(result.contiguous(), grid.scales, None if symmetric else grid.zeros.int(), support)
 
 
 def _with_feedback(

@@ -9,9 +9,11 @@ Neither step raises the error. The gain is largest at two bits, where clipping a
 import torch
 from torch import Tensor
 
+from cospadi.format.pack import integer_range
+from cospadi.format.schema import Stored
 from cospadi.solvers.feedback import damped, refine
 from cospadi.solvers.grid import Grid
-from cospadi.solvers.quantise import Quantised, bfloat16_exact, grouped, levels
+from cospadi.solvers.quantise import bfloat16_exact, grouped
 
 MEMORY = 2**28
 """Bytes for the systems of a batch of rows."""
@@ -19,14 +21,14 @@ MEMORY = 2**28
 
 def rescaled(
     rows: Tensor,
-    quantised: Quantised,
+    quantised: Stored,
     *,
     bits: int,
     group: int,
     hessian: Tensor,
     rounds: int,
     damping: float = 0.01,
-) -> Quantised:
+) -> Stored:
     """Fit scales and integers of a dense quantised matrix to each other.
 
     Args:
@@ -44,7 +46,7 @@ def rescaled(
     assert quantised.scales is not None
     rows = rows.float()
     zeros = torch.zeros_like(quantised.scales) if quantised.zeros is None else quantised.zeros.to(rows.dtype)
-    low, high = levels(bits, quantised.zeros is None)
+    low, high = integer_range(bits, quantised.zeros is None)
     grid, matrix = Grid(quantised.scales, zeros, low, high), quantised.matrix
     curvature, size = damped(hessian, damping).to(rows.dtype), group or rows.shape[1]
     for _ in range(rounds):
@@ -56,7 +58,7 @@ def rescaled(
         grid = Grid(torch.cat([scales for scales, _ in parts]), zeros, low, high)
         matrix = torch.cat([values for _, values in parts])
         matrix = refine(rows, matrix, hessian, grid.steps(rows.shape[1], size), sweeps=1, damping=damping)
-    return Quantised(matrix, grid.scales, quantised.zeros)
+    return Stored(matrix, grid.scales, quantised.zeros)
 
 
 def _fitted(rows: Tensor, matrix: Tensor, scales: Tensor, curvature: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cospadi.solvers.grid import Grid
-from cospadi.solvers.pursuit import refine_on_support
+from cospadi.solvers.linalg import restricted_least_squares
 
 
 class CodeGrid:
@@ -71,7 +71,7 @@ def round_codes(
         codes = _descend(codes, mask, gram, right, grid, slice(start, stop), block)
         free[:, start:stop] = False
         if stop < k:
-            codes = refine_on_support(codes, free, gram, right, solves)
+            codes = restricted_least_squares(gram, right, codes, free, iterations=solves, dim=1)
     for _ in range(sweeps):
         codes = _descend(codes, mask, gram, right, grid, slice(0, k), block)
     return codes

@@ -29,28 +29,6 @@ class Whitening:
         return Whitening(self.root.to(device, dtype), self.inverse.to(device, dtype))
 
 
-def symmetric_whitening(gram: Tensor, ridge: float = 1e-6) -> Whitening:
-    """Whitening by the symmetric root, safe for rank-deficient Grams.
-
-    Directions that calibration never visited get the ridge as their energy, so the inverse stays bounded and the
-    weight there is kept as long as it costs nothing elsewhere.
-
-    Args:
-        gram: (d_in, d_in) symmetric, positive semi-definite up to rounding.
-        ridge: added to every eigenvalue, as a share of their mean.
-
-    Returns:
-        root and inverse in float64; the identity where the Gram is all zero.
-    """
-    values, vectors = torch.linalg.eigh(gram.double())
-    mean = values.clamp_min(0).mean()
-    if mean <= 0:
-        eye = torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
-        return Whitening(eye, eye)
-    scale = (values.clamp_min(0) + ridge * mean).sqrt()
-    return Whitening((vectors * scale) @ vectors.T, (vectors / scale) @ vectors.T)
-
-
 def ridge_whitening(gram: Tensor, ridge: float = 1e-4) -> Whitening:
     """Whitening by the Cholesky factor of G + ridge · mean eigenvalue · I.
 

@@ -12,7 +12,7 @@ from cospadi.engine.tune.streams import Streams
 from cospadi.engine.tune.tunable import TunableGroup
 from cospadi.errors import RecipeError
 from cospadi.format import Factors, GroupSpec, MatrixSpec, Stored, unpack
-from cospadi.format.patterns import support
+from cospadi.format.patterns import keep_largest
 from cospadi.model_view import discover
 from cospadi.recipe import Recipe, Refine
 from cospadi.solvers.quantise import quantise_rows
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 def stored(spec, generator):
     matrix = torch.randn(spec.rows, spec.columns, generator=generator)
-    mask = support(matrix.T, spec.nonzeros, spec.pattern).T if spec.sparse else None
+    mask = keep_largest(matrix, spec.nonzeros, spec.pattern, dim=1) if spec.sparse else None
     if mask is not None:
         matrix = matrix * mask
     if not spec.integer:

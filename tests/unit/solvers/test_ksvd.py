@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cospadi.solvers.ksvd import AtomSweep, ksvd, random_atoms
-from cospadi.solvers.mod import mod_update, unit_atoms
+from cospadi.solvers.mod import least_squares_dictionary, unit_atoms
 from cospadi.solvers.omp import batch_omp
 
 
@@ -174,7 +174,7 @@ def test_mod_is_least_squares_and_keeps_unused_atoms():
     dictionary = random_atoms(target, 10, seed=19)
     codes = batch_omp(dictionary, target, 4)
     codes[6] = 0
-    new = mod_update(target, codes, dictionary, ridge=1e-13)
+    new = least_squares_dictionary(target, codes, fallback=dictionary, ridge=1e-13)
     used = [i for i in range(10) if i != 6]
     torch.testing.assert_close(new[:, used], torch.linalg.lstsq(codes[used].T, target.T).solution.T)
     assert torch.equal(new[:, 6], dictionary[:, 6])
