@@ -5,7 +5,6 @@ file appears by an atomic rename, complete or not at all.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from cospadi.calibration.statistics import Statistics
 from cospadi.errors import OutputError
+from cospadi.io import UNFINISHED, disk_errors, write_durably
 from cospadi.model_view import LinearGroup
 
 STRIP = 256
@@ -40,18 +40,18 @@ class StatisticsStore:
         self.directory = Path(directory)
         self.fingerprint: dict[str, Any] = json.loads(json.dumps(dict(fingerprint)))
         path = self.directory / FINGERPRINT
-        try:
+        with disk_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-            for left in self.directory.glob("*.tmp"):
+            for left in self.directory.glob(f"*{UNFINISHED}"):
                 left.unlink()
-            if path.exists():
-                self._compare(json.loads(path.read_text(encoding="utf-8")))
-            else:
-                write_atomically(path, (json.dumps(self.fingerprint, indent=1, sort_keys=True) + "\n").encode())
-        except json.JSONDecodeError:
-            raise OutputError(f"{path}: damaged; delete {self.directory} or use --fresh") from None
-        except OSError as error:
-            raise OutputError(f"{self.directory}: cannot hold statistics: {error.strerror or error}") from None
+            if not path.exists():
+                write_durably(path, json.dumps(self.fingerprint, indent=1, sort_keys=True) + "\n")
+                return
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                raise OutputError(f"{path} is damaged: delete {self.directory}, or use --fresh") from None
+            self._compare(found)
 
     def __contains__(self, layer: int) -> bool:
         """Whether a decoder layer's statistics are there."""
@@ -69,7 +69,7 @@ class StatisticsStore:
             tensors[f"{key}.gram"] = pack_symmetric(item.gram)
             tensors[f"{key}.abs_sum"] = item.abs_sum.contiguous()
             tensors[f"{key}.tokens"] = torch.tensor([item.tokens], dtype=torch.int64)
-        write_atomically(self._path(layer), save(tensors))
+        write_durably(self._path(layer), save(tensors))
 
     def load(self, group: LinearGroup) -> Statistics:
         """Read one group's statistics.
@@ -155,24 +155,6 @@ def unpack_symmetric(packed: Tensor, size: int) -> Tensor:
         matrix[start:, start : start + rows] = strip.T
         position += rows * columns
     return matrix
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut.
-
-    Raises:
-        OutputError: if the disk is full or cannot be written.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def _size(size: int) -> str:

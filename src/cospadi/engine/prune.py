@@ -18,10 +18,11 @@ from cospadi.checkpoint import file_bytes
 from cospadi.checkpoint.checksums import write_checksums
 from cospadi.checkpoint.headers import read_directory
 from cospadi.checkpoint.publish import staged
-from cospadi.engine.journal import Journal, check_output, disk_errors, write_durably
+from cospadi.engine.journal import Journal, check_output
 from cospadi.engine.plan.pruning import check_section, decide
 from cospadi.engine.run import Progress, Run, silent
 from cospadi.errors import CalibrationError, CheckpointError, ModelError, NumericalError, OutputError
+from cospadi.io import disk_errors, write_durably
 from cospadi.model_view import ModelView, check_length, discover_layers, is_compressed, open_model, source_name
 from cospadi.pruning import Evidence, Tokens, block_bytes
 from cospadi.recipe import Prune, Recipe, with_prune

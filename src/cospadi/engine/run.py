@@ -21,13 +21,14 @@ from cospadi.checkpoint import file_bytes, install_packed, replace_modules, save
 from cospadi.checkpoint.formats.shared_hf import save_shared
 from cospadi.engine.allocate.rules import final_plan
 from cospadi.engine.factorise import factorise_group, split_packed
-from cospadi.engine.journal import Journal, check_complete, check_output, disk_errors, write_durably
+from cospadi.engine.journal import Journal, check_complete, check_output
 from cospadi.engine.plan.plan import Plan, PlannedGroup, group_row, make_plan
 from cospadi.engine.plan.pruning import check_section, prune_first
 from cospadi.engine.plan.selection import chosen_modules, restricted
 from cospadi.engine.plan.shared import PlannedShared, factorise_shared, final_shared_plan, install_plan
 from cospadi.engine.tune.sequential import LayerByLayer, require_layers
 from cospadi.errors import CalibrationError, ModelError
+from cospadi.io import disk_errors, write_durably
 from cospadi.methods import get_method
 from cospadi.model_view import (
     ModelView,

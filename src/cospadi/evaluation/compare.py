@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from cospadi.calibration import read_texts, token_blocks
-from cospadi.engine.journal import FOLDER, ROWS, check_output, disk_errors
+from cospadi.engine.journal import FOLDER, ROWS, check_output
 from cospadi.engine.plan.plan import other_bytes
 from cospadi.engine.plan.selection import chosen_modules, narrowed, restricted
 from cospadi.errors import (
@@ -39,6 +39,7 @@ from cospadi.evaluation.comparison_row import PruneRow, RowRun, Shared, workplac
 from cospadi.evaluation.entries import Entry, make_entries
 from cospadi.evaluation.tasks import find_tasks, require_lm_eval
 from cospadi.evaluation.yardstick import ARITHMETIC, Yardstick
+from cospadi.io import disk_errors
 from cospadi.model_view import (
     LinearGroup,
     check_length,

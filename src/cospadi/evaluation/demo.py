@@ -11,9 +11,10 @@ from typing import Any
 
 from cospadi.embedded import model_path, stdlib_texts
 from cospadi.engine.compress import compress
-from cospadi.engine.journal import check_output, write_durably
+from cospadi.engine.journal import check_output
 from cospadi.evaluation.models import load, stored_bytes
 from cospadi.evaluation.perplexity import perplexity
+from cospadi.io import write_durably
 from cospadi.recipe import DEFAULT_METHOD, Calibration, Recipe
 
 Progress = Callable[..., None]

@@ -18,11 +18,12 @@ from cospadi.engine.allocate.candidates import Family
 from cospadi.engine.allocate.compare_plans import least_harmful
 from cospadi.engine.allocate.loss_model import Option, profile
 from cospadi.engine.allocate.pairing import matched, plans_of_pairs
-from cospadi.engine.journal import Journal, write_durably
+from cospadi.engine.journal import Journal
 from cospadi.engine.plan.plan import Plan, PlannedGroup
 from cospadi.engine.plan.target import side_bytes
 from cospadi.errors import BudgetError
 from cospadi.format import GroupSpec, MatrixSpec
+from cospadi.io import write_durably
 from cospadi.methods import GroupShape, Method, get_method
 from cospadi.methods.auto import choices
 from cospadi.model_view import ModelView

@@ -17,8 +17,9 @@ from cospadi.calibration import StatisticsStore
 from cospadi.checkpoint import storage_dtype
 from cospadi.checkpoint.formats.shared import install_shared, replace_shared
 from cospadi.engine.factorise import output_error
-from cospadi.engine.journal import Journal, write_durably
+from cospadi.engine.journal import Journal
 from cospadi.errors import BudgetError, RecipeError
+from cospadi.io import write_durably
 from cospadi.layers.shared_linear import SharedSpec
 from cospadi.masa.retrofit.layer_groups import divergences, logit_lens
 from cospadi.masa.retrofit.method import TRIED, MasaOptions, masa, masa_plan, projections, rebuild_shared, search
