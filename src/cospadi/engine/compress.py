@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cospadi.engine.run import Progress, Result, Run, silent
+from cospadi.engine.run import Result, Run
 from cospadi.model_view import source_name
+from cospadi.progress import Progress, silent
 from cospadi.recipe import Recipe
 from cospadi.runtime.memory import memory_errors
 

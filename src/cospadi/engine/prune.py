@@ -20,10 +20,11 @@ from cospadi.checkpoint.headers import read_directory
 from cospadi.checkpoint.publish import staged
 from cospadi.engine.journal import Journal, check_output
 from cospadi.engine.plan.pruning import check_section, decide
-from cospadi.engine.run import Progress, Run, silent
+from cospadi.engine.run import Run
 from cospadi.errors import CalibrationError, CheckpointError, ModelError, NumericalError, OutputError
 from cospadi.io import disk_errors, write_durably
 from cospadi.model_view import ModelView, check_length, discover_layers, is_compressed, open_model, source_name
+from cospadi.progress import Progress, silent
 from cospadi.pruning import Evidence, Tokens, block_bytes
 from cospadi.recipe import Prune, Recipe, with_prune
 from cospadi.runtime.devices import device_name, resolve_device, widened

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -39,17 +38,11 @@ from cospadi.model_view import (
     model_name,
     open_model,
 )
+from cospadi.progress import Progress
 from cospadi.recipe import Recipe
 from cospadi.runtime.devices import device_name, resolve_device, widened
 from cospadi.runtime.fingerprints import versions, weights_sha256
 from cospadi.runtime.memory import peak_memory
-
-Progress = Callable[..., None]
-"""Called as progress(phase, done, total, detail="", error=None)."""
-
-
-def silent(*_: object) -> None:
-    """Report nothing."""
 
 
 @dataclass(frozen=True)

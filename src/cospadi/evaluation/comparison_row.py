@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,12 +28,11 @@ from cospadi.engine.run import Run
 from cospadi.evaluation.yardstick import Yardstick, peak, reset_peak
 from cospadi.layers.shared_linear import METHOD as MASA
 from cospadi.model_view import ModelView
+from cospadi.progress import Progress
 from cospadi.pruning import Evidence, Tokens
 from cospadi.recipe import Recipe
 from cospadi.runtime.devices import device_name, widened
 from cospadi.runtime.fingerprints import versions
-
-Progress = Callable[..., None]
 
 
 @dataclass

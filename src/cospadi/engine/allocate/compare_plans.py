@@ -7,7 +7,7 @@ than dictionaries. So plans of different make-up are compared whole, on the toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from cospadi.engine.allocate.sensitivity import DamageMeter, probe_ids
 from cospadi.engine.plan.plan import Plan, PlannedGroup
 from cospadi.format import GroupSpec
 from cospadi.model_view import LinearGroup, ModelView
+from cospadi.progress import Progress
 
 
 def least_harmful(
@@ -29,7 +30,7 @@ def least_harmful(
     seed: int,
     device: torch.device,
     dtype: torch.dtype,
-    progress: Callable[..., None],
+    progress: Progress,
 ) -> int:
     """Solve all plans with few rounds and compare what they do to the model's predictions.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import inf
@@ -18,6 +18,7 @@ from cospadi.engine.plan.plan import PlannedGroup
 from cospadi.format import GroupSpec
 from cospadi.methods import GroupShape
 from cospadi.model_view import LinearGroup, ModelView
+from cospadi.progress import Progress
 
 STEPS_PER_OCTAVE = 8
 REACH_DOWN, REACH_UP = 1.4, 2.5
@@ -160,7 +161,7 @@ def profile(
     seed: int,
     device: torch.device,
     dtype: torch.dtype,
-    progress: Callable[..., None],
+    progress: Progress,
     fisher: Mapping[str, Tensor],
 ) -> list[Profile]:
     """Solve trials of every group, measure the harm of some, and predict the loss of every candidate.

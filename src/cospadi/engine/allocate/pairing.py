@@ -13,6 +13,7 @@ from cospadi.engine.plan.grouping import Together, merged
 from cospadi.engine.plan.plan import Plan, PlannedGroup, uniform_specs
 from cospadi.methods import GroupShape, get_method
 from cospadi.model_view import ModelView
+from cospadi.progress import Progress
 from cospadi.recipe import Recipe
 from cospadi.runtime.memory import guard_memory
 from cospadi.solvers.matching import best_pairs, pair_distances
@@ -20,7 +21,7 @@ from cospadi.solvers.whitening import cholesky_whitening
 
 
 def matched(
-    view: ModelView, plan: Plan, store: StatisticsStore, device: torch.device, progress: Callable[..., None]
+    view: ModelView, plan: Plan, store: StatisticsStore, device: torch.device, progress: Progress
 ) -> list[Together]:
     """The best pairs of all weights of a plan with inputs of one size, wherever they are in the model.
 

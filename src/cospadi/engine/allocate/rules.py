@@ -27,6 +27,7 @@ from cospadi.io import write_durably
 from cospadi.methods import GroupShape, Method, get_method
 from cospadi.methods.auto import choices
 from cospadi.model_view import ModelView
+from cospadi.progress import Progress
 from cospadi.recipe import Recipe
 from cospadi.solvers.whitening import cholesky_whitening
 
@@ -53,7 +54,7 @@ def final_plan(
     store: StatisticsStore,
     device: torch.device,
     journal: Journal,
-    progress: Callable[..., None],
+    progress: Progress,
     ids: Tensor | None = None,
     fisher: Mapping[str, Tensor] | None = None,
 ) -> Plan:
@@ -160,7 +161,7 @@ def _by_trials(
     plan: Plan,
     store: StatisticsStore,
     device: torch.device,
-    progress: Callable[..., None],
+    progress: Progress,
     ids: Tensor | None,
     rule: str,
     fisher: Mapping[str, Tensor],
@@ -292,7 +293,7 @@ def _by_spectra(
     plan: Plan,
     store: StatisticsStore,
     device: torch.device,
-    progress: Callable[..., None],
+    progress: Progress,
     rule: str,
 ) -> Choose:
     """Budgets from singular values: pooled (COMPOT), or by theoretical truncation loss (SVD-LLM V2)."""

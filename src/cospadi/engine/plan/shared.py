@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from cospadi.masa.retrofit.layer_groups import divergences, logit_lens
 from cospadi.masa.retrofit.method import TRIED, MasaOptions, masa, masa_plan, projections, rebuild_shared, search
 from cospadi.methods import GroupShape, Problem, get_method
 from cospadi.model_view import ModelView
+from cospadi.progress import Progress
 from cospadi.recipe import Recipe
 from cospadi.runtime.devices import widened
 
@@ -121,7 +123,7 @@ def final_shared_plan(
     store: StatisticsStore,
     device: torch.device,
     journal: Journal,
-    progress: Callable[..., None],
+    progress: Progress,
     ids: Tensor,
 ) -> Plan:
     """The plan that is carried out. It is kept in the journal, so a resumed run does not compute it again.
@@ -159,7 +161,7 @@ def final_shared_plan(
         lambda part: problem_of(view, part.modules, store, device),
         int(plan.keep_requested * plan.bytes_before),
         MasaOptions(**get_method(recipe.method).check(recipe.options)),
-        lambda done, total, name: progress("plan", done, total, name),
+        partial(progress, "plan"),
     )
     write_durably(path, json.dumps({"asked": asked, "groups": [s.to_dict() for s in specs]}, indent=1).encode())
     return replace(plan, shared=planned(specs, view, recipe.options))

@@ -8,7 +8,7 @@ durable is a finished layer.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from cospadi.engine.tune.streams import Moments, Streams, anchored_error, anchor
 from cospadi.errors import RecipeError
 from cospadi.methods import Problem, get_method
 from cospadi.model_view import LinearGroup, ModelView
+from cospadi.progress import Progress
 from cospadi.recipe import Recipe
 from cospadi.runtime.fingerprints import derived_seed
 
@@ -106,7 +107,7 @@ class LayerByLayer:
         device: torch.device,
         journal: Journal,
         dtype: torch.dtype,
-        progress: Callable[..., None],
+        progress: Progress,
         fisher: Mapping[str, Tensor] | None = None,
     ) -> None:
         require_layers(plan)

@@ -26,6 +26,7 @@ from cospadi.masa.retrofit.search import AtomChoice, Family, allot
 from cospadi.methods import GroupShape, Method, Problem
 from cospadi.methods.base import add_method
 from cospadi.model_view import ModelView
+from cospadi.progress import PhaseProgress
 from cospadi.solvers.low_rank import unit_variance, whitened
 from cospadi.solvers.whitening import Whitening, ridge_whitening
 
@@ -249,7 +250,7 @@ def search(
     problem_of: Callable[[GroupShape], Problem],
     budget: int,
     options: MasaOptions,
-    progress: Callable[[int, int, str], None],
+    progress: PhaseProgress,
 ) -> list[SharedSpec]:
     """Groups, numbers of atoms and ranks of least total whitened error within the budget.
 
