@@ -16,6 +16,7 @@ from cospadi.solvers.ksvd import random_atoms
 from cospadi.solvers.mod import least_squares_dictionary, unit_atoms
 from cospadi.solvers.procrustes import leading_directions
 from cospadi.solvers.sylvester import Pencil, diagonalise, shared_update, sylvester_update
+from cospadi.solvers.whitening import positive_definite
 
 Part = tuple[Tensor, Tensor]  # W_i and G_i
 
@@ -31,7 +32,8 @@ def _parts(problem: Problem, ridge: float) -> list[Part]:
     parts = []
     for weight, gram in zip(weights, problem.grams, strict=True):
         level = ridge * float(gram.diagonal().mean()) or 1.0
-        parts.append((weight, gram.double() + level * torch.eye(len(gram), dtype=torch.float64, device=gram.device)))
+        ridged = gram.double() + level * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+        parts.append((weight, positive_definite(ridged)[0]))
     return parts
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cospadi.solvers.linalg import ridged_cholesky
+
 
 @dataclass(frozen=True)
 class Pencil:
@@ -27,9 +29,9 @@ def diagonalise(first: Tensor, second: Tensor) -> Pencil:
         second: B (n, n), symmetric.
 
     Raises:
-        torch.linalg.LinAlgError: if `first` is not positive definite.
+        ValueError: if `first` is not positive semi-definite up to rounding, or holds NaN.
     """
-    factor = torch.linalg.cholesky(first.double())
+    factor = ridged_cholesky(first.double())
     half = torch.linalg.solve_triangular(factor, second.double(), upper=False)
     reduced = torch.linalg.solve_triangular(factor, half.T, upper=False)
     values, rotation = torch.linalg.eigh((reduced + reduced.T) / 2)
@@ -77,8 +79,8 @@ def shared_update(
         D (d, k) float64; its objective is never above that of `start`.
     """
     pairs = [(g.double(), b.double()) for g, b in zip(grams, moments, strict=True)]
-    left = torch.linalg.cholesky(torch.stack([g for g, _ in pairs]).mean(0))
-    moment = torch.linalg.cholesky(torch.stack([b for _, b in pairs]).sum(0))
+    left = ridged_cholesky(torch.stack([g for g, _ in pairs]).mean(0))
+    moment = ridged_cholesky(torch.stack([b for _, b in pairs]).sum(0))
 
     def precondition(x: Tensor) -> Tensor:
         return torch.cholesky_solve(torch.cholesky_solve(x, left).T, moment).T
