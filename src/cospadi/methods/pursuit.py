@@ -27,7 +27,7 @@ from cospadi.solvers.linalg import restricted_least_squares
 from cospadi.solvers.mod import least_squares_dictionary
 from cospadi.solvers.pursuit import gradient_steps, lipschitz_bound, pursuit
 from cospadi.solvers.quantise import fit_grid, quantise_rows
-from cospadi.solvers.rounding import CodeGrid, round_codes
+from cospadi.solvers.rounding import round_codes
 from cospadi.solvers.whitening import Whitening, ridge_whitening
 
 
@@ -168,5 +168,5 @@ def _fit_codes(
     search = clip_search if spec.bits <= 4 else 0
     stored = codes[mask].view(codes.shape[0], -1)
     grid = fit_grid(stored, bits=spec.bits, group=spec.group, symmetric=spec.symmetric, search=search)
-    rounded = round_codes(codes, mask, gram, right, CodeGrid(grid, mask, spec.group))
+    rounded = round_codes(codes, mask, gram, right, grid.spread(mask, spec.group or spec.nonzeros))
     return Stored(rounded, grid.scales, None if spec.symmetric else grid.zeros.int(), mask)

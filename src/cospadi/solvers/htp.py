@@ -1,7 +1,7 @@
-"""Hard-thresholding pursuit: choose a support by a projected gradient step, then solve least squares on it.
+"""Hard-thresholding pursuit: a projected gradient step chooses a support, then least squares is solved on it.
 
-Reference: Foucart, "Hard thresholding pursuit", 2011; in the form of GeoPair (arXiv 2609.25963). Codes are given by
-H = DᵀGD and R = DᵀGW alone, so that any metric G serves: the error is tr(CᵀHC) − 2 tr(CᵀR) + tr(WᵀGW).
+Reference: Foucart, "Hard thresholding pursuit", 2011; in the form of GeoPair (arXiv 2609.25963). The codes depend on
+H = DᵀGD and R = DᵀGW alone, so any metric G can be used: the error is tr(CᵀHC) − 2 tr(CᵀR) + tr(WᵀGW).
 """
 
 import torch
@@ -25,16 +25,16 @@ def htp(
     iterations: int = 10,
     tolerance: float = 1e-5,
 ) -> Tensor:
-    """Sparse codes by `steps` of hard-thresholding pursuit; the error never rises once `codes` are sparse.
+    """Sparse codes by hard-thresholding pursuit. Once the codes are sparse, no step raises the error.
 
     Args:
         gram: H = DᵀGD + εI (k, k).
         products: R = DᵀGW (k, n).
-        codes: C (k, n), where to start: earlier codes, or the dense solution H⁻¹R.
-        nonzeros: per column.
+        codes: C (k, n) to start from: earlier codes, or the dense solution H⁻¹R.
+        nonzeros: per column; ignored for ``"n:m"``.
         pattern: see `cospadi.format.patterns`.
-        steps: gradient step, projection, least squares on the support; each.
-        iterations: of conjugate gradients.
+        steps: how often to take a gradient step, project, and solve least squares on the support.
+        iterations: of conjugate gradients per step.
         tolerance: of conjugate gradients.
 
     Returns:
@@ -51,5 +51,5 @@ def htp(
 
 
 def dense_codes(gram: Tensor, products: Tensor) -> Tensor:
-    """H⁻¹R (k, n), the codes without any constraint on their number, for positive definite H (k, k)."""
+    """H⁻¹R (k, n), the codes without a sparsity constraint, for positive semi-definite H (k, k)."""
     return torch.cholesky_solve(products, ridged_cholesky(gram))

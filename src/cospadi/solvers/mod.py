@@ -1,4 +1,4 @@
-"""The method of optimal directions: the dictionary that fits given codes best, by least squares.
+"""The method of optimal directions (MOD): the least-squares dictionary for given codes.
 
 Reference: Engan, Aase, Husøy, ICASSP 1999; the ridge as in ROCKET (arXiv 2602.11008, dictionary refit).
 """
@@ -43,15 +43,15 @@ def least_squares_dictionary(
 
 
 def unit_atoms(dictionary: Tensor, codes: Tensor, norms: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Scale atoms to unit norm and codes inversely: D S stays the same.
+    """Scale atoms to unit norm and codes inversely. D S is unchanged.
 
     Args:
         dictionary: D (d, k); zero columns stay zero.
         codes: S (k, n).
-        norms: (k,) norms of the atoms in another metric; None: Euclidean.
+        norms: (k,) norms of the atoms in another metric; None: Euclidean norms.
 
     Returns:
-        scaled D and S.
+        the scaled D and S.
     """
     if norms is None:
         norms = torch.linalg.vector_norm(dictionary, dim=0)

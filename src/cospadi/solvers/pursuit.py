@@ -1,16 +1,15 @@
-"""Accelerated hard-thresholding pursuit with a least-squares dictionary: the project's own fast solver.
+"""Accelerated hard-thresholding pursuit with a least-squares dictionary: this project's fast solver.
 
-Minimise ‖Y − D S‖_F² where every column of S has s non-zeros (or n in every m). Alternate
+Minimises ‖Y − D S‖_F² where every column of S has s non-zeros (or n in every m), by alternating
 
-    S ← a few accelerated projected gradient steps  (Nesterov momentum, step 1/‖DᵀD‖₂, projection = keep the largest)
+    S ← a few accelerated projected gradient steps  (Nesterov momentum, step 1/‖DᵀD‖₂, projection: keep the largest)
     D ← Y Sᵀ (S Sᵀ + ε I)⁻¹                         (least squares: MOD, Engan 1999)
 
-Unlike orthogonal matching pursuit, whose cost grows with s for every column, a gradient step is one matrix product for
-all columns, and D and S refine each other in every round. Codes are held as C = Sᵀ (d_out, k): the projection then
+The cost of orthogonal matching pursuit grows with s for every column. A gradient step is one matrix product for all
+columns, and D and S improve each other in every round. Codes are stored as C = Sᵀ (d_out, k), so that the projection
 works along contiguous rows.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,13 +31,13 @@ class PursuitResult:
 
 
 def initial_dictionary(target: Tensor, atoms: int, generator: torch.Generator) -> Tensor:
-    """Leading left singular vectors of Y (d, n), then normalised random columns of Y where atoms > d.
+    """Leading left singular vectors of Y (d, n), followed by normalised random columns of Y if atoms > d.
 
     Returns:
         (d, atoms) with unit-norm columns.
     """
     d, n = target.shape
-    # It is only a start: beyond this size float32 serves as well and is several times faster.
+    # Only a starting point: beyond this size float32 is good enough and several times faster.
     wide = target.double() if min(d, n) <= 2048 else target
     if d <= n or atoms > n:
         vectors: Tensor = torch.linalg.eigh(wide @ wide.T).eigenvectors.flip(1).to(target.dtype)
@@ -55,7 +54,7 @@ def initial_dictionary(target: Tensor, atoms: int, generator: torch.Generator) -
 
 
 def _revive(dictionary: Tensor, codes: Tensor, target: Tensor) -> Tensor:
-    """Point atoms that no column uses at the columns that are approximated worst. Returns unit-norm atoms."""
+    """Replace atoms that no column uses by the residuals of the worst-approximated columns. Does not normalise."""
     norms = dictionary.norm(dim=0)
     dead = (codes != 0).sum(0).eq(0) | (norms < 1e-12)
     if bool(dead.any()):
@@ -91,22 +90,22 @@ def lipschitz_bound(gram: Tensor, vector: Tensor | None = None, iterations: int 
 
 
 LEAST_MOMENTUM = 0.5
-"""Nesterov's momentum starts at zero; from a warm start this much from the first step on saves two thirds of the rounds
-(measured on a trained model; 0.8 diverges, because the projection is not convex)."""
+"""Smallest momentum. Nesterov's starts at zero; from a warm start, 0.5 from the first step on saves two thirds of the
+rounds (measured on a trained model). 0.8 diverges, because the constraint set is not convex."""
 
 
 EXCESS, TIGHT_SHARE, FREE_SHARE = 0.25, 0.65, 0.25
-"""The first rounds keep a quarter more non-zeros than the pattern allows; the excess melts away over 65 % of the
-rounds. During the first quarter they may lie anywhere. Measured on a trained model: 2 % (square matrices) to 6 % (wide
-ones) less error than the final number from the start and free places for half the rounds."""
+"""The first round keeps a quarter more non-zeros than the pattern allows; the excess shrinks to zero over 65 % of the
+rounds. During the first quarter of the rounds non-zeros may lie anywhere. On a trained model this gave 2 % (square
+matrices) to 6 % (wide ones) less error than the final number from the start with free places for half the rounds."""
 
 
 def tightening(number: int, rounds: int, atoms: int, nonzeros: int, pattern: str) -> tuple[str, int]:
-    """Pattern and non-zeros per column of round `number` of `rounds`; those asked for from 65 % of the rounds on.
+    """Pattern and non-zeros per column in a given round; from 65 % of the rounds on, those asked for.
 
     Args:
-        number: from 0.
-        rounds: in all.
+        number: of the round, from 0.
+        rounds: total.
         atoms: k.
         nonzeros: s, for ``"free"``.
         pattern: ``"free"`` or ``"n:m"``.
@@ -131,17 +130,21 @@ def gradient_steps(
     pattern: str,
     before: Tensor | None = None,
 ) -> Tensor:
-    """Accelerated projected gradient on ½‖Y − D Cᵀ‖² over codes of the given pattern.
+    """Accelerated projected gradient descent on ½‖Y − D Cᵀ‖² over codes of a given pattern.
 
     Args:
-        codes: (n, k) start.
+        codes: C (n, k) to start from.
         gram: DᵀD (k, k).
         right: YᵀD (n, k).
         lipschitz: at least ‖DᵀD‖₂.
-        steps: how many.
-        nonzeros: non-zeros per row.
+        steps: number of gradient steps.
+        nonzeros: per row; ignored for ``"n:m"``.
         pattern: see `cospadi.format.patterns`.
-        before: the codes of the last alternation, whose direction of travel is kept.
+        before: the codes of the previous round; the first step continues in the direction of that change. None: it does
+            not.
+
+    Returns:
+        C (n, k) with the pattern.
     """
     previous, momentum = codes, 1.0
     ahead = codes if before is None else codes + LEAST_MOMENTUM * (codes - before)
@@ -155,14 +158,14 @@ def gradient_steps(
 
 
 def order_by_use(codes: Tensor, m: int) -> Tensor:
-    """Order of atoms in which every run of m atoms has nearly equal total use (snake order).
+    """An order of atoms in which every run of m atoms is used about equally (snake order).
 
     Args:
         codes: (n, k).
         m: length of a run.
 
     Returns:
-        int64 (k,): old index at each new place.
+        int64 (k,), the old index at each new place.
     """
     k = codes.shape[1]
     use = (codes != 0).sum(0)
@@ -186,21 +189,19 @@ def pursuit(
     polish: int = 8,
     seed: int = 0,
     start: Tensor | None = None,
-    on_round: Callable[[int, float], None] | None = None,
 ) -> PursuitResult:
     """Sparse dictionary learning by alternating hard-thresholding pursuit and least squares.
 
     Args:
         target: Y (d, n), float32 or float64; whitened weights.
         atoms: k, may exceed d.
-        nonzeros: s per column of S (for ``"n:m"`` given by the pattern).
+        nonzeros: s per column of S; for ``"n:m"`` the pattern determines it.
         pattern: where non-zeros may lie.
-        rounds: alternations.
+        rounds: alternations of codes and dictionary.
         steps: gradient steps on S per round.
-        polish: conjugate-gradient steps on the final support, once before the last dictionary update and once after.
-        seed: for the atoms beyond d.
-        start: a dictionary (d, k) to begin with instead of singular vectors.
-        on_round: called with (round, relative squared error).
+        polish: conjugate-gradient steps on the final support, before and after the last dictionary update.
+        seed: of the atoms beyond d.
+        start: dictionary (d, k) to start from; None: :func:`initial_dictionary`.
 
     Returns:
         factors with unit-norm atoms.
@@ -213,7 +214,7 @@ def pursuit(
     codes = torch.zeros(target.shape[1], dictionary.shape[1], dtype=target.dtype, device=target.device)
     before = codes
     losses: list[float] = []
-    # Balanced runs are formed once the use of the atoms is known.
+    # Balanced runs are formed once it is known how often atoms are used.
     settled = 0 if balanced is None else int(FREE_SHARE * rounds)
     for number in range(rounds):
         current, count = tightening(number, rounds, atoms, nonzeros, pattern)
@@ -228,7 +229,7 @@ def pursuit(
         if number == 0:
             codes = right * keep_largest(right, count, current, dim=1)
         lipschitz, vector = lipschitz_bound(gram, vector)
-        travelling = len(losses) > 1 and losses[-1] <= losses[-2]  # a step too far: start afresh
+        travelling = len(losses) > 1 and losses[-1] <= losses[-2]  # after an overshoot, restart without momentum
         started = codes
         codes = gradient_steps(codes, gram, right, lipschitz, steps, count, current, before if travelling else None)
         if number == rounds - 1:
@@ -239,8 +240,6 @@ def pursuit(
         norms = dictionary.norm(dim=0).clamp_min(1e-30)
         dictionary, codes, before = dictionary / norms, codes * norms, started * norms
         losses.append(float(((target - dictionary @ codes.T).double() ** 2).sum()) / energy)
-        if on_round:
-            on_round(number + 1, losses[-1])
     mask = keep_largest(codes, nonzeros if balanced is None else 0, pattern, dim=1)
     gram, right = dictionary.T @ dictionary, target.T @ dictionary
     codes = restricted_least_squares(gram, right, codes * mask, mask, iterations=polish, dim=1)

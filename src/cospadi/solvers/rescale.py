@@ -1,9 +1,9 @@
-"""Scales fitted again to integers that are already chosen, and integers to the new scales, in turn.
+"""Refit scales to integers that are already chosen, and integers to the new scales, alternately.
 
-Rounding with error feedback fixes the scales beforehand, when it is not yet known which weights will make good for
-which errors. With the integers given, a row is linear in its scales, ŵ = Σ_g s_g u_g, so the best scales solve one
-small system per row, (u_gᵀ H u_h) s = u_gᵀ H w. A pass of coordinate descent then fits the integers to the new scales.
-Neither step raises the error. The gain is largest at two bits, where clipping and rounding errors are of one size.
+Rounding with error feedback fixes the scales beforehand, before it is known which weights will compensate for which
+errors. Given the integers, a row is linear in its scales, ŵ = Σ_g s_g u_g, so the best scales solve one small system
+per row, (u_gᵀ H u_h) s = u_gᵀ H w. A pass of coordinate descent then fits the integers to the new scales. Neither step
+raises the error. The gain is largest at two bits, where clipping and rounding errors have the same magnitude.
 """
 
 import torch
@@ -16,7 +16,7 @@ from cospadi.solvers.grid import Grid
 from cospadi.solvers.quantise import bfloat16_exact, grouped
 
 MEMORY = 2**28
-"""Bytes for the systems of a batch of rows."""
+"""Bytes available for the systems of a batch of rows."""
 
 
 def rescaled(
@@ -29,19 +29,19 @@ def rescaled(
     rounds: int,
     damping: float = 0.01,
 ) -> Stored:
-    """Fit scales and integers of a dense quantised matrix to each other.
+    """Alternately refit the scales and the integers of a dense quantised matrix.
 
     Args:
-        rows: what it stands for, (count, n) float.
-        quantised: on its grid.
+        rows: the matrix to approximate, (count, n) float.
+        quantised: its quantised form, on its grid.
         bits: of the integers.
-        group: values per scale; 0: the whole row.
+        group: values per scale; 0: one scale per row.
         hessian: H (n, n): the loss of a row's error e is eᵀ H e.
-        rounds: of scales and integers.
+        rounds: refits of scales and integers.
         damping: of the Hessian, as a share of its mean diagonal.
 
     Returns:
-        a matrix whose error, row by row and under the damped Hessian, is not larger.
+        a quantised matrix. No row has a larger error under the damped Hessian than before.
     """
     assert quantised.scales is not None
     rows = rows.float()
@@ -62,7 +62,7 @@ def rescaled(
 
 
 def _fitted(rows: Tensor, matrix: Tensor, scales: Tensor, curvature: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The best scales for given integers, and the matrix they give, where they are better."""
+    """The best scales for given integers and the resulting matrix, row by row only where they are better."""
     count, columns = rows.shape
     groups = scales.shape[1]
     spread = scales.repeat_interleave(size, 1)[:, :columns]

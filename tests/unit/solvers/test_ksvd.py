@@ -106,12 +106,9 @@ def test_float32_reaches_the_error_of_float64():
 @pytest.mark.parametrize("update", ["ksvd", "mod"])
 def test_ksvd_learns(update):
     target = matrix(32, 70, seed=10)
-    seen = []
-    dictionary, codes, losses = ksvd(
-        target, 36, 6, rounds=8, seed=11, update=update, progress=lambda *args: seen.append(args)
-    )
+    dictionary, codes, losses = ksvd(target, 36, 6, rounds=8, seed=11, update=update)
     assert losses[-1] == pytest.approx(loss(target, dictionary, codes))
-    assert seen == list(enumerate(losses, start=1))
+    assert len(losses) == 8
     untrained = random_atoms(target, 36, seed=11)
     assert losses[-1] < 0.7 * loss(target, untrained, batch_omp(untrained, target, 6))
     torch.testing.assert_close(dictionary.norm(dim=0), torch.ones(36, dtype=torch.float64))
