@@ -1,4 +1,4 @@
-"""Who gets how many bytes: sees only sizes and predicted losses, never a model or a tensor."""
+"""How many bytes each group gets. Sees only sizes and predicted losses, never a model or a tensor."""
 
 from cospadi.allocation.multiple_choice import Candidate, knapsack, smallest_cap
 from cospadi.allocation.shares import theoretical_loss, truncation_loss

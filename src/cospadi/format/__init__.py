@@ -1,4 +1,4 @@
-"""The stored form of a compressed linear layer: what is kept, in how many bits, in which tensors."""
+"""The stored form of a compressed linear layer: specs, sparsity patterns, packing. Imports no solver."""
 
 from cospadi.format.pack import Packed, pack, unpack
 from cospadi.format.schema import FORMAT_VERSION, Factors, GroupSpec, MatrixSpec, Stored

@@ -1,7 +1,8 @@
-"""Bits in, bits out: from float matrices to the stored tensors and back.
+"""Packing: from float matrices to the stored tensors and back.
 
-Bit order: stored value i of a row occupies bits [i·b, (i+1)·b) of the row's little-endian bit stream, cut into 32-bit
-words; mask bit c of a row is bit c % 32 of word c // 32. Values of a sparse row stand in ascending column order.
+Bit order: stored value i of a row occupies bits [i·b, (i+1)·b) of the row's little-endian bit stream, which is cut into
+32-bit words. Mask bit c of a row is bit c % 32 of word c // 32. The values of a sparse row are stored in ascending
+column order.
 """
 
 import torch
@@ -25,7 +26,7 @@ def pack_bits(levels: Tensor, bits: int) -> Tensor:
     """
     rows, n = levels.shape
     words = -(-n * bits // 32)
-    if 32 % bits == 0:  # values never straddle two words
+    if 32 % bits == 0:  # no value straddles two words
         per = 32 // bits
         padded = torch.zeros(rows, words * per, dtype=torch.int64, device=levels.device)
         padded[:, :n] = levels
@@ -75,7 +76,7 @@ def unpack_mask(words: Tensor, columns: int) -> Tensor:
 
 
 def spread(per_group: Tensor, spec: MatrixSpec) -> Tensor:
-    """Repeat per-group numbers (rows, groups) to one per stored value (rows, nonzeros)."""
+    """Expand one number per group (rows, groups) to one per stored value (rows, nonzeros)."""
     size = spec.group or spec.nonzeros
     return per_group.repeat_interleave(size, dim=1)[:, : spec.nonzeros]
 
@@ -85,9 +86,8 @@ def _encode(values: Tensor, spec: MatrixSpec, stored: Stored, dtype: torch.dtype
         return {"values": values.to(dtype)}
     if spec.bits == 14:
         pattern = values.to(torch.bfloat16).view(torch.int16).to(torch.int32)
-        return {
-            "values": pack_bits(((pattern + 2) >> 2) & 0x3FFF, 14)
-        }  # to nearest; a carry into the exponent is right
+        rounded = (pattern + 2) >> 2  # to nearest; a carry into the exponent is correct
+        return {"values": pack_bits(rounded & 0x3FFF, 14)}
     if stored.scales is None:
         raise ValueError(f"{spec.bits}-bit values need scales")
     scales = spread(stored.scales.float(), spec)
@@ -113,7 +113,7 @@ def integer_range(bits: int, symmetric: bool) -> tuple[int, int]:
 
 
 def decode_values(packed: Packed, spec: MatrixSpec, dtype: torch.dtype) -> Tensor:
-    """Stored values as floats, (rows, nonzeros), in column order."""
+    """Stored values as floats (rows, nonzeros), in column order."""
     if spec.bits == 16:
         return packed["values"].to(dtype)
     if spec.bits == 14:
@@ -137,15 +137,16 @@ def pack(stored: Stored, spec: MatrixSpec, dtype: torch.dtype = torch.bfloat16) 
     """Pack a matrix into its stored tensors.
 
     Args:
-        stored: the matrix (rows, columns) with scales where the spec asks for integers.
+        stored: the matrix (rows, columns), with scales if the spec asks for integers.
         spec: how to store it.
-        dtype: the 16-bit float of the model, for values and scales.
+        dtype: the model's 16-bit float type, used for values and scales.
 
     Returns:
-        tensors by role (values, mask, scales, zeros), shapes and dtypes as `spec.tensors(dtype)` says.
+        tensors by role (values, mask, scales, zeros) with the shapes and dtypes of `spec.tensors(dtype)`.
 
     Raises:
-        ValueError: if the matrix has another shape than the spec, or more non-zeros than it allows.
+        ValueError: if the shape differs from the spec's, the rows do not have the number of non-zeros that the spec
+            demands, or scales or zero points are missing.
     """
     matrix = stored.matrix
     if tuple(matrix.shape) != (spec.rows, spec.columns):
@@ -162,7 +163,7 @@ def pack(stored: Stored, spec: MatrixSpec, dtype: torch.dtype = torch.bfloat16) 
 
 
 def unpack(packed: Packed, spec: MatrixSpec, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rebuild the matrix (rows, columns) from its stored tensors, in `dtype`."""
+    """Reconstruct the matrix (rows, columns) from its stored tensors, in `dtype`."""
     values = decode_values(packed, spec, dtype)
     if not spec.sparse:
         return values

@@ -56,7 +56,7 @@ def test_guards_and_budget_hold(seed, per_byte):
 
 
 def test_guards_beyond_the_budget_are_named():
-    with pytest.raises(BudgetError, match="guards alone take 40 bytes"):
+    with pytest.raises(BudgetError, match="smallest shares alone take 40 bytes"):
         pooled_spectra([[1.0, 0.5], [1.0, 0.5]], [50, 50], 30, least_keep=0.2)
 
 
