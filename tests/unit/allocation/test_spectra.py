@@ -66,7 +66,7 @@ def test_zero_matrices_and_empty_pools():
 
 
 def test_nonsense_is_refused():
-    with pytest.raises(ValueError, match="as many"):
+    with pytest.raises(ValueError, match="same length"):
         pooled_spectra([[1.0]], [1, 2], 5)
     with pytest.raises(ValueError, match="finite"):
         pooled_spectra([[float("nan")]], [1], 5)
