@@ -10,8 +10,8 @@ from cospadi.solvers.low_rank import truncated
 
 @method("svd", paper="Eckart and Young, Psychometrika 1 (1936)", plan=low_rank_plan)
 def svd(problem: Problem, spec: GroupSpec) -> Factors:
-    """Truncated SVD of the weights, blind to the inputs.
+    """Truncated SVD of the weights, without calibration.
 
-    Minimises ‖W − D S‖_F. Several modules get one basis.
+    Minimises ‖W − D S‖_F. Several modules share one basis.
     """
     return dense_factors(problem, spec, *truncated(stacked(problem), spec.atoms))
