@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from cospadi.aliases import canonical
 from cospadi.errors import BudgetError, RecipeError
 
 DEFAULT_METHOD = "auto"
@@ -110,7 +111,10 @@ class Recipe(_Strict):
     method: str = Field(DEFAULT_METHOD, description="Name of a method, see `cospadi methods`.")
     keep: float | None = Field(None, description="Share of the compressed linear layers' 16-bit bytes to keep, 0 to 1.")
     target_size: str | None = Field(None, description="Size of all files instead of `keep`, such as 5GB.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Options of the method.")
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Options of the method. `num_bits` and `group_size` are accepted for `bits` and `group`.",
+    )
     grouping: Literal["matrix", "siblings", "cross_layer", "pairs"] | None = Field(
         None, description="Which layers share a dictionary; left out: what the method publishes."
     )
@@ -132,6 +136,11 @@ class Recipe(_Strict):
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     seed: int = Field(0, ge=0, description="Seed of every random choice.")
+
+    @field_validator("options")
+    @classmethod
+    def _canonical_names(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return canonical(options)
 
     @field_validator("keep")
     @classmethod
@@ -254,6 +263,8 @@ class Recipe(_Strict):
         if changes.get("method", self.method) != self.method:
             data["options"] = {}
         for key, value in changes.items():
+            if key == "options" and isinstance(value, dict):
+                value = canonical(value)
             section = data.get(key)
             data[key] = {**section, **value} if isinstance(section, dict) and isinstance(value, dict) else value
         try:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from cospadi.checkpoint import format_for, storage_dtype
 from cospadi.format import Factors, GroupSpec, MatrixSpec, Stored
 from cospadi.format.pack import integer_range, spread
-from cospadi.solvers.projection import support
+from cospadi.format.patterns import keep_largest
 
 Kind = tuple[dict[str, Any], dict[str, Any] | None]
 
@@ -47,10 +47,10 @@ def random_stored(spec: MatrixSpec, generator: torch.Generator, dtype: torch.dty
     mask = None
     if spec.sparse:
         magnitude = torch.rand(spec.columns, spec.rows, generator=generator)
-        mask = support(magnitude, spec.nonzeros, spec.pattern).T
+        mask = keep_largest(magnitude, spec.nonzeros, spec.pattern).T
     scales = zeros = None
     if spec.integer:
-        low, high = integer_range(spec)
+        low, high = integer_range(spec.bits, spec.symmetric)
         scales = (torch.rand(spec.rows, spec.groups, generator=generator) + 0.5).div(high * 4).to(dtype).float()
         levels = torch.randint(low, high + 1, (spec.rows, spec.nonzeros), generator=generator).float()
         if not spec.symmetric:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cospadi.format import MatrixSpec, Packed
-from cospadi.solvers.projection import parse_pattern
+from cospadi.format.patterns import parse_pattern
 
 _ROWS_AT_ONCE = 1024
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,17 +29,13 @@ from cospadi.engine.plan.selection import chosen_modules, restricted
 from cospadi.engine.tune.sequential import Outcome, Sequential, require_layers
 from cospadi.methods import get_method
 from cospadi.model_view import ModelView, check_weights, discover, source_name
+from cospadi.progress import Progress, silent
 from cospadi.recipe import Recipe
 from cospadi.runtime.devices import resolve_device
 from cospadi.runtime.fingerprints import versions
 from cospadi.runtime.memory import memory_errors
 
-Progress = Callable[..., None]
 """Called as progress(phase, done, total, detail="", error=None)."""
-
-
-def silent(*_: object) -> None:
-    """Report nothing."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +175,7 @@ class CompressRun:
         self.inputs.require_text()
 
     @contextmanager
-    def _timed(self, phase: str) -> Any:
+    def _timed(self, phase: str) -> Iterator[None]:
         begun = time.perf_counter()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begun

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from cospadi.calibration import Statistics, StatisticsStore
 from cospadi.methods import Problem
 from cospadi.model_view import LinearGroup, ModelView
+from cospadi.progress import Progress
 from cospadi.runtime.fingerprints import derived_seed
 
 
@@ -35,7 +36,7 @@ class RunContext:
     device: torch.device
     dtype: torch.dtype
     seed: int
-    progress: Callable[..., None]
+    progress: Progress
     fisher: Mapping[str, Tensor] = field(default_factory=dict)
 
     def problem(self, modules: Sequence[str], sources: Sequence[LinearGroup], name: str) -> Problem:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from cospadi.calibration import StatisticsStore, Texts, TokenBlocks, collect, re
 from cospadi.checkpoint import is_compressed
 from cospadi.errors import CalibrationError, ModelError
 from cospadi.model_view import ModelView, check_length, model_name, open_model
+from cospadi.progress import Progress
 from cospadi.pruning import Evidence, Tokens
 from cospadi.recipe import Recipe
 from cospadi.runtime.devices import widened
@@ -30,7 +30,7 @@ class Inputs:
         progress: called as progress(phase, done, total, detail, error).
     """
 
-    def __init__(self, source: str, recipe: Recipe, texts: list[str] | None, progress: Callable[..., None]) -> None:
+    def __init__(self, source: str, recipe: Recipe, texts: list[str] | None, progress: Progress) -> None:
         self.source, self.recipe, self.texts, self.progress = source, recipe, texts, progress
         self.name = model_name(source)
 

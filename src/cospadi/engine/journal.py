@@ -8,7 +8,6 @@ written under another name, flushed to disk and renamed, so a file that is there
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from cospadi.checkpoint import validate
 from cospadi.errors import CheckpointError, CospadiError, OutputError, ResourceError
+from cospadi.io import disk_errors, write_durably
 
 FOLDER = ".cospadi"
 ROWS = "rows.jsonl"
@@ -35,43 +35,6 @@ SECTIONS = ("groups", "layers", "predictions")
 """Folders of numbered entries: groups of linear layers; tuned decoder layers; all groups tuned together."""
 REPORT = "report.json"
 _CHECKPOINT = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or a missing permission into one clear line.
-
-    Raises:
-        OutputError: in place of what the system or safetensors raised.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        number = error.errno if isinstance(error, OSError) else None
-        if number is None:  # safetensors gives the number in its text only
-            found = re.search(r"os error (\d+)", str(error))
-            number = int(found[1]) if found else None
-        if number in _FULL:
-            raise OutputError(
-                f"no space left on the disk of {path}: free some and run the same command again; it goes on from here"
-            ) from None
-        reason = os.strerror(number) if number else str(error)
-        raise OutputError(f"{path} cannot be written: {reason}; check it or choose another directory") from None
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a file that is either whole or absent."""
-    with disk_errors(path):
-        temporary = path.with_name(path.name + ".part")
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

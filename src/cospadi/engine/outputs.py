@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,10 @@ from cospadi.checkpoint import file_bytes, format_for, save
 from cospadi.checkpoint.checksums import write_checksums
 from cospadi.checkpoint.headers import read_directory
 from cospadi.checkpoint.publish import staged
-from cospadi.engine.journal import Journal, disk_errors, write_durably
+from cospadi.engine.journal import Journal
 from cospadi.engine.plan.plan import Plan
+from cospadi.io import disk_errors, write_durably
+from cospadi.progress import Progress
 from cospadi.runtime.devices import device_name
 from cospadi.runtime.fingerprints import versions
 from cospadi.runtime.memory import peak_memory
@@ -29,7 +30,7 @@ class Checkpoint:
         progress: called as progress(phase, done, total, detail, error).
     """
 
-    def __init__(self, out: Path, progress: Callable[..., None]) -> None:
+    def __init__(self, out: Path, progress: Progress) -> None:
         self.out, self.progress = out, progress
 
     def save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, journal: Journal) -> None:
@@ -57,7 +58,7 @@ class PrunedCheckpoint:
         progress: called as progress(phase, done, total, detail, error).
     """
 
-    def __init__(self, out: Path, progress: Callable[..., None]) -> None:
+    def __init__(self, out: Path, progress: Progress) -> None:
         self.out, self.progress = out, progress
 
     def save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

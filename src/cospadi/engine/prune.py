@@ -16,13 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cospadi.calibration import TokenBlocks
 from cospadi.checkpoint import is_compressed
 from cospadi.checkpoint.headers import read_directory
-from cospadi.engine.compress import Progress, silent
 from cospadi.engine.inputs import Inputs
 from cospadi.engine.journal import Journal, check_output
 from cospadi.engine.outputs import PrunedCheckpoint, environment, write_report
 from cospadi.engine.plan.pruning import check_section, decide
 from cospadi.errors import CheckpointError, NumericalError, OutputError
 from cospadi.model_view import ModelView, discover_layers, source_name
+from cospadi.progress import Progress, silent
 from cospadi.pruning import block_bytes
 from cospadi.recipe import Recipe, with_prune
 from cospadi.runtime.devices import resolve_device, widened

@@ -26,11 +26,11 @@ from cospadi.engine.plan.plan import Plan
 from cospadi.engine.prune import PruneRun
 from cospadi.evaluation.yardstick import Yardstick, peak, reset_peak
 from cospadi.model_view import ModelView
+from cospadi.progress import Progress
 from cospadi.pruning import Evidence, Tokens
 from cospadi.recipe import Recipe
 from cospadi.runtime.devices import widened
 
-Progress = Callable[..., None]
 Weights = Callable[[torch.device], dict[str, Tensor]]
 """Weights that stand in for some of a model's own, made on a device when they are needed."""
 

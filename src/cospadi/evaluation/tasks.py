@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cospadi.errors import CalibrationError, ResourceError
+from cospadi.progress import PhaseProgress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Progress = Callable[..., None]
 Record = dict[str, Any]
 BATCHES = 16, 128
 """Fewest and most sequences at once."""
@@ -254,7 +254,7 @@ def run_tasks(
     limit: int | None = None,
     batch: int | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: PhaseProgress | None = None,
 ) -> dict[str, Any]:
     """Score a model with lm-eval, wherever the model lies.
 
@@ -332,7 +332,7 @@ def require_lm_eval() -> str:
 
 
 def _language_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int, progress: Progress | None
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int, progress: PhaseProgress | None
 ) -> Any:
     """The model as lm-eval takes it, with our progress in place of its bars."""
     from lm_eval.models.huggingface import HFLM

@@ -1,4 +1,4 @@
-"""The stored form of compressed linear layers: what is kept, in how many bits, in which tensors."""
+"""The stored form of compressed linear layers: specs, sparsity patterns, packing. Imports no solver."""
 
 from cospadi.format.group import Factors, GroupSpec, split_packed
 from cospadi.format.pack import Packed, pack, unpack

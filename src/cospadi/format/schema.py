@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cospadi.solvers.projection import balanced_nonzeros, parse_pattern
+from cospadi.format.patterns import balanced_nonzeros, parse_pattern
 
 FORMAT_VERSION = 1
 BITS = (2, 3, 4, 8, 14, 16)
-SCALE_BYTES = 2
 
 
 def _words(values: int, bits: int) -> int:

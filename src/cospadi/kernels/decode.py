@@ -81,7 +81,7 @@ def _values(packed: Packed, spec: MatrixSpec, dtype: torch.dtype) -> Tensor:
         found = torch.index_select(table, 0, values.contiguous().view(torch.uint8).view(-1).int())
         levels = found.view(dtype).view(spec.rows, values.shape[1] * 4 * per_byte)[:, : spec.nonzeros]
     else:
-        levels = unpack_bits(values, spec.bits, spec.nonzeros).to(dtype) + integer_range(spec)[0]
+        levels = unpack_bits(values, spec.bits, spec.nonzeros).to(dtype) + integer_range(spec.bits, spec.symmetric)[0]
     return _scaled(levels, packed["scales"].detach().to(dtype), spec)
 
 

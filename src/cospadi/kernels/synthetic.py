@@ -5,7 +5,7 @@ from torch import Tensor
 
 from cospadi.format import MatrixSpec, Packed
 from cospadi.format.pack import integer_range, pack_bits, pack_mask
-from cospadi.solvers.projection import support
+from cospadi.format.patterns import keep_largest
 
 _CHUNK = 1 << 24  # matrix entries created at a time
 
@@ -39,12 +39,12 @@ def _random_rows(spec: MatrixSpec, rows: int, dtype: torch.dtype, generator: tor
     packed: Packed = {}
     if spec.sparse:
         scores = torch.rand(spec.columns, rows, generator=generator, device=device)
-        packed["mask"] = pack_mask(support(scores, spec.nonzeros, spec.pattern).T)
+        packed["mask"] = pack_mask(keep_largest(scores, spec.nonzeros, spec.pattern).T)
     if not spec.integer:
         normal = torch.randn(rows, spec.nonzeros, generator=generator, device=device) * size
         packed["values"] = normal.to(dtype) if spec.bits == 16 else _fourteen(normal)
         return packed
-    low, high = integer_range(spec)
+    low, high = integer_range(spec.bits, spec.symmetric)
     levels = torch.randint(low, high + 1, (rows, spec.nonzeros), generator=generator, device=device)
     bytes_ = spec.bits == 8 and spec.symmetric
     packed["values"] = levels.to(torch.int8) if bytes_ else pack_bits(levels - low, spec.bits)

@@ -1,4 +1,4 @@
-"""One file per published method: citation, formula, options; the mathematics is in `cospadi.solvers`."""
+"""One file per published method: citation, formula, options. The mathematics is in `cospadi.solvers`."""
 
 from cospadi.format import GroupShape
 from cospadi.methods.base import METHODS, Method, Problem, all_methods, get_method, method, refuse_decided

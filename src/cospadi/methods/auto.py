@@ -1,8 +1,8 @@
-"""Automatic choice: every group gets the representation that harms the model least for its bytes.
+"""Automatic choice: each group gets the representation that loses the least quality for its bytes.
 
-The engine compares the families below on the calibration text and spreads one budget over all groups (a knapsack,
-after ROCKET, arXiv 2602.11008, but over representations too, and on measured harm). What is here is what may be
-chosen, and the choice that shapes alone suggest, which dry runs show.
+The engine compares the candidates below on the calibration text and distributes one budget over all groups. This is a
+knapsack as in ROCKET (arXiv 2602.11008), but it also chooses representations and uses measured sensitivity. This module
+defines the candidates, and the choice that shapes alone suggest, which dry runs show.
 """
 
 from collections.abc import Mapping
@@ -17,17 +17,18 @@ from cospadi.methods.representation import Representation
 
 Bits = Literal["any", 16]
 FITTED = {"shifts": 1, "rescale": 3}
-"""Integers with zero points and scales fitted to the Gram, not only to the weights: 14, 6 and 4 per cent less squared
-error at 2, 3 and 4 bits than `gptq` has by default (random weights, Gram with a decaying spectrum, groups of 64)."""
+"""Options with which `gptq` fits zero points and scales to the Gram, not only to the weights. Compared to the defaults
+the squared error falls by 14, 6 and 4 % at 2, 3 and 4 bits (random weights, Gram with a decaying spectrum, groups of
+64)."""
 
 
 def _fitted(bits: int) -> dict[str, Any]:
-    """Options of `gptq` for integers of so many bits."""
+    """Options of `gptq` for integers of a given number of bits."""
     return dict(FITTED) if bits < 8 else {}
 
 
 def _integers() -> list[Representation]:
-    """Plain integers of all bits, solved everywhere for one group size; the other sizes are carried over."""
+    """Plain integers of all bits, solved everywhere for one group size; errors of other sizes are carried over."""
 
     def plain(bits: int, group: int, learnt: bool) -> Representation:
         options = {"bits": bits, "group": group} | _fitted(bits)
@@ -39,14 +40,14 @@ def _integers() -> list[Representation]:
 
 
 def choices(bits: Bits) -> list[Representation]:
-    """What may be chosen.
+    """The representations to choose from.
 
-    Sparse integers without a dictionary are not among them: on a trained model they never fell below the line between
-    plain integers of two and of three bits, and they are dear to solve.
+    Sparse integers without a dictionary are not among them: on a trained model they never beat a mixture of plain
+    integers of two and three bits, and they are expensive to solve.
 
     Args:
-        bits: 16: sparse codes of 16-bit values only, with a dictionary and without, to compare with methods that have
-            no others; ``"any"``: integers of 8 to 2 bits, and dictionaries with sparse codes of such.
+        bits: 16: only sparse codes of 16-bit values, with and without a dictionary, to compare with methods that have
+            no others. ``"any"``: integers of 8 to 2 bits, and dictionaries with sparse integer codes.
     """
     if bits == 16:
         pruned = Representation("sparsegpt", costly=True, each=True)
@@ -57,12 +58,12 @@ def choices(bits: Bits) -> list[Representation]:
         options = {"dictionary_bits": bits, "value_bits": bits, "pattern": "16:32"}
         return Representation("pursuit", options, least, most, costly=True)
 
-    # Integers without a dictionary end at about 0.13. Above that, dictionaries have to show what they are worth.
+    # Integers without a dictionary cannot go below about 0.13. Above that, dictionaries compete with them.
     return [*_integers(), dictionary(4, 0.03, 0.14), dictionary(3, 0.03, 0.14), dictionary(8, 0.25, 0.5)]
 
 
 def auto_plan(shape: GroupShape, budget: int, *, bits: Bits = "any") -> GroupSpec:
-    """What shapes alone suggest: integers of the most bits that fit, else a dictionary with 4-bit factors."""
+    """The choice by shapes alone: integers of the most bits that fit, else a dictionary with 4-bit factors."""
     if bits == 16:
         return pursuit_plan(shape, budget)
     spec = integer_plan(shape, budget)
@@ -70,7 +71,7 @@ def auto_plan(shape: GroupShape, budget: int, *, bits: Bits = "any") -> GroupSpe
 
 
 def solved_by(spec: GroupSpec) -> tuple[str, dict[str, Any]]:
-    """The method that solves a spec which `auto` offers, and its options."""
+    """The method and options that solve a spec which `auto` offers."""
     if spec.dictionary is not None:
         return "pursuit", {}
     return ("sparsegpt", {}) if spec.codes.sparse else ("gptq", _fitted(spec.codes.bits))
@@ -97,11 +98,11 @@ def offers(options: Mapping[str, Any]) -> list[Representation]:
     offers=offers,
 )
 def auto(problem: Problem, spec: GroupSpec) -> Solution:
-    """Chooses method, bits and bytes for every group by measured harm, under one byte budget.
+    """Chooses method, bits and size of every group by measured sensitivity, within one byte budget.
 
     Args:
         problem: weights and Grams.
-        spec: any of those that the method offers.
+        spec: one that the method offers.
     """
     name, options = solved_by(spec)
     return get_method(name).factorise(problem, spec, options)

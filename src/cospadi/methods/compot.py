@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from cospadi.format import Factors, GroupSpec
-from cospadi.methods._whitened import complete_dictionary_plan, mean_gram, stacked, stored
+from cospadi.methods._problem import mean_gram, stacked
+from cospadi.methods._whitened import complete_dictionary_plan, stored
 from cospadi.methods.base import Problem, method
 from cospadi.methods.cost import CHOOSING, Sizes, Work, eigen, numbers, product, whitening
 from cospadi.methods.ranges import Natural
@@ -32,17 +33,17 @@ def compot_cost(spec: GroupSpec, options: Mapping[str, Any]) -> Work:
 def compot(problem: Problem, spec: GroupSpec, *, rounds: Natural = 20) -> Factors:
     """Sparse codes over a dictionary that is orthonormal in whitened space, both steps in closed form.
 
-    Starts from the leading singular vectors of the whitened weights. The dictionary has at most d_in atoms; a larger
-    budget goes to non-zeros. Several weights are solved side by side, in the metric of the mean Gram where their
-    inputs differ.
+    Starts from the leading singular vectors of the whitened weights. The dictionary has at most d_in atoms; the rest of
+    a larger budget goes to non-zeros. Several weights are solved side by side, under the mean Gram if their inputs
+    differ.
 
     Args:
         problem: weights and Grams.
         spec: atoms and non-zeros.
-        rounds: of codes and dictionary.
+        rounds: of dictionary and codes.
 
     Returns:
-        Factors; `info` has the relative squared errors of the start and the end.
+        the factors; `info` has the relative squared errors at the start and the end.
     """
     whitening = cholesky_whitening(mean_gram(problem))
     target = whitening.apply(stacked(problem))

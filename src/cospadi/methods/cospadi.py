@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from cospadi.format import Factors, GroupShape, GroupSpec
-from cospadi.methods._whitened import mean_gram, stacked, stored
+from cospadi.methods._problem import mean_gram, stacked
+from cospadi.methods._whitened import stored
 from cospadi.methods.base import Problem, method
 from cospadi.methods.cost import Sizes, Work, numbers, product, whitening
 from cospadi.methods.ranges import AtomsPerNonzero, Below1, Count
@@ -16,7 +17,7 @@ from cospadi.solvers.whitening import cholesky_whitening
 def cospadi_plan(
     shape: GroupShape, budget: int, *, rho: AtomsPerNonzero = 2.0, value_bits: Literal[14, 16] = 16
 ) -> GroupSpec:
-    """Eq. 10: 16-bit dictionary, 16-bit values, one mask bit per code; k atoms and s = k/rho non-zeros.
+    """Eq. 10: 16-bit dictionary and values, one mask bit per code, k atoms and s = k/rho non-zeros per column.
 
     With 14-bit values (bfloat16 without its two lowest mantissa bits) and rho = 2 this is Eq. 11.
     """
@@ -58,20 +59,19 @@ def cospadi(
 ) -> Factors:
     """Sparse dictionary by OMP and K-SVD on Cholesky-whitened weights, as published.
 
-    Several weights are solved as one, side by side; where their inputs differ, in the metric of the mean Gram
-    (appendix A.4).
+    Several weights are solved side by side, under the mean Gram if their inputs differ (appendix A.4).
 
     Args:
         problem: weights and Grams.
         spec: atoms and non-zeros.
         rounds: of sparse coding and dictionary update.
         power_iterations: per atom and round.
-        tolerance: stop when a round lowers the error by less than this share; 0 runs all rounds.
-        whiten: False: the data-free variant, in the metric of the weights.
-        update: ``"ksvd"``: atom by atom; ``"mod"``: all atoms by one least squares.
+        tolerance: stop once a round lowers the error by less than this share; 0: run all rounds.
+        whiten: False: the data-free variant, which minimises the error of the weights.
+        update: ``"ksvd"``: atom by atom; ``"mod"``: all atoms at once by least squares.
 
     Returns:
-        Factors; `info` has the rounds run and relative squared errors after the first and the last round.
+        the factors; `info` has the number of rounds and the relative squared errors after the first and the last.
     """
     weights = stacked(problem)
     whitening = cholesky_whitening(mean_gram(problem)) if whiten else None

@@ -40,18 +40,18 @@ def gptq(
     sweeps: Natural = 2,
     rescale: Natural = 0,
 ) -> Factors:
-    """Integers with group scales, each rounding error made good by the weights not yet rounded.
+    """Integers with group scales; weights not yet rounded compensate for each rounding error.
 
-    Inputs are processed by falling energy, with scales fixed beforehand so that no order is stored.
+    Inputs are processed by decreasing energy. Scales are fixed beforehand, so no order is stored.
 
     Args:
         problem: weights and Grams.
         spec: bits, group and symmetry.
         damping: of the Gram, as a share of its mean diagonal.
-        search: clipping ranges to try per group; 0: span all weights, as in the paper.
-        shifts: zero points to try on either side of that which spans the weights.
+        search: clipping ranges to try per group; 0: the grid spans all weights, as in the paper.
+        shifts: zero points to try on either side of the one that spans the weights.
         sweeps: passes of coordinate descent afterwards, which never raise the error; 0: none, as in the paper.
-        rescale: rounds in which scales are fitted to the integers and integers to the scales; 0: none, as in the paper.
+        rescale: rounds of refitting scales to integers and integers to scales; 0: none, as in the paper.
     """
     codes, parts = spec.codes, []
     for rows, gram in module_rows(problem):

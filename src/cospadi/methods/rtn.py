@@ -19,12 +19,12 @@ def rtn_cost(spec: GroupSpec, options: Mapping[str, Any]) -> Work:
 
 @method("rtn", plan=integer_plan, cost=rtn_cost)
 def rtn(problem: Problem, spec: GroupSpec, *, search: Natural = 0) -> Factors:
-    """Integers with group scales, every weight rounded to the nearest.
+    """Integers with group scales, every weight rounded to nearest.
 
     Args:
         problem: weights; the Grams are not used.
         spec: bits, group and symmetry.
-        search: clipping ranges to try per group for the least squared error; 0: span all weights.
+        search: clipping ranges to try per group for the smallest squared error; 0: the grid spans all weights.
     """
     codes = spec.codes
     parts = [

@@ -21,15 +21,15 @@ def sparsegpt_cost(spec: GroupSpec, options: Mapping[str, Any]) -> Work:
 def sparsegpt(
     problem: Problem, spec: GroupSpec, *, damping: NonNegative = 0.01, reorder: bool = True, sweeps: Natural = 2
 ) -> Factors:
-    """Keeps n of every m weights; each pruned weight is made good for by weights not yet decided.
+    """Keeps n of every m weights; weights not yet decided compensate for each pruned one.
 
     Args:
         problem: weights and Grams.
-        spec: the pattern; integer bits round the survivors with error feedback on each row's support.
+        spec: the pattern; integer survivors are rounded with error feedback on each row's support.
         damping: of the Gram, as a share of its mean diagonal.
-        reorder: runs of the most energetic inputs first; otherwise left to right as in the paper.
-        sweeps: passes of coordinate descent over the kept weights afterwards, which never raise the error; 0: none,
-            as in the paper.
+        reorder: process runs of high input energy first; otherwise left to right as in the paper.
+        sweeps: passes of coordinate descent over the kept weights afterwards, which never raise the error; 0: none, as
+            in the paper.
     """
     parts = []
     for rows, gram in module_rows(problem):

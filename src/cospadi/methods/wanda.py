@@ -18,11 +18,11 @@ def wanda_cost(spec: GroupSpec, options: Mapping[str, Any]) -> Work:
 
 @method("wanda", paper="arXiv 2306.11695", plan=pruning_plan, cost=wanda_cost)
 def wanda(problem: Problem, spec: GroupSpec) -> Factors:
-    """Keeps n of every m weights by |weight| times the root mean square of its input; changes none.
+    """Keeps n of every m weights by |weight| · RMS of its input, and changes none of them.
 
     Args:
         problem: weights and Grams.
-        spec: the pattern; integer bits round the survivors to the nearest.
+        spec: the pattern; integer survivors are rounded to nearest.
     """
     parts = []
     for rows, gram in module_rows(problem):

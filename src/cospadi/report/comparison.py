@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cospadi.errors import ResourceError
+from cospadi.io import write_durably
 from cospadi.report import plots
-from cospadi.report.files import write_atomic
 from cospadi.report.html import html_facts, html_section, html_table, html_warnings, inline_svg
 from cospadi.report.style import CSS
 from cospadi.report.text import human_bytes, human_seconds, integer_text, number, percent, perplexity_text, publishable
@@ -100,7 +100,7 @@ def write_comparison(comparison: Mapping[str, Any], folder: str | os.PathLike[st
         contents |= {kind: plots.render(figure, kind) for kind in ("png", "svg")}
     except ResourceError:
         pass
-    return {kind: write_atomic(base.with_suffix(f".{kind}"), content) for kind, content in contents.items()}
+    return {kind: write_durably(base.with_suffix(f".{kind}"), content) for kind, content in contents.items()}
 
 
 def _plotted(comparison: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from cospadi.errors import ResourceError
+from cospadi.io import write_durably
 from cospadi.report import plots
 from cospadi.report.console import _facts as print_facts
 from cospadi.report.console import _heading as print_heading
 from cospadi.report.console import _warnings as print_warnings
-from cospadi.report.files import write_atomic
 from cospadi.report.html import html_code, html_facts, html_section, html_table, html_warnings, inline_svg, yaml_text
 from cospadi.report.model_card import ASSETS, _bullets, _fenced, _front_matter, inline
 from cospadi.report.model_card import _facts as card_facts
@@ -278,11 +278,11 @@ def write_depth(report: Mapping[str, Any], out_dir: str | os.PathLike[str]) -> d
         OutputError: if a file cannot be written.
     """
     out = Path(out_dir)
-    files = {"report.json": write_atomic(out / "report.json", report_json(report))}
+    files = {"report.json": write_durably(out / "report.json", report_json(report))}
     with suppress(ResourceError):
         files[f"{ASSETS}/{HEAT_MAP}"] = plots.save(heat_map(report), out / ASSETS / HEAT_MAP)
-    files["report.html"] = write_atomic(out / "report.html", depth_page(report))
-    files["README.md"] = write_atomic(out / "README.md", depth_card(report, f"{ASSETS}/{HEAT_MAP}" in files))
+    files["report.html"] = write_durably(out / "report.html", depth_page(report))
+    files["README.md"] = write_durably(out / "README.md", depth_card(report, f"{ASSETS}/{HEAT_MAP}" in files))
     return files
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from cospadi.errors import ResourceError
+from cospadi.io import write_durably
 from cospadi.report import plots
-from cospadi.report.files import write_atomic
 from cospadi.report.style import CSS
 from cospadi.report.text import error_text, human_bytes, human_seconds, integer_text, moment, percent, publishable
 from cospadi.report.view import (
@@ -51,7 +51,7 @@ def write_html(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     Raises:
         OutputError: if it cannot be written.
     """
-    return write_atomic(path, page(report))
+    return write_durably(path, page(report))
 
 
 def page(report: Mapping[str, Any]) -> str:

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.text import Text
 
 from cospadi.errors import ResourceError
+from cospadi.io import write_durably
 from cospadi.report import plots
 from cospadi.report.console import Column, _Table
-from cospadi.report.files import write_atomic
 from cospadi.report.text import DASH, human_bytes, human_seconds, number, percent
 from cospadi.report.write import report_json
 
@@ -196,7 +196,7 @@ def write_numbers(data: Mapping[str, Any], out: Path) -> Path:
     Raises:
         OutputError: if it cannot be written.
     """
-    return write_atomic(out / f"{NAME}.json", report_json(data))
+    return write_durably(out / f"{NAME}.json", report_json(data))
 
 
 def write_speed(data: Mapping[str, Any], out: Path) -> list[Path]:

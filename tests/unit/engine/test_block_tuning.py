@@ -11,9 +11,9 @@ from cospadi.engine.tune.streams import Streams
 from cospadi.engine.tune.tunable import TunableGroup
 from cospadi.errors import RecipeError
 from cospadi.format import Factors, GroupSpec, MatrixSpec, Stored, unpack
+from cospadi.format.patterns import keep_largest
 from cospadi.model_view import discover
 from cospadi.recipe import Recipe, Refine
-from cospadi.solvers.projection import support
 from cospadi.solvers.quantise import quantise_rows
 from tiny import save_tiny, tiny_model, tiny_text, token_ids
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 def stored(spec, generator):
     matrix = torch.randn(spec.rows, spec.columns, generator=generator)
-    mask = support(matrix.T, spec.nonzeros, spec.pattern).T if spec.sparse else None
+    mask = keep_largest(matrix, spec.nonzeros, spec.pattern, dim=1) if spec.sparse else None
     if mask is not None:
         matrix = matrix * mask
     if not spec.integer:

@@ -1,19 +1,14 @@
 """The pieces of the journal, one by one; whole interrupted runs are in the integration tests."""
 
-import errno
 import json
-import os
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
 from cospadi.engine.journal import (
     Journal,
     check_output,
     differences,
-    disk_errors,
-    write_durably,
 )
 from cospadi.errors import NumericalError, OutputError, ResourceError
 
@@ -25,36 +20,6 @@ def test_differences_are_named_with_old_and_new():
     assert found[:4] == ["b.c: x → y", "b.d: unset → 4", "gone: 2 → unset", "new: unset → [1]"]
     assert found[4].startswith("sha: 0000000000…") and len(found[4]) < 50
     assert differences(before, before) == []
-
-
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), "no space left"),
-        (OSError(errno.EDQUOT, "Disk quota exceeded"), "no space left"),
-        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
-        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "no space left"),
-        (SafetensorError("Error: Permission denied (os error 13)"), "Permission denied"),
-        (SafetensorError("something else"), "something else"),
-    ],
-)
-def test_errors_of_the_disk(tmp_path, error, words):
-    with pytest.raises(OutputError, match=words) as caught, disk_errors(tmp_path):
-        raise error
-    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_durably(path, b"old")
-
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OutputError, match="no space left"):
-        write_durably(path, b"new")
-    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_groups_come_back_as_they_were(tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 from cospadi.engine.factorise import output_error
 from cospadi.methods import GroupShape, Problem, get_method
-from cospadi.solvers.whitening import symmetric_whitening
+from cospadi.solvers.whitening import cholesky_whitening
 
 METHOD = get_method("pursuit")
 
@@ -58,7 +58,7 @@ def test_what_is_stored_is_what_was_solved(options):
 
 def test_whitened_error_equals_output_error():
     problem, _ = layer(20, (30,), seed=2)
-    whitening = symmetric_whitening(problem.grams[0], ridge=0.0)
+    whitening = cholesky_whitening(problem.grams[0])
     approximation = problem.weights[0] + 0.1 * torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
     miss = (problem.weights[0] - approximation).double()
     direct = output_error(problem.weights[0], approximation, problem.grams[0])[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from cospadi.checkpoint import is_compressed
 from cospadi.engine.plan.selection import chosen_modules, narrowed, restricted
 from cospadi.errors import BudgetError, RecipeError
 from cospadi.model_view import ModelView, discover, discover_layers, open_config, skeleton
+from cospadi.progress import Progress
 from cospadi.pruning import Edit, Evidence, Tokens, block_bytes, get_depth_method, without_blocks
 from cospadi.pruning.base import fewest_blocks
 from cospadi.recipe import Prune, Recipe
@@ -46,7 +46,7 @@ def check_section(section: Prune) -> None:
 
 
 def prune_first(
-    view: ModelView, recipe: Recipe, ids: Tensor, device: torch.device, progress: Callable[..., None]
+    view: ModelView, recipe: Recipe, ids: Tensor, device: torch.device, progress: Progress
 ) -> tuple[ModelView, Recipe, dict[str, Any]]:
     """Prune a model that is then to be compressed under one budget.
 

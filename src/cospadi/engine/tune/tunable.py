@@ -69,7 +69,7 @@ class TunableMatrix:
         wide = spread(self._scales, spec)
         levels = torch.where(wide != 0, values / wide, 0.0).round()
         self.knobs = [knob(levels), knob(torch.zeros_like(self._scales), 1.0)]
-        low, high = integer_range(spec)
+        low, high = integer_range(spec.bits, spec.symmetric)
         self._zeros = None if spec.symmetric else unpack_bits(packed["zeros"], spec.bits, spec.groups)
         offset = 0.0 if self._zeros is None else spread(self._zeros, spec).float()
         self._low, self._high = low - offset, high - offset

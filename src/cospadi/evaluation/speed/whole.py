@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache
 
 from cospadi.checkpoint import format_for
-from cospadi.evaluation.speed.layers import Bench, Stored, random_stored
+from cospadi.evaluation.speed.layers import Bench, PackedGroup, random_group
 from cospadi.evaluation.speed.shapes import Subject, Variant, anonymous
 from cospadi.evaluation.speed.timing import Call, Timed, alternate
 from cospadi.format import GroupSpec
@@ -58,9 +58,9 @@ def random_model(subject: Subject, variant: Variant | None, device: torch.device
     for module in model.modules():
         if next(module.buffers(recurse=False), None) is not None:
             initialise(module)  # what is computed and not stored, such as rotary frequencies
-    made: dict[GroupSpec, Stored] = {}
+    made: dict[GroupSpec, PackedGroup] = {}
     for spec in specs:
-        stored = made.setdefault(anonymous(spec), random_stored(anonymous(spec), device, seed))
+        stored = made.setdefault(anonymous(spec), random_group(anonymous(spec), device, seed))
         tensors = {f"codes.{role}": tensor for role, tensor in stored.codes.items()}
         tensors |= {f"dictionary.{role}": tensor for role, tensor in (stored.dictionary or {}).items()}
         format_for(spec).install(model, spec, tensors)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cospadi.format import MatrixSpec, Packed
-from cospadi.solvers.projection import parse_pattern
+from cospadi.format.patterns import parse_pattern
 
 FLOATS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
