@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGenerat
 
 import cospadi
 from command import command, snapshot, unchanged, weights
+from cospadi.engine import outputs
 from cospadi.engine import prune as prune_run
 from cospadi.errors import BudgetError, RecipeError
 from cospadi.recipe import Recipe
@@ -138,7 +139,7 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished_and_is_done_again
         raise KeyboardInterrupt
 
     if when == "save":
-        monkeypatch.setattr(prune_run, "write_checksums", stop)
+        monkeypatch.setattr(outputs, "write_checksums", stop)
     else:
         monkeypatch.setattr(prune_run, "_recipe_yaml", stop)
     assert prune(model, out, "--blocks", 1, flags=flags).code == 130
