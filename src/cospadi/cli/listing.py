@@ -8,7 +8,7 @@ from rich.table import Table
 
 import cospadi.masa.retrofit.method  # noqa: F401 - registers its method
 from cospadi.methods import Method, all_methods, get_method
-from cospadi.pruning import DepthMethod, all_depth_methods
+from cospadi.pruning import PruningMethod, all_pruning_methods
 
 
 def methods_data(name: str | None) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def methods_data(name: str | None) -> dict[str, Any]:
     Raises:
         RecipeError: if there is none of that name.
     """
-    pruning = all_depth_methods()
+    pruning = all_pruning_methods()
     if name in pruning:
         return {"methods": [_describe_pruning(pruning[name])]}
     chosen = {name: get_method(name)} if name else all_methods()
@@ -25,7 +25,7 @@ def methods_data(name: str | None) -> dict[str, Any]:
     return {"methods": found + ([] if name else [_describe_pruning(method) for method in pruning.values()])}
 
 
-def _describe_pruning(method: DepthMethod) -> dict[str, Any]:
+def _describe_pruning(method: PruningMethod) -> dict[str, Any]:
     return {
         "name": method.name,
         "summary": f"Prunes. {method.summary}",

@@ -6,14 +6,14 @@ from torch.nn import functional
 
 from cospadi.errors import BudgetError, ModelError, RecipeError
 from cospadi.model_view import discover_layers
-from cospadi.pruning import Evidence, Tokens, all_depth_methods, block_bytes, get_depth_method
+from cospadi.pruning import Evidence, Tokens, all_pruning_methods, block_bytes, get_pruning_method
 from cospadi.pruning.base import fewest_blocks
 from cospadi.pruning.depth.laco import merged_weights
 from cospadi.pruning.depth.surgery import Cut
 from tiny import token_ids
 from unit.pruning.models import STANDARD, deep_model, logits
 
-DEPTH = sorted(name for name, method in all_depth_methods().items() if method.unit == "blocks")
+DEPTH = sorted(name for name, method in all_pruning_methods().items() if method.unit == "blocks")
 
 
 def evidence(model, *, seed=0, sequences=6, length=20, lengths=None):
@@ -21,7 +21,7 @@ def evidence(model, *, seed=0, sequences=6, length=20, lengths=None):
 
 
 def remove(found, name, blocks, **options):
-    return get_depth_method(name).remove(found, blocks, options)
+    return get_pruning_method(name).remove(found, blocks, options)
 
 
 def pruned(model, cut):
@@ -208,7 +208,7 @@ def test_what_cannot_be_is_refused_before_any_text_is_run(name, blocks, options)
 
 def test_unknown_methods_and_options_name_the_nearest():
     with pytest.raises(RecipeError, match="did you mean 'replaceme'"):
-        get_depth_method("replace_me")
+        get_pruning_method("replace_me")
     with pytest.raises(RecipeError, match="did you mean 'start'"):
         remove(evidence(deep_model()), "uidl", 1, strat=1)
     with pytest.raises(RecipeError, match="takes none"):
@@ -217,7 +217,7 @@ def test_unknown_methods_and_options_name_the_nearest():
 
 def test_a_share_removes_the_fewest_blocks_that_meet_it():
     found = evidence(deep_model(blocks=6))
-    uidl = get_depth_method("uidl")
+    uidl = get_pruning_method("uidl")
     for keep, blocks in ((0.99, 1), (5 / 6, 1), (0.83, 2), (0.5, 3), (0.49, 4), (1 / 6, 5)):
         assert len(uidl.shrink(found, keep, {}).facts()["removed"]) == blocks
     with pytest.raises(BudgetError, match=r"keep 0\.1667"):
@@ -228,7 +228,7 @@ def test_a_share_removes_the_fewest_blocks_that_meet_it():
     # a linear block takes bytes too: one more ordinary block has to go for it
     size = block_bytes(found.view.layers[0])
     keep = (5 * size + 100) / (6 * size)
-    separate = get_depth_method("replaceme").shrink(found, keep, {"separate": True, "ridge": 0.1})
+    separate = get_pruning_method("replaceme").shrink(found, keep, {"separate": True, "ridge": 0.1})
     assert len(separate.facts()["removed"]) == 2 and separate.facts()["added_bytes"] == 2 * 24 * 24
 
 

@@ -8,9 +8,9 @@ import torch
 from cospadi.errors import BudgetError, ModelError, NumericalError, RecipeError
 from cospadi.layers.sliced import SlicedNorm
 from cospadi.model_view import discover_layers
-from cospadi.pruning.base import block_bytes, get_depth_method
+from cospadi.pruning.base import block_bytes, get_pruning_method
 from cospadi.pruning.evidence import Evidence, Tokens
-from cospadi.pruning.width.sliced_structure import norm_of, residual_blocks
+from cospadi.pruning.width.residual import norm_of, residual_blocks
 from cospadi.pruning.width.slicegpt import Slicing, find_bases, sliced_bytes, sliced_width, width_for
 from tiny import tiny_model, token_ids
 
@@ -206,7 +206,7 @@ def test_width_as_published(full, slicing, width):
 def test_method_meets_keep_and_takes_the_published_measure():
     model = small("llama")
     evidence = Evidence(discover_layers(model), Tokens(ids))
-    method = get_depth_method("slicegpt")
+    method = get_pruning_method("slicegpt")
     total = sum(map(block_bytes, evidence.view.layers))
     edit = method.shrink(evidence, 0.9, {})
     made = edit.apply(discover_layers(copy.deepcopy(model)))

@@ -2,12 +2,12 @@
 
 import torch
 
-from cospadi.pruning.base import depth_method
+from cospadi.pruning.base import pruning_method
 from cospadi.pruning.depth.surgery import Cut
 from cospadi.pruning.evidence import Evidence
 
 
-@depth_method("magnitude", paper="Shortened LLaMA, arXiv 2402.02834, criterion 'magnitude'")
+@pruning_method("magnitude", paper="Shortened LLaMA, arXiv 2402.02834, criterion 'magnitude'")
 def magnitude(evidence: Evidence, blocks: int) -> Cut:
     """Remove the blocks whose weights are smallest: Σ |w| over the matrices of a block.
 
@@ -26,7 +26,7 @@ def magnitude(evidence: Evidence, blocks: int) -> Cut:
     return Cut(tuple(sorted(lowest.tolist())), told={"measure": "magnitude", "scores": scores.tolist()})
 
 
-@depth_method("random")
+@pruning_method("random")
 def random(evidence: Evidence, blocks: int) -> Cut:
     """Remove blocks drawn at random by the seed; a smaller cut is part of every larger one.
 

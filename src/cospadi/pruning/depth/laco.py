@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from cospadi.errors import BudgetError, ModelError
 from cospadi.model_view import LayerReplay, ModelView
-from cospadi.pruning.base import depth_method
+from cospadi.pruning.base import pruning_method
 from cospadi.pruning.depth.surgery import Cut
 from cospadi.pruning.evidence import REMEDY, Evidence, Tokens
 from cospadi.runtime.memory import guard_memory
@@ -21,7 +21,7 @@ Merges = tuple[tuple[int, int], ...]
 _HALVINGS = 12
 
 
-@depth_method("laco", paper="arXiv 2402.11187")
+@pruning_method("laco", paper="arXiv 2402.11187")
 def laco(
     evidence: Evidence,
     blocks: int,

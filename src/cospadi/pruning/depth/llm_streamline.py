@@ -4,13 +4,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cospadi.pruning.base import depth_method
+from cospadi.pruning.base import pruning_method
 from cospadi.pruning.depth.distances import chosen_run, require_run
 from cospadi.pruning.depth.surgery import Cut
 from cospadi.pruning.evidence import Evidence
 
 
-@depth_method("llm_streamline", paper="arXiv 2403.19135")
+@pruning_method("llm_streamline", paper="arXiv 2403.19135")
 def llm_streamline(evidence: Evidence, blocks: int, *, start: Annotated[int, Field(ge=0)] | None = None) -> Cut:
     """Remove the run of blocks over which the hidden states of all tokens turn least.
 

@@ -2,12 +2,12 @@
 
 import torch
 
-from cospadi.pruning.base import depth_method
+from cospadi.pruning.base import pruning_method
 from cospadi.pruning.depth.surgery import Cut
 from cospadi.pruning.evidence import Evidence
 
 
-@depth_method("shortgpt", paper="arXiv 2403.03853")
+@pruning_method("shortgpt", paper="arXiv 2403.03853")
 def shortgpt(evidence: Evidence, blocks: int) -> Cut:
     """Remove the blocks of least influence, in one shot.
 

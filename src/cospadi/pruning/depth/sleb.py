@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from cospadi.errors import BudgetError, NumericalError
 from cospadi.model_view import LayerReplay
-from cospadi.pruning.base import depth_method
+from cospadi.pruning.base import pruning_method
 from cospadi.pruning.depth.surgery import Cut
 from cospadi.pruning.evidence import REMEDY, Evidence, Tokens
 from cospadi.runtime.devices import placed
@@ -20,7 +20,7 @@ from cospadi.runtime.memory import guard_memory
 _ROWS = 4096
 
 
-@depth_method("sleb", paper="arXiv 2402.09025")
+@pruning_method("sleb", paper="arXiv 2402.09025")
 def sleb(
     evidence: Evidence,
     blocks: int,

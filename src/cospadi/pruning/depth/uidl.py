@@ -1,12 +1,12 @@
 """The Unreasonable Ineffectiveness of the Deeper Layers (arXiv 2403.17887), without its healing."""
 
-from cospadi.pruning.base import depth_method
+from cospadi.pruning.base import pruning_method
 from cospadi.pruning.depth.distances import chosen_run, require_run
 from cospadi.pruning.depth.surgery import Cut
 from cospadi.pruning.evidence import Evidence
 
 
-@depth_method("uidl", paper="arXiv 2403.17887")
+@pruning_method("uidl", paper="arXiv 2403.17887")
 def uidl(evidence: Evidence, blocks: int, *, start: int | None = None) -> Cut:
     """Remove the run of blocks over which the last token's hidden state turns least.
 

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from cospadi.checkpoint.formats.width_hf import attach_width
 from cospadi.errors import BudgetError, CalibrationError, ModelError, NumericalError
 from cospadi.model_view import ModelView, discover
-from cospadi.pruning.base import block_bytes, depth_method
+from cospadi.pruning.base import block_bytes, pruning_method
 from cospadi.pruning.evidence import REMEDY, Evidence, Tokens
-from cospadi.pruning.width.sliced_structure import probe_ids
-from cospadi.pruning.width.sliced_units import Units, block_units, describe_in_config, linear_of
+from cospadi.pruning.width.residual import probe_ids
+from cospadi.pruning.width.units import Units, block_units, describe_in_config, linear_of
 from cospadi.runtime.devices import placed
 from cospadi.runtime.memory import guard_memory
 
@@ -91,7 +91,7 @@ def _not_independent(view: ModelView, why: str) -> ModelError:
     )
 
 
-@depth_method("llm_pruner", paper="arXiv 2305.11627", unit="share")
+@pruning_method("llm_pruner", paper="arXiv 2305.11627", unit="share")
 def llm_pruner(
     evidence: Evidence,
     keep: float,
@@ -232,7 +232,7 @@ def importance(view: ModelView, structures: Any, prefix: str, found: Gradients, 
 
     Args:
         view: of the whole model.
-        structures: heads or channels, see :class:`cospadi.pruning.width.sliced_units.Structures`.
+        structures: heads or channels, see :class:`cospadi.pruning.width.units.Structures`.
         prefix: of the block's module names.
         found: gradients.
         taylor: see :func:`llm_pruner`.

@@ -18,9 +18,9 @@ from cospadi.checkpoint.formats.width_hf import attach_width
 from cospadi.errors import BudgetError
 from cospadi.layers.sliced import SlicedNorm, make_sliced
 from cospadi.model_view import LayerReplay, ModelView
-from cospadi.pruning.base import block_bytes, depth_method
+from cospadi.pruning.base import block_bytes, pruning_method
 from cospadi.pruning.evidence import BATCH_TOKENS, REMEDY, Evidence
-from cospadi.pruning.width.sliced_structure import Norm, ResidualBlock, Sublayer, norm_of, residual_blocks
+from cospadi.pruning.width.residual import Norm, ResidualBlock, Sublayer, norm_of, residual_blocks
 from cospadi.runtime.memory import guard_memory
 from cospadi.solvers.rotation import principal_axes
 
@@ -63,7 +63,7 @@ class Slicing:
         return {"removed": [], **self.told}
 
 
-@depth_method("slicegpt", paper="arXiv 2401.15024", unit="share")
+@pruning_method("slicegpt", paper="arXiv 2401.15024", unit="share")
 def slicegpt(evidence: Evidence, keep: float, *, slicing: Annotated[float, Field(ge=0, lt=1)] | None = None) -> Slicing:
     """Rotates the residual stream to its principal axes, sublayer by sublayer, and cuts the last ones off (SliceGPT).
 

@@ -11,12 +11,12 @@ from pydantic import Field
 from torch import Tensor
 
 from cospadi.errors import RecipeError
-from cospadi.pruning.base import depth_method
-from cospadi.pruning.depth.choose import choose_runs
+from cospadi.pruning.base import pruning_method
+from cospadi.pruning.depth.choose_runs import choose_runs
 from cospadi.pruning.depth.distances import chosen_run, require_run
 from cospadi.pruning.depth.replaceme.rows import Fit, Fold, Rows, place, stream_rows
 from cospadi.pruning.depth.replaceme.transform import Structure, cosine
-from cospadi.pruning.depth.replaceme.trial import Trial, best, cheapest, solutions, tried
+from cospadi.pruning.depth.replaceme.trials import CorrectionTrial, best, cheapest, solutions, tried
 from cospadi.pruning.depth.surgery import Cut
 from cospadi.pruning.evidence import Evidence
 
@@ -31,7 +31,7 @@ HELD_OUT = 8
 """At most every so manieth sequence is held out."""
 
 
-@depth_method("replaceme", paper="arXiv 2505.02819")
+@pruning_method("replaceme", paper="arXiv 2505.02819")
 def replaceme(
     evidence: Evidence,
     blocks: int,
@@ -111,7 +111,7 @@ def replaceme(
     measure = "loss" if select in (None, "loss") else "error"
     distances = evidence.pairs.cosine
 
-    def trial_of_run(run: tuple[int, int]) -> Trial:
+    def trial_of_run(run: tuple[int, int]) -> CorrectionTrial:
         """The best of the least-squares corrections of a run, fitted to half of a few sequences."""
         fitted, held = evidence.tokens.first(samples).parted(2)
         where = place(evidence, run, fold, separate=separate)
@@ -121,7 +121,7 @@ def replaceme(
         found = tried(evidence, options, {}, held, relative=relative, losses=losses)
         return found[best(found, measure)]
 
-    def solve(where: Fit, fits: dict[int, Fit]) -> tuple[Fit, Rows, list[Trial]]:
+    def solve(where: Fit, fits: dict[int, Fit]) -> tuple[Fit, Rows, list[CorrectionTrial]]:
         """The correction of a run, fitted to the whole text but what it is chosen by."""
         choosing = ridge is None if solver == "least_squares" else measure == "loss"
         every = max(HELD_OUT, -(-len(evidence.tokens.ids) // (samples // 2)))
@@ -156,7 +156,7 @@ def replaceme(
         found = tried(evidence, options, fits, held, relative=relative, losses=losses)
         return options[best(found, measure, gain)], rows, found
 
-    trials: list[Trial] = []
+    trials: list[CorrectionTrial] = []
     if transforms > 1:
         runs = choose_runs(distances, blocks, transforms, first=1, touching=consecutive)
     else:
@@ -219,7 +219,7 @@ def _agreed(
     return structure
 
 
-def _told(evidence: Evidence, fit: Fit, rows: Rows, found: list[Trial]) -> dict[str, Any]:
+def _told(evidence: Evidence, fit: Fit, rows: Rows, found: list[CorrectionTrial]) -> dict[str, Any]:
     """What the report says of a correction."""
     width = rows.equations.cross.shape[1]
     nothing = torch.zeros(len(rows.equations.gram), width) if fit.fold == "down" else torch.eye(width)

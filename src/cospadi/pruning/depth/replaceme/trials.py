@@ -25,7 +25,7 @@ LONE_RIDGE = 1e-2
 
 
 @dataclass(frozen=True)
-class Trial:
+class CorrectionTrial:
     """What a cut with a correction costs on held-out text.
 
     Attributes:
@@ -94,7 +94,7 @@ def solutions(
 
 def tried(
     evidence: Evidence, options: Sequence[Fit], fits: dict[int, Fit], tokens: Tokens, *, relative: bool, losses: str
-) -> list[Trial]:
+) -> list[CorrectionTrial]:
     """Measure corrections of one place on text.
 
     Args:
@@ -131,12 +131,12 @@ def tried(
     if found and not any(map(isfinite, found.values())):
         raise NumericalError("the loss of the pruned model is NaN or Inf: the model is damaged or overflows")
     return [
-        Trial(fit.run, fit.ridge, fit.step is not None, float(errors[index]), found.get(index))
+        CorrectionTrial(fit.run, fit.ridge, fit.step is not None, float(errors[index]), found.get(index))
         for index, fit in enumerate(options)
     ]
 
 
-def best(trials: Sequence[Trial], measure: str, gain: float = 1.0) -> int:
+def best(trials: Sequence[CorrectionTrial], measure: str, gain: float = 1.0) -> int:
     """Index of the trial of least loss, or of least error; the first of equals.
 
     Args:
