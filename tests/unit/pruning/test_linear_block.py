@@ -12,7 +12,7 @@ from cospadi.layers.linear_block import LinearBlock
 from cospadi.model_view import discover_layers
 from cospadi.pruning import Cut, Evidence, Tokens, get_pruning_method
 from tiny import token_ids
-from unit.pruning.models import STANDARD, deep_model, generated, logits
+from unit.pruning.models import HYBRID, STANDARD, deep_model, generated, logits
 
 IDS = token_ids(2, 20, seed=4)
 
@@ -32,6 +32,7 @@ def separate(model, runs):
 
 
 CASES = [(name, [(2, 5)]) for name in STANDARD]
+CASES += [(name, runs) for name in HYBRID for runs in ([(1, 2)], [(2, 3)], [(3, 5)])]
 CASES += [(name, runs) for name in ("llama", "gemma3_text") for runs in ([(1, 3)], [(1, 2), (3, 5)])]
 
 

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
 from cospadi.errors import BudgetError, ModelError, RecipeError
 from cospadi.model_view import discover_layers
@@ -11,7 +12,7 @@ from cospadi.pruning.base import fewest_blocks
 from cospadi.pruning.depth.laco import merged_weights
 from cospadi.pruning.depth.surgery import Cut
 from tiny import token_ids
-from unit.pruning.models import STANDARD, deep_model, logits
+from unit.pruning.models import HYBRID, STANDARD, deep_model, generated, logits, skipping
 
 DEPTH = sorted(name for name, method in all_pruning_methods().items() if method.unit == "blocks")
 
@@ -43,6 +44,26 @@ def test_every_method_prunes_every_architecture(architecture):
             assert len(cut.removed) == blocks == len(cut.facts()["removed"])
         out = logits(pruned(model, cut), found.tokens.ids)
         assert bool(out.isfinite().all())
+
+
+@pytest.mark.parametrize("architecture", HYBRID)
+@pytest.mark.parametrize("name", DEPTH)
+def test_hybrid_models_are_pruned_as_if_the_blocks_were_skipped_or_refused(architecture, name, tmp_path):
+    model = deep_model(architecture)
+    found = evidence(model)
+    if name == "laco":
+        with pytest.raises(ModelError, match="block 2 has other shapes"):
+            remove(found, name, 1)
+        return
+    cut = remove(found, name, 1)
+    made = pruned(model, cut)
+    if not cut.weights:
+        expected = skipping(model, found.view.layers, cut.removed, found.tokens.ids)
+        assert torch.equal(logits(made, found.tokens.ids), expected)
+    made.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, found.tokens.ids), logits(made, found.tokens.ids))
+    assert torch.equal(generated(loaded, found.tokens.ids, True), generated(loaded, found.tokens.ids, False))
 
 
 @pytest.mark.parametrize(("name", "measure"), [("uidl", "angular"), ("llm_streamline", "cosine")])
