@@ -219,7 +219,7 @@ def test_a_dry_run_tells_sizes_from_the_configuration_alone(model, tmp_path):
         (["--blocks", 1, "--set", "ridge=.nan"], 1, "option 'ridge' cannot be nan: it must be a finite number"),
         (["--blocks", 1, "--set", "rank=0"], 1, "option 'rank' cannot be 0: it must be at least 1"),
         (["--blocks", 1, "--keep-blocks", 0.5], 2, "give one of them"),
-        ([], 2, "say how much to prune"),
+        ([], 2, "no size given: pass --blocks"),
     ],
 )
 def test_bad_input_is_refused_in_one_line_and_leaves_nothing(model, tmp_path, flags, more, code, said):

@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import pytest
 import torch
@@ -158,7 +159,9 @@ def test_laco_reports_the_similarity_of_the_model_it_gives():
     model = deep_model("llama", blocks=7)
     found = evidence(model, lengths=torch.tensor([20, 5, 13, 20, 2, 9]))
     for blocks in (1, 2, 4):
-        cut = remove(found, "laco", blocks)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # random blocks: little is left of the model
+            cut = remove(found, "laco", blocks)
         told = cut.facts()
         assert len(cut.removed) == blocks and 0 not in cut.removed and 1 not in cut.removed
         final = []
@@ -174,6 +177,50 @@ def test_laco_reports_the_similarity_of_the_model_it_gives():
         assert told["similarity"] > told["threshold"]
     with pytest.raises(BudgetError, match="laco cannot remove 6"):
         remove(found, "laco", 6)
+
+
+def silent_blocks(silent, blocks=9):
+    """A model some of whose blocks add nothing to the residual stream."""
+    model = deep_model("llama", blocks=blocks)
+    with torch.no_grad():
+        for index in silent:
+            model.model.layers[index].self_attn.o_proj.weight.zero_()
+            model.model.layers[index].mlp.down_proj.weight.zero_()
+    return model
+
+
+def test_laco_searches_the_size_of_a_collapse():
+    # A collapse of two blocks leaves the second, so dropping two silent blocks changes nothing. One collapse of three
+    # blocks, all that the published size of 4 leaves room for, always loses a block that matters.
+    found = evidence(silent_blocks((2, 6)))
+    told = remove(found, "laco", 2).facts()
+    assert told["collapsed"] == [[2, 3], [6, 7]] and told["merge"] == 2
+    assert told["similarity"] == pytest.approx(1.0, abs=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for merge in (2, 3, 4):
+            fixed = remove(found, "laco", 2, merge=merge).facts()
+            assert fixed["merge"] == merge and fixed["similarity"] <= told["similarity"]
+    assert fixed["similarity"] < 0.9 and len(fixed["collapsed"]) == 1
+
+
+def test_laco_warns_where_little_of_the_model_is_left():
+    found = evidence(silent_blocks((2, 6)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert remove(found, "laco", 2).facts()["similarity"] > 0.45
+    found = evidence(deep_model("llama", blocks=9))
+    with pytest.warns(UserWarning, match="leave out merge, remove fewer blocks or use another method") as caught:
+        told = remove(found, "laco", 5, merge=6).facts()
+    assert told["similarity"] < 0.45 and f"only {told['similarity']:.2f}" in str(caught[0].message)
+
+
+def test_laco_never_collapses_a_block_twice():
+    found = evidence(silent_blocks((1, 2, 3, 4, 5, 6, 7)))
+    for blocks in (2, 3, 4):
+        collapsed = remove(found, "laco", blocks, merge=3, interval=1).facts()["collapsed"]
+        members = [index for run in collapsed for index in run]
+        assert len({*members}) == len(members) and sum(len(run) - 1 for run in collapsed) == blocks
 
 
 def test_laco_needs_blocks_of_one_shape():

@@ -1,4 +1,4 @@
-"""ShortGPT (arXiv 2403.03853): blocks of least influence go, wherever they are."""
+"""ShortGPT (arXiv 2403.03853): remove the blocks of least influence, wherever they are."""
 
 import torch
 
@@ -9,13 +9,13 @@ from cospadi.pruning.evidence import Evidence
 
 @pruning_method("shortgpt", paper="arXiv 2403.03853")
 def shortgpt(evidence: Evidence, blocks: int) -> Cut:
-    """Remove the blocks of least influence, in one shot.
+    """Remove the blocks of least influence in one shot.
 
-    BI_i = 1 − E_t cos(x_i, x_{i+1}), x_i the input of block i (equation 1).
+    The influence of block i is BI_i = 1 − E_t cos(x_i, x_{i+1}), where x_i is its input (equation 1).
 
     Args:
         evidence: model and text.
-        blocks: how many go.
+        blocks: number of blocks to remove.
     """
     influence = evidence.pairs.cosine.diagonal(1)
     lowest = torch.argsort(influence, stable=True)[:blocks]

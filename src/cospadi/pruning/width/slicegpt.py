@@ -1,4 +1,4 @@
-"""SliceGPT (arXiv 2401.15024): rotate the residual stream to its principal axes and cut the last ones off."""
+"""SliceGPT (arXiv 2401.15024): rotate the residual stream to its principal axes and cut off the last ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cospadi.runtime.memory import guard_memory
 from cospadi.solvers.rotation import principal_axes
 
 STEP = 8
-"""Widths are multiples of it, as published: matrix units like them."""
+"""Widths are multiples of 8, as published, for the sake of tensor cores."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Slicing:
     """The edit of SliceGPT.
 
     Attributes:
-        width: of the residual stream afterwards (d').
-        bases: Q (d, d') float64, orthonormal columns: of every block, those of the stream that enters its attention
-            and its MLP. Behind the last block the stream is whole again, as in the authors' code.
+        width: of the sliced residual stream (d').
+        bases: for every block, the bases Q (d, d') of the streams that enter its attention and its MLP; float64,
+            orthonormal columns. After the last block the stream has its full width again, as in the authors' code.
         told: plain data for the report.
     """
 
@@ -45,7 +45,7 @@ class Slicing:
 
     @torch.no_grad()
     def apply(self, view: ModelView) -> PreTrainedModel:
-        """Fuse the norms, rotate and slice every matrix; the result is stored in the model's own dtype.
+        """Fuse the norms, rotate and slice every matrix, and store the result in the model's own dtype.
 
         Raises:
             ModelError: if the stream of this architecture cannot be rotated.
@@ -65,12 +65,12 @@ class Slicing:
 
 @pruning_method("slicegpt", paper="arXiv 2401.15024", unit="share")
 def slicegpt(evidence: Evidence, keep: float, *, slicing: Annotated[float, Field(ge=0, lt=1)] | None = None) -> Slicing:
-    """Rotates the residual stream to its principal axes, sublayer by sublayer, and cuts the last ones off (SliceGPT).
+    """Rotate the residual stream to its principal axes, sublayer by sublayer, and cut off the last ones.
 
     Args:
         evidence: of the model.
-        keep: share of the blocks' 16-bit bytes that may stay, the shortcut matrices counted.
-        slicing: the authors' measure of size, the share of the stream's width that goes; None: the largest width that
+        keep: share of the blocks' 16-bit bytes to keep, including the shortcut matrices.
+        slicing: the authors' measure of size, the share of the stream's width to remove; None: the largest width that
             `keep` allows.
 
     Raises:
@@ -97,22 +97,22 @@ def stream_width(view: ModelView, blocks: tuple[ResidualBlock, ...]) -> int:
 
 
 def sliced_width(full: int, slicing: float) -> int:
-    """``int((1 − s) d)`` rounded down to a multiple of 8; d itself for s = 0.
+    """``int((1 − s) d)`` rounded down to a multiple of 8; d for s = 0.
 
     Raises:
         BudgetError: if nothing would be left.
     """
     width = full if slicing == 0 else int((1 - slicing) * full) // STEP * STEP
     if width < 1:
-        raise BudgetError(f"slicing {slicing:g} leaves nothing of a stream of width {full}; slice less")
+        raise BudgetError(f"slicing {slicing:g} leaves nothing of a stream of width {full}: use a smaller slicing")
     return width
 
 
 def sliced_bytes(view: ModelView, blocks: tuple[ResidualBlock, ...], width: int) -> int:
-    """Bytes of the blocks' matrices at 16 bits a weight after slicing, shortcuts included.
+    """Bytes of the blocks' matrices at 16 bits per weight after slicing, including the shortcuts.
 
     Args:
-        view: of the whole model.
+        view: of the original model.
         blocks: its blocks.
         width: d'.
     """
@@ -130,34 +130,36 @@ def sliced_bytes(view: ModelView, blocks: tuple[ResidualBlock, ...], width: int)
 
 
 def width_for(view: ModelView, blocks: tuple[ResidualBlock, ...], keep: float) -> int:
-    """The largest width, a multiple of 8 below d, whose bytes are within `keep` of the blocks' bytes.
+    """The largest width, a multiple of 8 below d, that keeps at most the share `keep` of the blocks' bytes.
 
     Raises:
-        BudgetError: if there is none (names the least possible).
+        BudgetError: if there is none (names the smallest possible share).
     """
     full, total = stream_width(view, blocks), sum(map(block_bytes, view.layers))
     for width in range((full - 1) // STEP * STEP, 0, -STEP):
         if sliced_bytes(view, blocks, width) <= keep * total:
             return width
     least = sliced_bytes(view, blocks, min(STEP, full)) / total
-    raise BudgetError(f"keep {keep:g} is too small for method 'slicegpt' on this model: at least {least:.4f} must stay")
+    raise BudgetError(
+        f"keep {keep:g} is too small for method 'slicegpt' on this model: the least possible is {least:.4f}"
+    )
 
 
 @torch.no_grad()
 def find_bases(evidence: Evidence, blocks: tuple[ResidualBlock, ...], width: int) -> Slicing:
-    """The principal axes of every sublayer's normalised input, each found with all before it sliced already.
+    """The principal axes of every sublayer's normalised input, computed with all earlier sublayers already sliced.
 
     Args:
-        evidence: the model is only read; a copy of one block at a time is sliced.
+        evidence: of the model, which is only read; a copy of one block at a time is sliced.
         blocks: of the model.
         width: d'.
 
     Returns:
-        the bases, and by sublayer the share of the signal that the cut axes carried on the calibration text.
+        the bases and, for every sublayer, the share of signal energy on the cut axes over the calibration text.
 
     Raises:
         NumericalError: on NaN or Inf in the stream.
-        ResourceError: if the memory does not suffice.
+        ResourceError: if there is not enough memory.
     """
     view = evidence.view
     bases: list[tuple[Tensor, Tensor]] = []
@@ -174,7 +176,7 @@ def find_bases(evidence: Evidence, blocks: tuple[ResidualBlock, ...], width: int
             if index == 0:
                 q, share = _axes(stream, masks, norms[0], width, f"{view.layers_name}.0", replay.device)
                 lost.append(share)
-            # `stream` is whole and in the original basis here: each block gets it cut to the axes found for it
+            # `stream` has its full width and original basis here; each block receives it cut to its own axes
             stream = [(x.to(replay.device) @ q.to(x.dtype)).cpu() for x in stream]
             middle = [_middle(replay, index, block, q, x) for x in stream]
             q_mlp, share = _axes(middle, masks, norms[1], width, f"{view.layers_name}.{index} (MLP)", replay.device)
@@ -200,7 +202,7 @@ def find_bases(evidence: Evidence, blocks: tuple[ResidualBlock, ...], width: int
 def _axes(
     stream: list[Tensor], masks: list[Tensor], norm: Norm, width: int, name: str, device: torch.device
 ) -> tuple[Tensor, float]:
-    """The first axes (d, d') of the normalised stream's real tokens, and the share of its energy along the others."""
+    """The first axes (d, d') of the normalised stream's real tokens, and the share of its energy on the others."""
     full = stream[0].shape[-1]
     moment = Accumulator(name, full, device)
     whole = SlicedNorm(full, full, norm.eps)
@@ -212,11 +214,11 @@ def _axes(
 
 
 class _Reached(Exception):
-    """Leaves a block once its MLP's input is known."""
+    """Ends a block's forward once the input of its MLP is known."""
 
 
 def _middle(replay: LayerReplay, index: int, block: ResidualBlock, q: Tensor, stream: Tensor) -> Tensor:
-    """The stream before a block's MLP, whole and in the original basis, when the block gets the sliced stream."""
+    """The stream before a block's MLP, in full width and original basis, when the block receives the sliced stream."""
     caught: list[Tensor] = []
 
     def catch(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -234,7 +236,7 @@ def _middle(replay: LayerReplay, index: int, block: ResidualBlock, q: Tensor, st
 def _sliced_copy(
     replay: LayerReplay, index: int, block: ResidualBlock, q: Tensor, q_mlp: Tensor | None
 ) -> Iterator[nn.Module]:
-    """Have a sliced copy of a block run in its place for a while; its output is in the original basis."""
+    """Run a sliced copy of a block in its place; its output is in the original basis."""
     layer = replay.fetch(index)
     stand_in = copy.deepcopy(layer)
     slice_block(stand_in, block, q, q_mlp, None)
@@ -248,17 +250,17 @@ def _sliced_copy(
 def slice_block(layer: nn.Module, block: ResidualBlock, q: Tensor, q_mlp: Tensor | None, q_out: Tensor | None) -> None:
     """Rotate and slice one decoder layer in place.
 
-    With W stored as (outputs, inputs), g the norm's gain and b its shift: readers become ``W diag(g) Q``, their bias
-    ``bias + W b``; writers ``Qᵀ W`` and ``Qᵀ bias``, Q being that of the stream they write to; the shortcut from a
-    stream in Q to one in Q' is ``Q'ᵀ Q`` (SliceGPT, equations 3 to 6). The writers of models with LayerNorm lose the
-    mean of their outputs first, after which LayerNorm is an RMS norm.
+    Let W be stored as (outputs, inputs), g be the gain of the norm and b its shift. Readers become ``W diag(g) Q`` with
+    bias ``bias + W b``. Writers become ``Qᵀ W`` with bias ``Qᵀ bias``, where Q is the basis of the stream they write
+    to. The shortcut from a stream in basis Q to one in Q' is ``Q'ᵀ Q`` (SliceGPT, equations 3 to 6). In models with
+    LayerNorm, the mean of the writers' outputs is removed first, which turns LayerNorm into an RMS norm.
 
     Args:
-        layer: a decoder layer as it came.
-        block: what it consists of.
+        layer: an original decoder layer.
+        block: its parts.
         q: basis (d, d') of the stream that enters it, float64.
-        q_mlp: of the stream that enters its MLP; None: the original basis, whole.
-        q_out: of its output; None likewise.
+        q_mlp: basis of the stream that enters its MLP; None: the original one, in full width.
+        q_out: basis of its output; None: the original one, in full width.
     """
     norms = norm_of(layer, block.parts.mixer_norm), norm_of(layer, block.parts.mlp_norm)
     full = len(q)
@@ -298,7 +300,7 @@ def _linear(layer: nn.Module, name: str) -> nn.Linear:
 
 
 def _replace(layer: nn.Module, name: str, weight: Tensor, bias: Tensor | None) -> None:
-    """Put a linear layer of other shape in the place of one, in its dtype."""
+    """Replace a linear layer by one with other weights, of any shape, in its dtype."""
     old = _linear(layer, name)
     new = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=old.weight.dtype)
     new.weight = nn.Parameter(weight.to(old.weight), old.weight.requires_grad)
@@ -309,7 +311,7 @@ def _replace(layer: nn.Module, name: str, weight: Tensor, bias: Tensor | None) -
 
 
 def _centred(view: ModelView, blocks: tuple[ResidualBlock, ...]) -> bool:
-    """Whether the model's norms take the mean off."""
+    """Whether the model's norms subtract the mean."""
     return any(norm_of(view.layers[i], block.parts.mixer_norm).centred for i, block in enumerate(blocks))
 
 
@@ -318,7 +320,7 @@ def _centre(x: Tensor, centred: bool) -> Tensor:
 
 
 def _slice_embedding(model: PreTrainedModel, q: Tensor, centred: bool) -> None:
-    """Give the embedding the basis of the first block; a head that shared its weight keeps the whole one."""
+    """Rotate and slice the embedding into the basis of the first block; a tied head keeps the original weight."""
     old = model.get_input_embeddings()
     assert isinstance(old, nn.Embedding)
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]

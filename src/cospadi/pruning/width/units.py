@@ -1,4 +1,4 @@
-"""What can be cut out of a decoder layer by itself: attention heads with their keys and values, and MLP channels."""
+"""Units that can be cut out of a decoder layer: attention heads with their keys and values, and MLP channels."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from cospadi.model_view import ModelView, skeleton
 
 @dataclass(frozen=True)
 class Structures:
-    """The coupled structures of one kind in one block.
+    """The coupled structures of one kind in one block: head groups, or channels.
 
     Structure i is the i-th of `count` equal parts of the readers' rows and of the writer's columns.
 
     Attributes:
-        readers: dotted names within the block: of the attention its queries, keys and values; of an MLP gate and up.
-        writer: the linear layer that reads what they make.
-        count: how many structures.
+        readers: dotted names within the block: queries, keys and values of the attention, or gate and up of an MLP.
+        writer: dotted name of the linear layer that consumes their outputs.
+        count: number of structures.
     """
 
     readers: tuple[str, ...]
@@ -31,12 +31,12 @@ class Structures:
     count: int
 
     def bytes_each(self, layer: nn.Module) -> int:
-        """Bytes of one structure's weights at 16 bits each."""
+        """Bytes of one structure at 16 bits per weight."""
         rows = sum(linear_of(layer, name).weight.numel() for name in self.readers)
         return 2 * (rows + linear_of(layer, self.writer).weight.numel()) // self.count
 
     def cut(self, layer: nn.Module, kept: Sequence[int]) -> None:
-        """Keep some structures of a block, in place."""
+        """Keep only some structures of a block, in place."""
         if len(kept) == self.count:
             return
         chosen = torch.tensor(list(kept))
@@ -53,7 +53,7 @@ class Structures:
 
 @dataclass(frozen=True)
 class Units:
-    """What can be cut out of one block.
+    """The units of one block.
 
     Attributes:
         attention: groups of heads that share keys and values.
@@ -65,15 +65,15 @@ class Units:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All linear layers concerned, within the block."""
+        """Names within the block of all linear layers involved."""
         return tuple(name for s in (self.attention, self.mlp) for name in (*s.readers, s.writer))
 
 
 def linear_of(module: nn.Module, name: str) -> nn.Linear:
-    """A linear layer by its name.
+    """A linear layer by name.
 
     Raises:
-        TypeError: if the module of that name is none.
+        TypeError: if the module of that name is not one.
     """
     linear = module.get_submodule(name)
     if not isinstance(linear, nn.Linear):
@@ -82,11 +82,12 @@ def linear_of(module: nn.Module, name: str) -> nn.Linear:
 
 
 def _members(structures: Tensor, size: int) -> Tensor:
-    """Indices of the rows of some structures, each of `size` neighbours."""
+    """Indices of the rows of some structures, each of `size` consecutive rows."""
     return (structures[:, None] * size + torch.arange(size)).flatten()
 
 
 def _replace(layer: nn.Module, name: str, weight: Tensor, bias: Tensor | None) -> None:
+    """Replace a linear layer by one with other weights, of any shape."""
     old = linear_of(layer, name)
     new = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     new.weight = nn.Parameter(weight.clone(), old.weight.requires_grad)
@@ -97,16 +98,16 @@ def _replace(layer: nn.Module, name: str, weight: Tensor, bias: Tensor | None) -
 
 
 def block_units(view: ModelView) -> tuple[Units, ...]:
-    """Find heads and channels in every block by the shapes of its linear layers.
+    """Find the heads and channels of every block from the shapes of its linear layers.
 
-    Siblings (linear layers with the same input) and the one linear layer after them make a branch. Three siblings in
-    a module that knows its ``head_dim`` are an attention; those as wide as what the last one reads are an MLP.
+    Siblings (linear layers with the same input) and the one linear layer after them form a branch. Three siblings in a
+    module with a ``head_dim`` are an attention; siblings as wide as the input of the layer after them are an MLP.
 
     Args:
         view: with linear groups.
 
     Raises:
-        ModelError: if a block has no such two branches (fused projections, for example).
+        ModelError: if a block does not consist of two such branches (for example with fused projections).
     """
     return tuple(_units(view, index) for index in range(len(view.layers)))
 
@@ -144,15 +145,15 @@ def _kind(
 def describe_in_config(
     model: PreTrainedModel, units: Sequence[Units], heads: Sequence[Sequence[int]], channels: Sequence[Sequence[int]]
 ) -> None:
-    """Say in the configuration what stayed, where every block was cut alike and the configuration can say it.
+    """Write the new sizes to the configuration, if all blocks were cut alike and the configuration can express it.
 
-    Otherwise the configuration stays as it is, and the model needs native loading.
+    Otherwise the configuration does not change, and loading the model needs this package.
 
     Args:
         model: already cut.
-        units: what its blocks had.
-        heads: by block, head groups that stayed.
-        channels: by block, channels that stayed.
+        units: of its blocks before the cut.
+        heads: kept head groups of each block.
+        channels: kept channels of each block.
     """
     shares = {(u.attention.count, len(h), u.mlp.count, len(c)) for u, h, c in zip(units, heads, channels, strict=True)}
     if len(shares) != 1:
