@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 import _cospadi_autoload
 
 if TYPE_CHECKING:
-    from cospadi.engine.compress import compress
+    from cospadi.engine.compress import Result, compress
     from cospadi.engine.estimate.estimate import Estimate, estimate
     from cospadi.engine.prune import PruneResult, prune
-    from cospadi.engine.run import Result
     from cospadi.evaluation import evaluate, load
     from cospadi.recipe import Recipe
 
@@ -27,7 +26,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Estimate": "cospadi.engine.estimate.estimate",
     "PruneResult": "cospadi.engine.prune",
-    "Result": "cospadi.engine.run",
+    "Result": "cospadi.engine.compress",
     "compress": "cospadi.engine.compress",
     "estimate": "cospadi.engine.estimate.estimate",
     "evaluate": "cospadi.evaluation",

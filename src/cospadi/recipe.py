@@ -192,6 +192,15 @@ class Recipe(_Strict):
                 "say how small the model shall be: either --keep (such as 0.8) or --target-size (such as 5GB)"
             )
 
+    @property
+    def sequential(self) -> bool:
+        """Whether layers are worked on in order, on the outputs of the compressed layers before them."""
+        return self.anchor or self.refine is not None
+
+    def given(self, *fields: str) -> list[str]:
+        """Which of some optional fields are set."""
+        return [field for field in fields if getattr(self, field)]
+
     @classmethod
     def of(cls, value: Recipe | dict[str, Any] | str | Path | None) -> Recipe:
         """A recipe as functions take it: ready, as keys and values, as a file, or none.

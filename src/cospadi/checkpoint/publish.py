@@ -1,4 +1,4 @@
-"""Writing a directory so that it never looks finished before it is."""
+"""Write a directory so that it never looks finished before it is."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """A fresh sub-directory of `out`, whose files move to `out` when the block ends well, ``config.json`` last.
+    """Provide a fresh subdirectory of `out` whose files move to `out` when the block succeeds, ``config.json`` last.
 
-    While they move there is no ``config.json``, so that no reader takes old and new files for one checkpoint. Weight
-    files of an earlier checkpoint that the new one does not overwrite are removed. If the block fails, `out` keeps
-    what it had.
+    While they move there is no ``config.json``, so no reader mistakes a mixture of old and new files for one
+    checkpoint. Weight files of an earlier checkpoint that the new one does not overwrite are removed. If the block
+    fails, `out` keeps what it had.
 
     Args:
-        out: the directory; made if absent.
+        out: the directory; created if absent.
 
     Yields:
         where to write.
@@ -67,7 +67,7 @@ def _publish(staging: Path, out: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Bring a file or directory to the disk: a power cut must not leave a config beside empty weights."""
+    """Flush a file or directory to disk: a power cut must not leave a config beside empty weights."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -77,13 +77,11 @@ def _flush(path: Path) -> None:
 
 def _explain(error: Exception, out: Path) -> str:
     number = error.errno if isinstance(error, OSError) else None
-    if number is None:  # safetensors gives the number in its text only
+    if number is None:  # safetensors has the number only in its text
         found = re.search(r"os error (\d+)", str(error))
         number = int(found[1]) if found else None
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return (
-            f"{out}: no space left for the checkpoint; nothing was kept of it: free space or choose another directory"
-        )
+        return f"{out}: no space left for the checkpoint, nothing was written: free space or choose another directory"
     reason = os.strerror(number) if number else str(error)
     return f"{out}: the checkpoint cannot be written: {reason}; check the directory or choose another"
 

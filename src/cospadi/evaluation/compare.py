@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from cospadi.calibration import read_texts, token_blocks
+from cospadi.checkpoint import is_compressed
 from cospadi.engine.journal import FOLDER, ROWS, check_output, disk_errors
 from cospadi.engine.plan.plan import other_bytes
 from cospadi.engine.plan.selection import chosen_modules, narrowed, restricted
@@ -35,7 +36,7 @@ from cospadi.errors import (
     RecipeError,
     ResourceError,
 )
-from cospadi.evaluation.comparison_row import PruneRow, RowRun, Shared, workplace
+from cospadi.evaluation.comparison_row import Shared, compressed_row, pruned_row, workplace
 from cospadi.evaluation.entries import Entry, make_entries
 from cospadi.evaluation.tasks import find_tasks, require_lm_eval
 from cospadi.evaluation.yardstick import ARITHMETIC, Yardstick
@@ -44,7 +45,6 @@ from cospadi.model_view import (
     check_length,
     check_weights,
     discover,
-    is_compressed,
     open_model,
     source_name,
 )
@@ -306,18 +306,21 @@ class _Comparison:
         if save and not (directory / "report.json").exists():
             self.found.pop(_digest(fingerprint), None)  # measured, but never written
         scratch = self.out / FOLDER / "rows" / f"{entry.slug}-{_digest(fingerprint)[:12]}"
-        run = (PruneRow if entry.only_prunes else RowRun)(
+        make = pruned_row if entry.only_prunes else compressed_row
+        run = partial(
+            make,
             shared,
             self.yardstick,
             entry.recipe,
             directory if save else scratch,
-            save=save,
-            progress=partial(_labelled, self.progress, label),
+            keep=save,
+            fresh=self.fresh,
             command=self.command,
+            progress=partial(_labelled, self.progress, label),
         )
         try:
             with workplace(scratch):
-                row = head | self._once(fingerprint, lambda: run.measured(self.fresh))
+                row = head | self._once(fingerprint, run)
         except UNSOLVED as error:
             return head | {"perplexity": None, "bytes": None, "seconds": None, "reason": str(error)}
         if entry.keep is None:

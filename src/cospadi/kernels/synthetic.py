@@ -1,4 +1,4 @@
-"""Random stored matrices of any spec, made on the device they are for: tests, benchmarks, speed estimates."""
+"""Random stored matrices of any spec, created on their device, for tests, benchmarks and speed estimates."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from cospadi.format import MatrixSpec, Packed
 from cospadi.format.pack import integer_range, pack_bits, pack_mask
 from cospadi.solvers.projection import support
 
-_CHUNK = 1 << 24  # matrix entries made at a time
+_CHUNK = 1 << 24  # matrix entries created at a time
 
 
 def random_packed(
@@ -16,16 +16,16 @@ def random_packed(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Packed:
-    """Stored tensors of a random matrix whose products keep the size of their input.
+    """Stored tensors of a random matrix whose products have about the norm of their input.
 
     Args:
         spec: how the matrix is stored.
         dtype: of 16-bit values and scales.
-        device: where to make it.
+        device: of the tensors.
         seed: of the random numbers.
 
     Returns:
-        tensors by role, as `cospadi.format.pack` would give them.
+        Tensors by role, as `cospadi.format.pack` returns them.
     """
     generator = torch.Generator(device).manual_seed(seed)
     step = max(1, _CHUNK // spec.columns)

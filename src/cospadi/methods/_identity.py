@@ -6,8 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cospadi.format import Factors, GroupSpec, MatrixSpec, Stored
-from cospadi.methods.base import GroupShape, Problem
+from cospadi.format import Factors, GroupShape, GroupSpec, MatrixSpec, Stored
+from cospadi.methods.base import Problem
+from cospadi.methods.cost import Sizes, Work, grid, own_support
 from cospadi.methods.ranges import FactorBits, Natural, PruningPattern
 from cospadi.methods.sizing import largest
 from cospadi.solvers.quantise import Quantised, quantise_rows
@@ -116,3 +117,10 @@ def stacked_rows(parts: list[Quantised], problem: Problem) -> Factors:
             stack([part.support for part in parts]),
         )
     )
+
+
+def survivors(z: Sizes, hessian: bool) -> Work:
+    """Rounding what pruning left; with a Hessian on each row's own support."""
+    if not z.codes_integer:
+        return Work()
+    return grid(z.n, z.d, 30) + (own_support(z, sweeps=2) if hessian else Work())

@@ -1,10 +1,14 @@
 """What the low-rank methods have in common."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cospadi.format import Factors, GroupSpec, Stored
 from cospadi.methods.base import Problem
+from cospadi.methods.cost import Sizes, Work, eigen, product, whitening
 from cospadi.solvers.low_rank import fit_codes, unit_variance
 from cospadi.solvers.whitening import Whitening, cholesky_whitening
 
@@ -57,3 +61,12 @@ def dense_factors(problem: Problem, spec: GroupSpec, dictionary: Tensor, codes: 
     dictionary, codes = unit_variance(dictionary, codes, mean_gram(problem))
     dtype = problem.weights[0].dtype
     return Factors(codes=Stored(codes.T.contiguous().to(dtype)), dictionary=Stored(dictionary.T.contiguous().to(dtype)))
+
+
+def low_rank_cost(spec: GroupSpec, options: Mapping[str, Any]) -> Work:
+    """Two whitenings and one SVD; with an update also the codes by least squares."""
+    z = Sizes.of(spec)
+    work = 2 * whitening(z) + product(z.d, z.d, z.n, wide=True) + eigen(min(z.d, z.n))
+    if options.get("update") or options.get("sequential_update"):
+        work = work + z.modules * product(z.k, z.d, z.d, wide=True) + product(z.k, z.d, z.n, wide=True)
+    return work + 4 * product(z.k, z.d, z.d, wide=True)

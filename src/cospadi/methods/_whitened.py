@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cospadi.format import Factors, GroupSpec, Stored
-from cospadi.methods.base import GroupShape, Problem
+from cospadi.format import Factors, GroupShape, GroupSpec, Stored
+from cospadi.methods.base import Problem
 from cospadi.methods.ranges import AtomsPerNonzero
 from cospadi.methods.sizing import largest, sparse_dictionary_plan
 

@@ -4,14 +4,14 @@ import torch
 
 from cospadi.errors import CalibrationError
 from cospadi.format import Factors, GroupSpec
-from cospadi.methods._low_rank import dense_factors, stacked
+from cospadi.methods._low_rank import dense_factors, low_rank_cost, stacked
 from cospadi.methods.base import Problem, method
 from cospadi.methods.ranges import NonNegative
 from cospadi.methods.sizing import low_rank_plan
 from cospadi.solvers.low_rank import weighted
 
 
-@method("asvd", paper="arXiv 2312.05821", plan=low_rank_plan, needs=("mean_abs",))
+@method("asvd", paper="arXiv 2312.05821", plan=low_rank_plan, needs=("mean_abs",), cost=low_rank_cost)
 def asvd(problem: Problem, spec: GroupSpec, *, alpha: NonNegative = 0.5) -> Factors:
     """SVD with every input row scaled by a power of its mean absolute activation.
 

@@ -5,13 +5,15 @@ after ROCKET, arXiv 2602.11008, but over representations too, and on measured ha
 chosen, and the choice that shapes alone suggest, which dry runs show.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from cospadi.format import Factors, GroupSpec
+from cospadi.format import GroupShape, GroupSpec, Solution
 from cospadi.methods._identity import integer_plan
-from cospadi.methods.base import GroupShape, Problem, get_method, method
+from cospadi.methods.base import Problem, get_method, method
+from cospadi.methods.cost import Work
 from cospadi.methods.pursuit import pursuit_plan
+from cospadi.methods.representation import Representation
 
 Bits = Literal["any", 16]
 FITTED = {"shifts": 1, "rescale": 3}
@@ -19,49 +21,24 @@ FITTED = {"shifts": 1, "rescale": 3}
 error at 2, 3 and 4 bits than `gptq` has by default (random weights, Gram with a decaying spectrum, groups of 64)."""
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A method with options, and the shares of bytes between which it is worth trying.
-
-    Attributes:
-        method: its name.
-        options: of that method.
-        least: least share of the bytes at 16 bits.
-        most: largest share.
-        costly: whether it is given up for groups of a kind where it has shown to be far behind.
-        fixed: whether the options leave no choice of size.
-        learnt: whether its errors, compared to those of others, are carried over from groups of the same kind.
-        each: whether every layer of a group may choose it for itself.
-    """
-
-    method: str
-    options: dict[str, Any] = field(default_factory=dict)
-    least: float = 0.0
-    most: float = 1.0
-    costly: bool = False
-    fixed: bool = False
-    learnt: bool = False
-    each: bool = False
-
-
 def _fitted(bits: int) -> dict[str, Any]:
     """Options of `gptq` for integers of so many bits."""
     return dict(FITTED) if bits < 8 else {}
 
 
-def _integers() -> list[Choice]:
+def _integers() -> list[Representation]:
     """Plain integers of all bits, solved everywhere for one group size; the other sizes are carried over."""
 
-    def plain(bits: int, group: int, learnt: bool) -> Choice:
+    def plain(bits: int, group: int, learnt: bool) -> Representation:
         options = {"bits": bits, "group": group} | _fitted(bits)
-        return Choice("gptq", options, fixed=True, learnt=learnt, each=True)
+        return Representation("gptq", options, fixed=True, learnt=learnt, each=True)
 
     solved = [plain(8, 128, False), *(plain(bits, 64, False) for bits in (4, 3, 2))]
     others = {8: (32,), 4: (32, 128), 3: (32, 128, 256), 2: (32, 128, 256)}
     return solved + [plain(bits, group, True) for bits, groups in others.items() for group in groups]
 
 
-def choices(bits: Bits) -> list[Choice]:
+def choices(bits: Bits) -> list[Representation]:
     """What may be chosen.
 
     Sparse integers without a dictionary are not among them: on a trained model they never fell below the line between
@@ -72,13 +49,13 @@ def choices(bits: Bits) -> list[Choice]:
             no others; ``"any"``: integers of 8 to 2 bits, and dictionaries with sparse codes of such.
     """
     if bits == 16:
-        pruned = Choice("sparsegpt", costly=True, each=True)
+        pruned = Representation("sparsegpt", costly=True, each=True)
         patterns = ("16:32", "12:32", "10:32")
-        return [pruned, *(Choice("pursuit", {"pattern": pattern}, costly=True) for pattern in patterns)]
+        return [pruned, *(Representation("pursuit", {"pattern": pattern}, costly=True) for pattern in patterns)]
 
-    def dictionary(bits: int, least: float, most: float) -> Choice:
+    def dictionary(bits: int, least: float, most: float) -> Representation:
         options = {"dictionary_bits": bits, "value_bits": bits, "pattern": "16:32"}
-        return Choice("pursuit", options, least, most, costly=True)
+        return Representation("pursuit", options, least, most, costly=True)
 
     # Integers without a dictionary end at about 0.13. Above that, dictionaries have to show what they are worth.
     return [*_integers(), dictionary(4, 0.03, 0.14), dictionary(3, 0.03, 0.14), dictionary(8, 0.25, 0.5)]
@@ -99,8 +76,27 @@ def solved_by(spec: GroupSpec) -> tuple[str, dict[str, Any]]:
     return ("sparsegpt", {}) if spec.codes.sparse else ("gptq", _fitted(spec.codes.bits))
 
 
-@method("auto", paper="this project", plan=auto_plan, grouping="siblings")
-def auto(problem: Problem, spec: GroupSpec) -> Factors:
+def auto_cost(spec: GroupSpec, options: Mapping[str, Any]) -> Work | None:
+    """That of the method which such a spec stands for."""
+    name, options = solved_by(spec)
+    return get_method(name).work(spec, dict(options))
+
+
+def offers(options: Mapping[str, Any]) -> list[Representation]:
+    """What `auto` may choose, by its options."""
+    return choices(options["bits"])
+
+
+@method(
+    "auto",
+    paper="this project",
+    plan=auto_plan,
+    grouping="siblings",
+    allocation="knapsack",
+    cost=auto_cost,
+    offers=offers,
+)
+def auto(problem: Problem, spec: GroupSpec) -> Solution:
     """Chooses method, bits and bytes for every group by measured harm, under one byte budget.
 
     Args:

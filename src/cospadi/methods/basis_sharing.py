@@ -1,14 +1,14 @@
 """Basis Sharing: neighbouring layers share one basis (Wang et al., arXiv 2410.03765)."""
 
 from cospadi.format import Factors, GroupSpec
-from cospadi.methods._low_rank import dense_factors, module_codes, ridged_cholesky, stacked
+from cospadi.methods._low_rank import dense_factors, low_rank_cost, module_codes, ridged_cholesky, stacked
 from cospadi.methods.base import Problem, method
 from cospadi.methods.ranges import NonNegative
 from cospadi.methods.sizing import low_rank_plan
 from cospadi.solvers.low_rank import whitened
 
 
-@method("basis_sharing", paper="arXiv 2410.03765", plan=low_rank_plan, grouping="cross_layer")
+@method("basis_sharing", paper="arXiv 2410.03765", plan=low_rank_plan, grouping="cross_layer", cost=low_rank_cost)
 def basis_sharing(problem: Problem, spec: GroupSpec, *, ridge: NonNegative = 1e-6, update: bool = True) -> Factors:
     """One whitened basis for the same projection of neighbouring layers; each layer has its own coefficients.
 

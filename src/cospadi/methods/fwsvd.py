@@ -4,13 +4,13 @@ import torch
 
 from cospadi.errors import CalibrationError
 from cospadi.format import Factors, GroupSpec
-from cospadi.methods._low_rank import dense_factors, stacked
+from cospadi.methods._low_rank import dense_factors, low_rank_cost, stacked
 from cospadi.methods.base import Problem, method
 from cospadi.methods.sizing import low_rank_plan
 from cospadi.solvers.low_rank import weighted
 
 
-@method("fwsvd", paper="arXiv 2207.00112", plan=low_rank_plan, needs=("fisher",))
+@method("fwsvd", paper="arXiv 2207.00112", plan=low_rank_plan, needs=("fisher",), cost=low_rank_cost)
 def fwsvd(problem: Problem, spec: GroupSpec) -> Factors:
     """SVD with every input row weighted by the root of its summed Fisher information.
 

@@ -1,13 +1,15 @@
 """GeoPair: one dictionary for two weights, each in the metric of its own inputs (arXiv 2609.25963)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cospadi.format import Factors, GroupSpec
+from cospadi.format import Factors, GroupShape, GroupSpec
 from cospadi.methods._whitened import mean_gram, stacked, stored
-from cospadi.methods.base import GroupShape, Problem, method
+from cospadi.methods.base import Problem, method
+from cospadi.methods.cost import Sizes, Work, eigen, numbers, product
 from cospadi.methods.ranges import AtomsPerNonzero, Below1, Count, Natural, NonNegative
 from cospadi.methods.sizing import sparse_dictionary_plan
 from cospadi.solvers.htp import dense_codes, htp
@@ -81,7 +83,18 @@ def _codes(
     return codes, float((error * (gram @ error)).sum())
 
 
-@method("geopair", paper="GeoPair, arXiv 2609.25963", plan=geopair_plan, grouping="pairs")
+def geopair_cost(spec: GroupSpec, options: Mapping[str, Any]) -> Work:
+    """Hard-thresholding pursuit and Sylvester updates."""
+    z = Sizes.of(spec)
+    rounds, steps, iterations = numbers(options, "rounds", "htp_steps", "cg_iterations")
+    inside = steps * (1 + iterations)
+    code = (product(z.k, z.k, z.n) + Work(moved=60.0 * z.n * z.k, kernels=12)) * inside
+    code = code + product(z.d, z.d, z.k, wide=True) + 3 * product(z.d, z.k, z.n, wide=True)
+    update = 2 * product(z.n, z.k, z.k, wide=True) + 2 * eigen(z.k) + 4 * product(z.d, z.d, z.k, wide=True)
+    return 2 * eigen(z.d) + (code + update + product(z.d, z.d, z.n, wide=True)) * (1 + rounds)
+
+
+@method("geopair", paper="GeoPair, arXiv 2609.25963", plan=geopair_plan, grouping="pairs", cost=geopair_cost)
 def geopair(
     problem: Problem,
     spec: GroupSpec,

@@ -11,14 +11,17 @@ dictionary and rounded with error feedback under its own Gram; the dictionary is
 so on.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cospadi.format import Factors, GroupSpec, MatrixSpec, Stored
-from cospadi.methods.base import GroupShape, Problem, method
+from cospadi.format import Factors, GroupShape, GroupSpec, MatrixSpec, Stored
+from cospadi.methods.base import Problem, method
+from cospadi.methods.cost import CHOOSING, Sizes, Work, eigen, feedback, grid, numbers, product, whitening
 from cospadi.methods.ranges import AtomsPerNonzero, CodePattern, Count, FactorBits, Natural, NonNegative, ValueBits
 from cospadi.methods.sizing import sparse_dictionary_plan
 from cospadi.solvers.pursuit import (
@@ -86,7 +89,29 @@ class _Target:
         return float((self.whitened - dictionary @ codes.T).double().square().sum()) / energy
 
 
-@method("pursuit", paper="this project", plan=pursuit_plan, grouping="siblings")
+def pursuit_cost(spec: GroupSpec, options: Mapping[str, Any]) -> Work:
+    """Whitening, rounds of gradient steps and dictionary updates, and the fit of the grid."""
+    z = Sizes.of(spec)
+    rounds, steps, refits = numbers(options, "rounds", "steps", "refits")
+    step = product(z.n, z.k, z.k) + Work(moved=CHOOSING * z.n * z.k, kernels=15)
+    update = product(z.n, z.k, z.k) + Work(products=4.0 * z.d * z.k**2 + 2.0 * z.k**3 / 3, kernels=60)
+    each = step * steps + update + 3 * product(z.d, z.n, z.k) + product(z.d, z.k, z.k) + Work(kernels=60)
+    work = whitening(z) + eigen(min(z.d, z.n)) + each * rounds + 8 * step
+    if not z.integer:
+        return work + step * (2 * steps)
+    fit = step * (4 * steps) + grid(z.k, z.d, options["clip_search"]) + feedback(z.k, z.d)
+    if z.codes_integer:
+        fit = fit + _rounded_codes(z)
+    return work + (fit + update) * (1 + refits)
+
+
+def _rounded_codes(z: Sizes) -> Work:
+    """Codes to a grid, atom after atom: once in eight parts with least squares in between, and in two sweeps."""
+    descent = product(z.n, z.k, z.k) + z.k * Work(moved=1000.0 * z.n, kernels=15)
+    return 3 * descent + 49 * (product(z.n, z.k, z.k) + Work(moved=60.0 * z.n * z.k, kernels=12))
+
+
+@method("pursuit", paper="this project", plan=pursuit_plan, grouping="siblings", cost=pursuit_cost)
 def solve(
     problem: Problem,
     spec: GroupSpec,

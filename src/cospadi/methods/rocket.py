@@ -1,11 +1,15 @@
 """ROCKET: one pass of eigenbasis, importance, sparsification and refit (arXiv 2602.11008)."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cospadi.format import Factors, GroupSpec
 from cospadi.methods._whitened import complete_dictionary_plan, mean_gram, stacked, stored
 from cospadi.methods.base import Problem, method
+from cospadi.methods.cost import CHOOSING, Sizes, Work, eigen, numbers, product, whitening
 from cospadi.methods.ranges import Natural, NonNegative, Positive
 from cospadi.solvers.mod import mod_update, unit_atoms
 from cospadi.solvers.procrustes import leading_directions
@@ -43,7 +47,23 @@ def adam_refined(
     return (factors[0], factors[1]) if bool(after < before) else (dictionary, codes)
 
 
-@method("rocket", paper="ROCKET, arXiv 2602.11008", plan=complete_dictionary_plan, grouping="matrix")
+def rocket_cost(spec: GroupSpec, options: Mapping[str, Any]) -> Work:
+    """One eigendecomposition, then Adam on both factors."""
+    z = Sizes.of(spec)
+    (steps,) = numbers(options, "refine_steps")
+    refit = 3 * product(z.d, z.n, z.k) + product(z.n, z.k, z.k) + Work(moved=CHOOSING * z.n * z.k)
+    adam = 3 * product(z.d, z.n, z.k) + product(z.d, z.d, z.n) + Work(moved=60.0 * (z.n + z.d) * z.k, kernels=40)
+    return whitening(z) + product(z.d, z.d, z.n, wide=True) + eigen(z.d) + refit + adam * steps
+
+
+@method(
+    "rocket",
+    paper="ROCKET, arXiv 2602.11008",
+    plan=complete_dictionary_plan,
+    grouping="matrix",
+    cost=rocket_cost,
+    allocation="rocket",
+)
 def rocket(
     problem: Problem,
     spec: GroupSpec,

@@ -1,13 +1,23 @@
 """Round to nearest: the plain quantisation that every other method has to beat at equal bytes."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from cospadi.format import Factors, GroupSpec
 from cospadi.methods._identity import integer_plan, module_rows, stacked_rows
 from cospadi.methods.base import Problem, method
+from cospadi.methods.cost import Sizes, Work, grid
 from cospadi.methods.ranges import Natural
 from cospadi.solvers.quantise import quantise_rows
 
 
-@method("rtn", plan=integer_plan)
+def rtn_cost(spec: GroupSpec, options: Mapping[str, Any]) -> Work:
+    """The search for scales."""
+    z = Sizes.of(spec)
+    return grid(z.n, z.d, options["search"])
+
+
+@method("rtn", plan=integer_plan, cost=rtn_cost)
 def rtn(problem: Problem, spec: GroupSpec, *, search: Natural = 0) -> Factors:
     """Integers with group scales, every weight rounded to the nearest.
 

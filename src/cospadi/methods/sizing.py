@@ -2,8 +2,7 @@
 
 from collections.abc import Callable
 
-from cospadi.format import GroupSpec, MatrixSpec
-from cospadi.methods.base import GroupShape
+from cospadi.format import GroupShape, GroupSpec, MatrixSpec
 
 WHOLE_WORDS = 640
 """From this many atoms on, balanced codes fill their last mask word; below, that could cost more than 5 % of them."""

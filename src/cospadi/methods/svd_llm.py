@@ -1,14 +1,14 @@
 """SVD-LLM: truncation-aware data whitening (Wang et al., arXiv 2403.07378)."""
 
 from cospadi.format import Factors, GroupSpec, Stored
-from cospadi.methods._low_rank import dense_factors, module_codes, ridged_cholesky, stacked
+from cospadi.methods._low_rank import dense_factors, low_rank_cost, module_codes, ridged_cholesky, stacked
 from cospadi.methods.base import Problem, method
 from cospadi.methods.ranges import NonNegative
 from cospadi.methods.sizing import low_rank_plan
 from cospadi.solvers.low_rank import whitened
 
 
-@method("svd_llm", paper="arXiv 2403.07378", plan=low_rank_plan)
+@method("svd_llm", paper="arXiv 2403.07378", plan=low_rank_plan, cost=low_rank_cost)
 def svd_llm(
     problem: Problem, spec: GroupSpec, *, ridge: NonNegative = 1e-6, sequential_update: bool = False
 ) -> Factors:

@@ -4,14 +4,14 @@ Its other half, budgets that follow the theoretical truncation loss, is `cospadi
 """
 
 from cospadi.format import Factors, GroupSpec
-from cospadi.methods._low_rank import dense_factors, mean_gram, stacked
+from cospadi.methods._low_rank import dense_factors, low_rank_cost, mean_gram, stacked
 from cospadi.methods.base import Problem, method
 from cospadi.methods.ranges import NonNegative
 from cospadi.methods.sizing import low_rank_plan
 from cospadi.solvers.low_rank import eigen_whitening, whitened
 
 
-@method("svd_llm_v2", paper="arXiv 2503.12340", plan=low_rank_plan)
+@method("svd_llm_v2", paper="arXiv 2503.12340", plan=low_rank_plan, cost=low_rank_cost, allocation="truncation")
 def svd_llm_v2(problem: Problem, spec: GroupSpec, *, ridge: NonNegative = 1e-6) -> Factors:
     """SVD of the weights whitened by the Gram's eigenvectors, with no Cholesky factor.
 

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from cospadi.engine.factorise import output_error, pack_factors, rebuild
+from cospadi.engine.factorise import output_error
 from cospadi.methods import GroupShape, Problem, get_method
 from cospadi.solvers.whitening import symmetric_whitening
 
@@ -29,9 +29,9 @@ def stored_error(problem: Problem, shape: GroupShape, keep: float, **options) ->
     assert spec.bytes <= keep * shape.dense_bytes
     plan = {"rho", "pattern", "dictionary_bits", "value_bits", "group"}
     solve = {"rounds": 8} | {k: v for k, v in options.items() if k not in plan}
-    tensors = pack_factors(METHOD.factorise(problem, spec, solve), spec, torch.bfloat16)
+    tensors = METHOD.factorise(problem, spec, solve).pack(spec, torch.bfloat16)
     assert sum(t.numel() * t.element_size() for t in tensors.values()) == spec.bytes
-    missed, energy = output_error(torch.cat(problem.weights, 1), rebuild(tensors, spec), problem.grams[0])
+    missed, energy = output_error(torch.cat(problem.weights, 1), spec.weight(tensors), problem.grams[0])
     return missed / energy
 
 
@@ -51,8 +51,8 @@ def test_what_is_stored_is_what_was_solved(options):
     problem, shape = layer(48, (40, 12, 12), seed=1)
     spec = METHOD.spec(shape, int(0.6 * shape.dense_bytes), options)
     factors = METHOD.factorise(problem, spec, options | {"rounds": 8, "ridge": 1e-9})
-    tensors = pack_factors(factors, spec, torch.bfloat16)
-    missed, energy = output_error(torch.cat(problem.weights, 1), rebuild(tensors, spec), problem.grams[0])
+    tensors = factors.pack(spec, torch.bfloat16)
+    missed, energy = output_error(torch.cat(problem.weights, 1), spec.weight(tensors), problem.grams[0])
     assert missed / energy == pytest.approx(factors.info["whitened_error"], rel=0.03)
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cospadi.checkpoint import is_compressed
 from cospadi.engine.plan.selection import chosen_modules, narrowed, restricted
 from cospadi.errors import BudgetError, RecipeError
-from cospadi.model_view import ModelView, discover, discover_layers, is_compressed, open_config, skeleton
+from cospadi.model_view import ModelView, discover, discover_layers, open_config, skeleton
 from cospadi.pruning import Edit, Evidence, Tokens, block_bytes, get_pruning_method, without_blocks
 from cospadi.pruning.base import fewest_blocks
 from cospadi.recipe import Prune, Recipe
@@ -78,7 +79,7 @@ def prune_first(
     model = edit.apply(view)
     if is_compressed(model.config):
         raise RecipeError(
-            f"pruning method {recipe.prune.method!r} with these options gives layers of its own, which cannot be "
+            f"pruning method {recipe.prune.method!r} with these options creates layers of its own, which cannot be "
             "factorised afterwards: choose a method that keeps the architecture"
         )
     pruned = discover(model)
