@@ -16,6 +16,7 @@ from cospadi.checkpoint.formats.linear_blocks import attach_linear_blocks
 from cospadi.errors import BudgetError, ModelError
 from cospadi.layers.linear_block import LinearBlock
 from cospadi.model_view import ModelView, embedding_weight, skeleton
+from cospadi.pruning.configs import configs_of
 
 _CHECK_TOKENS = 8
 _PLAIN = (int, float, str, type(None))
@@ -101,7 +102,7 @@ def without_blocks(view: ModelView, removed: Sequence[int], separate: Mapping[in
     _renumber(layers, kept)
     model.set_submodule(view.layers_name, nn.ModuleList(blocks))
     owner = model.get_submodule(view.layers_name.rpartition(".")[0])
-    for config in _configs(model, owner):
+    for config in configs_of(model, getattr(owner, "config", None)):
         _cut_config(config, len(layers), kept, separate)
     _require_describable(model, view.layers_name)
     pruned = ModelView(model, view.layers_name, (), view.extra_outputs)
@@ -208,16 +209,6 @@ def _stored_indices(layers: Sequence[nn.Module]) -> list[tuple[int, nn.Module, s
         if len(blocks[key]) > 1
         for index, module in found
     ]
-
-
-def _configs(model: PreTrainedModel, owner: nn.Module) -> list[PreTrainedConfig]:
-    """The distinct configurations that may describe the blocks: of their owner, of the model, of its text part."""
-    candidates = [getattr(owner, "config", None), model.config, model.config.get_text_config()]
-    found: list[PreTrainedConfig] = []
-    for config in candidates:
-        if isinstance(config, PreTrainedConfig) and not any(config is other for other in found):
-            found.append(config)
-    return found
 
 
 def _kinds(config: PreTrainedConfig) -> set[str]:

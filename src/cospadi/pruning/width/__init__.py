@@ -1,5 +1,5 @@
 """Methods that remove part of the width of every block, one file per paper.
 
 `residual` describes what reads and writes the residual stream (SliceGPT), `units` the attention heads and MLP channels
-of a block (LLM-Pruner).
+of a block (LLM-Pruner), `linear` replaces linear layers.
 """

@@ -19,8 +19,9 @@ from cospadi.errors import BudgetError, CalibrationError, ModelError, NumericalE
 from cospadi.model_view import ModelView, discover
 from cospadi.pruning.base import block_bytes, pruning_method
 from cospadi.pruning.evidence import REMEDY, Evidence, Tokens
+from cospadi.pruning.width.linear import linear_of
 from cospadi.pruning.width.residual import probe_ids
-from cospadi.pruning.width.units import Units, block_units, describe_in_config, linear_of
+from cospadi.pruning.width.units import Units, block_units, describe_in_config
 from cospadi.runtime.devices import placed
 from cospadi.runtime.memory import guard_memory
 

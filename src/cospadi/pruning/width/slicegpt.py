@@ -20,6 +20,7 @@ from cospadi.layers.sliced import SlicedNorm, make_sliced
 from cospadi.model_view import LayerReplay, ModelView
 from cospadi.pruning.base import block_bytes, pruning_method
 from cospadi.pruning.evidence import BATCH_TOKENS, REMEDY, Evidence
+from cospadi.pruning.width.linear import linear_of, replace_linear
 from cospadi.pruning.width.residual import Norm, ResidualBlock, Sublayer, norm_of, residual_blocks
 from cospadi.runtime.memory import guard_memory
 from cospadi.solvers.rotation import principal_axes
@@ -123,8 +124,8 @@ def sliced_bytes(view: ModelView, blocks: tuple[ResidualBlock, ...], width: int)
         total += block_bytes(layer)
         for sublayer, leaves in ((block.mixer, width), (block.mlp, out)):
             for name in sublayer.readers:
-                total -= 2 * (full - width) * _linear(layer, name).out_features
-            total -= 2 * (full - leaves) * _linear(layer, sublayer.writer).in_features
+                total -= 2 * (full - width) * linear_of(layer, name).out_features
+            total -= 2 * (full - leaves) * linear_of(layer, sublayer.writer).in_features
             total += 2 * width * leaves
     return total
 
@@ -277,37 +278,20 @@ def slice_block(layer: nn.Module, block: ResidualBlock, q: Tensor, q_mlp: Tensor
 
 def _rotate(layer: nn.Module, sublayer: Sublayer, norm: Norm, enters: Tensor, leaves: Tensor) -> None:
     for name in sublayer.readers:
-        linear = _linear(layer, name)
+        linear = linear_of(layer, name)
         weight = linear.weight.detach().double()
         bias = None if linear.bias is None else linear.bias.detach().double()
         if norm.shift is not None:
             bias = weight @ norm.shift.double() + (0 if bias is None else bias)
-        _replace(layer, name, weight * norm.gain.double() @ enters.to(weight.device), bias)
-    linear = _linear(layer, sublayer.writer)
+        replace_linear(layer, name, weight * norm.gain.double() @ enters.to(weight.device), bias)
+    linear = linear_of(layer, sublayer.writer)
     weight = linear.weight.detach().double()
     bias = None if linear.bias is None else linear.bias.detach().double()
     if norm.centred:
         weight = weight - weight.mean(0)
         bias = None if bias is None else bias - bias.mean()
     turn = leaves.to(weight.device).T
-    _replace(layer, sublayer.writer, turn @ weight, None if bias is None else turn @ bias)
-
-
-def _linear(layer: nn.Module, name: str) -> nn.Linear:
-    linear = layer.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
-    return linear
-
-
-def _replace(layer: nn.Module, name: str, weight: Tensor, bias: Tensor | None) -> None:
-    """Replace a linear layer by one with other weights, of any shape, in its dtype."""
-    old = _linear(layer, name)
-    new = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=old.weight.dtype)
-    new.weight = nn.Parameter(weight.to(old.weight), old.weight.requires_grad)
-    if bias is not None:
-        new.bias = nn.Parameter(bias.to(old.weight), old.weight.requires_grad)
-    new.train(old.training)
-    layer.set_submodule(name, new)
+    replace_linear(layer, sublayer.writer, turn @ weight, None if bias is None else turn @ bias)
 
 
 def _centred(view: ModelView, blocks: tuple[ResidualBlock, ...]) -> bool:

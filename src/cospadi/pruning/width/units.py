@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from cospadi.errors import ModelError
 from cospadi.model_view import ModelView, skeleton
+from cospadi.pruning.configs import configs_of
+from cospadi.pruning.width.linear import linear_of, replace_linear
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,11 @@ class Structures:
             linear = linear_of(layer, name)
             rows = _members(chosen, linear.out_features // self.count).to(linear.weight.device)
             bias = None if linear.bias is None else linear.bias.detach()[rows]
-            _replace(layer, name, linear.weight.detach()[rows], bias)
+            replace_linear(layer, name, linear.weight.detach()[rows], bias)
         linear = linear_of(layer, self.writer)
         columns = _members(chosen, linear.in_features // self.count).to(linear.weight.device)
         bias = None if linear.bias is None else linear.bias.detach()
-        _replace(layer, self.writer, linear.weight.detach()[:, columns], bias)
+        replace_linear(layer, self.writer, linear.weight.detach()[:, columns], bias)
 
 
 @dataclass(frozen=True)
@@ -69,32 +70,9 @@ class Units:
         return tuple(name for s in (self.attention, self.mlp) for name in (*s.readers, s.writer))
 
 
-def linear_of(module: nn.Module, name: str) -> nn.Linear:
-    """A linear layer by name.
-
-    Raises:
-        TypeError: if the module of that name is not one.
-    """
-    linear = module.get_submodule(name)
-    if not isinstance(linear, nn.Linear):
-        raise TypeError(f"{name} is a {type(linear).__name__}, not nn.Linear")
-    return linear
-
-
 def _members(structures: Tensor, size: int) -> Tensor:
     """Indices of the rows of some structures, each of `size` consecutive rows."""
     return (structures[:, None] * size + torch.arange(size)).flatten()
-
-
-def _replace(layer: nn.Module, name: str, weight: Tensor, bias: Tensor | None) -> None:
-    """Replace a linear layer by one with other weights, of any shape."""
-    old = linear_of(layer, name)
-    new = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    new.weight = nn.Parameter(weight.clone(), old.weight.requires_grad)
-    if bias is not None:
-        new.bias = nn.Parameter(bias.clone(), old.weight.requires_grad)
-    new.train(old.training)
-    layer.set_submodule(name, new)
 
 
 def block_units(view: ModelView) -> tuple[Units, ...]:
@@ -159,7 +137,7 @@ def describe_in_config(
     if len(shares) != 1:
         return
     groups_before, groups, channels_before, width = shares.pop()
-    configs = _configs(model)
+    configs = configs_of(model)
     before = [dict(vars(config)) for config in configs]
     for config in configs:
         for key, value in list(vars(config).items()):
@@ -173,14 +151,6 @@ def describe_in_config(
         for config, values in zip(configs, before, strict=True):
             vars(config).clear()
             vars(config).update(values)
-
-
-def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    found: list[Any] = []
-    for config in (model.config, model.config.get_text_config()):
-        if not any(config is other for other in found):
-            found.append(config)
-    return found
 
 
 def _describes(model: PreTrainedModel) -> bool:
