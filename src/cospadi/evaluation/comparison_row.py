@@ -184,7 +184,8 @@ class RowRun(Run):
     def _stored(self) -> dict[str, Any]:
         """Figures of a checkpoint that was written earlier."""
         begun = time.perf_counter()
-        model = load(self.out, compose=True, dtype=self.yardstick.dtype or "auto")
+        model: Any = load(self.out)
+        model.dequantize(dtype=self.yardstick.dtype or model.dtype)
         row = self.yardstick.measure(model, self.shared.tokenizer, self.shared.device, self.progress)
         return row | {"evaluate_seconds": time.perf_counter() - begun}
 
