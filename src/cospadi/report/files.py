@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are written whole or not at all."""
 
 import contextlib
 import os
@@ -9,11 +9,11 @@ from cospadi.errors import OutputError
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> Path:
-    """Write a file beside its place and move it there, so that nobody ever reads half of it.
+    """Write a file under a temporary name and move it into place, so that nobody ever reads half of it.
 
     Args:
-        path: its folder is made if need be.
-        content: bytes, or text for UTF-8.
+        path: its folder is created if necessary.
+        content: bytes, or text, which is encoded as UTF-8.
 
     Raises:
         OutputError: if it cannot be written.
