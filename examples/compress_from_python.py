@@ -1,4 +1,4 @@
-"""Compress a model from Python and read what came of it. Runs offline on the small model inside the package."""
+"""Compress a model from Python and read the report. Runs offline on the small model included in the package."""
 
 import sys
 
@@ -7,8 +7,8 @@ from cospadi.embedded import model_path, stdlib_texts
 
 out = sys.argv[1] if len(sys.argv) > 1 else "example-output/compressed"
 
-# Any local directory or hub id will do for the model, and a .txt or .jsonl file for the calibration text. Everything
-# that a recipe file may say can be said here. Left out, the method is `auto`, the text 256 sequences of 1024 tokens.
+# The model can be any local directory or hub id, and the calibration text a .txt or .jsonl file. A Recipe accepts the
+# same settings as a recipe file. Defaults: method `auto`, 256 calibration sequences of 1024 tokens.
 recipe = Recipe(
     method="pursuit",
     keep=0.7,

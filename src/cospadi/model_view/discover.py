@@ -1,8 +1,8 @@
-"""Finding decoder layers and linear groups by watching a forward pass; nothing goes by a model's name.
+"""Finding decoder layers and linear groups by observing a forward pass; no architecture is recognised by name.
 
-The probe runs the model's own forward on a few tokens with every parameter replaced by zeros that take no memory and
-every linear layer by one that only returns zeros. It therefore takes a moment for any size, never reads a weight,
-and works on a skeleton on ``meta`` as on a real model.
+The probe runs the model's own forward on a few tokens. Every parameter is replaced by zeros that take no memory, and
+every linear layer only returns zeros. The probe therefore takes a moment for any size, never reads a weight, and works
+on a skeleton on ``meta`` as well as on a real model.
 """
 
 from collections import Counter
@@ -25,20 +25,20 @@ LEGIBLE = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
 
 @dataclass
 class _Record:
-    """What the probe saw. Tensors are kept, so that their identities stay unique."""
+    """What the probe observed. Tensors are kept so that their identities stay unique."""
 
     calls: list[tuple[str, Any, Any]] = field(default_factory=list)
     linears: list[tuple[str, Tensor]] = field(default_factory=list)
 
 
 def discover(model: PreTrainedModel) -> ModelView:
-    """Find the decoder layers and the linear layers in them, grouped by shared input.
+    """Find the decoder layers and their linear layers, grouped by shared input.
 
     Args:
         model: a causal language model, real or on ``meta``.
 
     Returns:
-        the view. Linear layers outside the decoder layers (the head) are left alone.
+        the view. Linear layers outside the decoder layers (the head) are not part of it.
 
     Raises:
         ModelError: if the model has no chain of decoder layers, no linear layers in them, linear layers that the
@@ -53,7 +53,7 @@ def discover(model: PreTrainedModel) -> ModelView:
 
 
 def discover_layers(model: PreTrainedModel) -> ModelView:
-    """Find the decoder layers alone, whatever stands in them: for work on whole layers.
+    """Find only the decoder layers, whatever they contain, for methods that work on whole layers.
 
     Args:
         model: a causal language model, real or on ``meta``.
@@ -71,7 +71,7 @@ def discover_layers(model: PreTrainedModel) -> ModelView:
 
 
 def _module_lists(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """The members of every list of modules, by the list's name."""
+    """The members of every ``ModuleList``, by its name."""
     return {
         name: list(module.children())
         for name, module in model.named_modules()
@@ -95,7 +95,7 @@ def _refuse_experts(model: PreTrainedModel) -> None:
 
 @contextmanager
 def _without_arithmetic(model: nn.Module, record: _Record) -> Iterator[None]:
-    """Replace the forward of every linear layer by one that notes its input and returns zeros."""
+    """Replace the forward of every linear layer by one that records its input and returns zeros."""
     patched: list[nn.Module] = []
     try:
         for name, module in model.named_modules():
@@ -158,7 +158,9 @@ def _decoder_layers(
     ]
     outermost = [name for name in chains if not any(name.startswith(other + ".") for other in chains)]
     if not outermost:
-        raise ModelError(f"{type(model).__name__}: found no list of decoder layers that the forward calls in turn")
+        raise ModelError(
+            f"{type(model).__name__}: found no list of decoder layers that the forward calls one after another"
+        )
     best = max(outermost, key=lambda name: len(lists[name]))
     chain = [(hidden, out) for name, hidden, out in record.calls if name.rpartition(".")[0] == best]
     returns = {len(out) if isinstance(out, tuple) else None for _, out in chain}
@@ -169,7 +171,7 @@ def _decoder_layers(
     if not linked or len(returns) != 1:
         kind = type(lists[best][0]).__name__
         raise ModelError(
-            f"{type(model).__name__}: its decoder layers ({kind}, {best!r}) do not simply feed one into the next; "
+            f"{type(model).__name__}: its decoder layers ({kind}, {best!r}) do not feed into each other; "
             "this architecture is not supported"
         )
     length = returns.pop()
@@ -205,8 +207,8 @@ def _linear_groups(model: PreTrainedModel, layers_name: str, record: _Record) ->
         weight = inside[name].weight
         if weight.dtype not in LEGIBLE or weight.ndim != 2:
             raise ModelError(
-                f"{name} holds {weight.dtype} of shape {tuple(weight.shape)}; give the model in 16 or 32 bits, "
-                "not one that is quantised already"
+                f"{name} holds {weight.dtype} of shape {tuple(weight.shape)}; use a checkpoint whose weights "
+                "have 16 or 32 bits and are not quantised yet"
             )
         if owners.setdefault(id(weight), name) != name:
             raise ModelError(f"{name} shares its weight with {owners[id(weight)]}; tied layers are not supported")
