@@ -17,12 +17,12 @@ from cospadi.errors import BudgetError, RecipeError
 
 DEFAULT_METHOD = "auto"
 _LONGEST_VALUE = 60
-_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([kKMGT]?i?)B?\s*")
-_POWERS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
+_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of ``"5GB"``, ``"500 MB"``, ``"1.5GiB"`` or a plain number (SI prefixes are powers of 1000).
+    """Bytes of ``"5GB"``, ``"500 mb"``, ``"1.5GiB"`` or a plain number (SI prefixes are powers of 1000).
 
     Raises:
         RecipeError: if the text is not a size.
@@ -30,9 +30,33 @@ def parse_size(text: str) -> int:
     found = _SIZE.fullmatch(text)
     if not found or float(found[1]) <= 0:
         raise RecipeError(f"{text!r} is not a size; write it as 5GB, 500MB or 1.5GiB")
-    prefix = found[2]
+    prefix = found[2].lower()
     base = 1024 if prefix.endswith("i") else 1000
     return int(float(found[1]) * base ** _POWERS[prefix.removesuffix("i")])
+
+
+def parse_share(text: str) -> float:
+    """The number of ``"0.8"``, ``"80%"`` or ``"0,8"``; whether it lies between 0 and 1 is not checked.
+
+    Raises:
+        RecipeError: if the text is not a number.
+    """
+    digits = text.strip().removesuffix("%").rstrip()
+    try:
+        value = float(digits.replace(",", "."))
+    except ValueError:
+        raise RecipeError(f"{text!r} is not a share; write it as 0.8 or 80%") from None
+    return value / 100 if text.strip().endswith("%") else value
+
+
+def _number_of(share: Any) -> Any:
+    """A share given as text as a number; anything else is left for pydantic to judge."""
+    if not isinstance(share, str):
+        return share
+    try:
+        return parse_share(share)
+    except RecipeError:
+        raise ValueError("it must be a share such as 0.8 or 80%") from None
 
 
 class _Strict(BaseModel):
@@ -88,6 +112,11 @@ class Prune(_Strict):
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the method.")
 
+    @field_validator("keep_blocks", mode="before")
+    @classmethod
+    def _keep_blocks_in_percent(cls, keep: Any) -> Any:
+        return _number_of(keep)
+
     @model_validator(mode="after")
     def _one_size(self) -> Prune:
         if self.blocks is not None and self.keep_blocks is not None:
@@ -142,13 +171,18 @@ class Recipe(_Strict):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     seed: int = Field(0, ge=0, description="Seed of every random choice.")
 
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _keep_in_percent(cls, keep: Any) -> Any:
+        return _number_of(keep)
+
     @field_validator("keep")
     @classmethod
     def _keep_is_a_share(cls, keep: float | None) -> float | None:
         if keep is not None and not 0 < keep < 1:
             raise BudgetError(
-                f"keep must lie between 0 and 1, not {keep:g}: it is the share of the linear layers' bytes to keep "
-                "(0.8 keeps 80 %)"
+                f"keep must lie between 0 and 1, not {keep:g}: it is the share of the linear layers' bytes to keep; "
+                "to keep 80%, write 0.8 or 80%"
             )
         return keep
 
@@ -223,7 +257,7 @@ class Recipe(_Strict):
         Raises:
             RecipeError: if the file is missing, is not YAML, or has unknown keys or wrong values.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:

@@ -308,7 +308,7 @@ def test_methods_and_options_that_do_not_exist():
         ("only: ','\n", ["only cannot be ',': it names no module"]),
         ("- keep\n", ["list"]),
         ("keep: 0.5\n  method: [\n", ["line 2"]),
-        ("keep: half\n", ["keep cannot be 'half': it must be a number"]),
+        ("keep: half\n", ["keep cannot be 'half': it must be a share such as 0.8 or 80%"]),
         ("keep: 0.5\ntarget_size: 3MB\n", ["keep", "target_size"]),
         ("method: pursiut\nkeep: 0.5\ncalibration: {source: text.txt}\n", ["did you mean 'pursuit'"]),
     ],

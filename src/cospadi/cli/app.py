@@ -15,6 +15,7 @@ from cospadi.cli.common import (
     AnchorOption,
     CalibrationOption,
     DeviceOption,
+    DirArgument,
     GroupingOption,
     JsonOption,
     KeepOption,
@@ -22,6 +23,7 @@ from cospadi.cli.common import (
     MethodOption,
     ModelArgument,
     OnlyOption,
+    OutArgument,
     RecipeOption,
     RefineOption,
     SamplesOption,
@@ -32,10 +34,12 @@ from cospadi.cli.common import (
     check_new_directory,
     command_line,
     consoles,
+    expand_home,
     make_recipe,
     pages_written,
     print_json,
     quiet_transformers,
+    share,
 )
 from cospadi.cli.compare import LimitOption, TasksOption, printable, register, split
 from cospadi.cli.prune import register as register_prune
@@ -51,16 +55,12 @@ app = typer.Typer(
 )
 
 FloatName = Literal["auto", "bfloat16", "float16", "float32"]
-OutArgument = Annotated[
-    Path,
-    typer.Argument(metavar="OUT", help="Output directory: new, empty, or from an interrupted run of the same command."),
-]
-DirArgument = Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint: compressed, pruned or dense.")]
 TextOption = Annotated[
     str | None,
     typer.Option(
         help="Text to measure perplexity on: a .txt, .json, .jsonl or .parquet file, or a hub dataset.",
         show_default=False,
+        callback=expand_home,
     ),
 ]
 
@@ -226,7 +226,11 @@ def evaluate(
     text: TextOption = None,
     against: Annotated[
         str | None,
-        typer.Option(help="A second model to measure in the same way, usually the original.", show_default=False),
+        typer.Option(
+            help="A second model to measure in the same way, usually the original.",
+            show_default=False,
+            callback=expand_home,
+        ),
     ] = None,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens per block.")] = 1024,
     max_blocks: Annotated[
@@ -364,9 +368,14 @@ def doctor(json_: JsonOption = False) -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory.")] = Path("demo-report"),
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory.", callback=expand_home)] = Path(
+        "demo-report"
+    ),
     keep: Annotated[
-        list[float] | None, typer.Option(help="Shares of bytes to keep; repeatable.", show_default="0.4 and 0.2")
+        list[float] | None,
+        typer.Option(
+            parser=share, metavar="SHARE", help="Shares of bytes to keep; repeatable.", show_default="0.4 and 0.2"
+        ),
     ] = None,
     json_: JsonOption = False,
 ) -> None:

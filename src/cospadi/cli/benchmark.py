@@ -16,6 +16,7 @@ from cospadi.cli.common import (
     check_new_directory,
     command_line,
     consoles,
+    expand_home,
     print_json,
     quiet_transformers,
 )
@@ -31,6 +32,7 @@ def benchmark(
             metavar="[DIR]",
             help="Take the shapes, or a compressed checkpoint's own storage, from here.",
             show_default=False,
+            callback=expand_home,
         ),
     ] = None,
     shapes: Annotated[
@@ -66,7 +68,9 @@ def benchmark(
         int | None,
         typer.Option(min=1, help="Processes that compile kernels first (GPU).", show_default="one a core, up to 14"),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="New directory for numbers and plot.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="New directory for numbers and plot.", show_default=False, callback=expand_home)
+    ] = None,
     device: DeviceOption = None,
     seed: SeedOption = None,
     json_: JsonOption = False,

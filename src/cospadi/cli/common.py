@@ -17,9 +17,87 @@ if TYPE_CHECKING:
 
     from cospadi.recipe import Recipe
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model: a local directory or a hub id.")]
+
+class UsageError(CospadiError):
+    """The command line is wrong: an argument is missing, unknown, or contradicts another; exit code 2."""
+
+
+def expand_home(value: Any) -> Any:
+    """A path option with ``~`` replaced by the home directory; every path option has this callback.
+
+    Shells leave ``~`` alone within quotes and in ``--out=~/dir``, and programs that start commands do not expand it.
+
+    Args:
+        value: a path as text or :class:`~pathlib.Path`, several in a list, or None. ``NAME=PATH`` is expanded after the
+            equals sign.
+
+    Raises:
+        UsageError: if it begins with the name of a user who does not exist.
+    """
+    if isinstance(value, (list, tuple)):
+        return [expand_home(item) for item in value]
+    if isinstance(value, Path):
+        return Path(expand_home(str(value)))
+    name, equals, path = value.partition("=") if isinstance(value, str) else ("", "", "")
+    if equals and path.startswith("~"):
+        return f"{name}={expand_home(path)}"
+    if not isinstance(value, str) or not value.startswith("~"):
+        return value
+    try:
+        return str(Path(value).expanduser())
+    except RuntimeError:
+        raise UsageError(
+            f"{value}: there is no such home directory; for a name that begins with ~ write ./{value}"
+        ) from None
+
+
+def split_paths(text: str | None) -> str | None:
+    """A comma-separated list of paths or names, each with ``~`` expanded."""
+    return None if text is None else ",".join(expand_home(part.strip()) for part in text.split(","))
+
+
+def share(text: str) -> float:
+    """The share of an option such as ``--keep 0.8`` or ``--keep 80%``."""
+    from cospadi.recipe import parse_share
+
+    try:
+        return parse_share(text)
+    except CospadiError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A model: a local directory or a hub id.", callback=expand_home)
+]
+DirArgument = Annotated[
+    str,
+    typer.Argument(metavar="DIR", help="A checkpoint: compressed, pruned or dense.", callback=expand_home),
+]
+OutArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="OUT",
+        help="Output directory: new, empty, or from an interrupted run of the same command.",
+        callback=expand_home,
+    ),
+]
 KeepOption = Annotated[
-    float | None, typer.Option(help="Share of the linear layers' bytes to keep: 0.6 keeps 60%.", show_default=False)
+    float | None,
+    typer.Option(
+        parser=share,
+        metavar="SHARE",
+        help="Share of the linear layers' bytes to keep, such as 0.6 or 60%.",
+        show_default=False,
+    ),
+]
+KeepBlocksOption = Annotated[
+    float | None,
+    typer.Option(
+        parser=share,
+        metavar="SHARE",
+        help="Share of the blocks' bytes to keep, such as 0.75 or 75%; instead of --blocks.",
+        show_default=False,
+    ),
 ]
 SizeOption = Annotated[
     str | None, typer.Option(help="Total size of all files, such as 5GB; instead of --keep.", show_default=False)
@@ -28,7 +106,8 @@ MethodOption = Annotated[
     str | None, typer.Option(help="Compression method; `cospadi methods` lists them.", show_default="auto")
 ]
 RecipeOption = Annotated[
-    Path | None, typer.Option(help="YAML file with settings; flags override it.", show_default=False)
+    Path | None,
+    typer.Option(help="YAML file with settings; flags override it.", show_default=False, callback=expand_home),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -69,7 +148,9 @@ OnlyOption = Annotated[
 CalibrationOption = Annotated[
     str | None,
     typer.Option(
-        help="Calibration text: a .txt, .json, .jsonl or .parquet file, or a hub dataset.", show_default=False
+        help="Calibration text: a .txt, .json, .jsonl or .parquet file, or a hub dataset.",
+        show_default=False,
+        callback=expand_home,
     ),
 ]
 SamplesOption = Annotated[int | None, typer.Option(help="Number of calibration sequences.", show_default="256")]
@@ -79,10 +160,6 @@ DeviceOption = Annotated[
 ]
 SeedOption = Annotated[int | None, typer.Option(help="Seed of every random choice.", show_default="0")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
-
-
-class UsageError(CospadiError):
-    """The command line is wrong: an argument is missing, unknown, or contradicts another; exit code 2."""
 
 
 def consoles() -> tuple[Console, Console]:

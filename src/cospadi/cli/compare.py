@@ -20,11 +20,13 @@ from cospadi.cli.common import (
     UsageError,
     command_line,
     consoles,
+    expand_home,
     parse_settings,
     print_json,
     quiet_transformers,
+    split_paths,
 )
-from cospadi.errors import BudgetError
+from cospadi.errors import BudgetError, RecipeError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,6 +38,7 @@ TasksOption = Annotated[
     typer.Option(
         help="Task files (.jsonl), directories of them, or names of lm-eval tasks, separated by commas.",
         show_default=False,
+        callback=split_paths,
     ),
 ]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Number of examples per task.", show_default="all")]
@@ -47,10 +50,22 @@ def split(text: str | None) -> list[str]:
 
 
 def _shares(text: str | None) -> list[float]:
+    """The shares of ``0.8,60%``.
+
+    Raises:
+        UsageError: if one is not a number between 0 and 1; here a comma separates shares, so ``0,3`` is two of them.
+    """
+    from cospadi.recipe import parse_share
+
     try:
-        return [float(part) for part in split(text)]
-    except ValueError:
+        shares = [parse_share(part) for part in split(text)]
+    except RecipeError:
         raise UsageError(f"--keep {text!r}: pass shares separated by commas, for example --keep 0.8,0.6") from None
+    if not all(0 < share < 1 for share in shares):
+        raise UsageError(
+            f"--keep {text!r}: each share must lie between 0 and 1; write 0.3 or 30%, and several as 0.8,0.6"
+        )
+    return shares
 
 
 def _options(settings: Iterable[str], methods: list[str]) -> dict[str, dict[str, Any]]:
@@ -104,16 +119,24 @@ def compare(
     text: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text to measure perplexity on; repeatable, rows are ranked by the first.", show_default=False
+            help="Text to measure perplexity on; repeatable, rows are ranked by the first.",
+            show_default=False,
+            callback=expand_home,
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Directory for the table, the plot and finished rows.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Directory for the table, the plot and finished rows.", show_default=False, callback=expand_home
+        ),
     ] = None,
     recipe: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="[NAME=]PATH", help="A recipe for all rows, or with NAME= one that adds rows.", show_default=False
+            metavar="[NAME=]PATH",
+            help="A recipe for all rows, or with NAME= one that adds rows.",
+            show_default=False,
+            callback=expand_home,
         ),
     ] = None,
     set_: Annotated[
