@@ -1,6 +1,9 @@
 """What people type: paths with ~, shares in percent, sizes in any case, and where the output goes."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,3 +110,34 @@ def test_units_of_a_size_may_be_written_in_any_case(typed):
 def test_a_size_that_is_none_names_the_accepted_spelling():
     done = command("estimate", "~/tiny", "--target-size", "10 megs")
     assert done.code == 1 and "'10 megs'" in done.error and "500MB" in done.error
+
+
+def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """The command in a process of its own, whose streams have the encoding that the environment names."""
+    return subprocess.run(
+        [sys.executable, "-m", "cospadi", *arguments], capture_output=True, env={**os.environ, **environment}
+    )
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_output_that_is_not_utf8_ends_with_replacement_characters(home, tmp_path, encoding):
+    run = ["compress", str(home / "tiny"), str(tmp_path / "Größe-→-模型"), "--method", "svd", "--keep", "0.8"]
+    run += ["--calibration", str(home / "text.txt"), "--samples", "4", "--seq-len", "32"]
+    done = process(*run, PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+    assert done.returncode == 0, done.stderr
+    assert b"Bytes kept" in done.stdout and b"?" in done.stdout and b"Traceback" not in done.stderr
+    shown = process(*run, "--json", PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+    assert json.loads(shown.stdout.decode(encoding))["out"] == str(tmp_path / "Größe-→-模型")
+
+
+def test_the_version_has_a_short_option():
+    assert command("-V").out == command("--version").out != ""
+
+
+def test_shells_complete_commands_and_options(tmp_path):
+    for typed, expected in (("cospadi comp", {"compress", "compare"}), ("cospadi compress --ke", {"--keep"})):
+        words = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+        done = process(_COSPADI_COMPLETE="complete_bash", **words)
+        assert done.returncode == 0 and set(done.stdout.decode().split()) == expected, done.stderr
+    script = process("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert b"_COSPADI_COMPLETE" in script.stdout

@@ -18,6 +18,8 @@ def main() -> None:
     debug = "--debug" in sys.argv
     sys.argv = [arg for arg in sys.argv if arg != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        _replace_what_cannot_be_written(stream)
     shown, warnings.showwarning = warnings.showwarning, _warn
     try:
         code = _run(sys.argv[1:])
@@ -43,6 +45,13 @@ def main() -> None:
     sys.exit(code)
 
 
+def _replace_what_cannot_be_written(stream: TextIO) -> None:
+    """Write replacement characters where an encoding lacks ours (a redirected Windows console), instead of failing."""
+    reconfigure = getattr(stream, "reconfigure", None)  # streams that stand in for a console may have none
+    if reconfigure is not None:
+        reconfigure(errors="replace")
+
+
 def _run(arguments: list[str]) -> int:
     """Parse and run; errors of the parser become a :class:`UsageError` of one line."""
     import typer
@@ -50,6 +59,8 @@ def _run(arguments: list[str]) -> int:
     from cospadi.cli.app import app
 
     command = typer.main.get_command(app)
+    if "_COSPADI_COMPLETE" in os.environ:  # a shell asks for completions; click answers and exits
+        command.main(prog_name="cospadi")
     context: Any = None
     try:
         with command.make_context("cospadi", list(arguments)) as context:

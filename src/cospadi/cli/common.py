@@ -170,8 +170,9 @@ def consoles() -> tuple[Console, Console]:
 
 
 def print_json(data: Any) -> None:
-    """Print one JSON object on one line of stdout."""
-    print(json.dumps(data, ensure_ascii=False, sort_keys=True), flush=True)
+    """Print one JSON object on one line of stdout, in ASCII unless its encoding is a Unicode one."""
+    encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
+    print(json.dumps(data, ensure_ascii=not encoding.startswith("utf"), sort_keys=True), flush=True)
 
 
 def parse_settings(settings: list[str] | None) -> dict[str, Any]:
