@@ -14,6 +14,7 @@ from cospadi.errors import CalibrationError
 from cospadi.evaluation.models import load, stored_bytes
 from cospadi.evaluation.perplexity import perplexity
 from cospadi.evaluation.tasks import find_tasks, require_lm_eval, run_tasks
+from cospadi.model_view import model_name
 from cospadi.runtime.devices import device_name, resolve_device
 from cospadi.runtime.fingerprints import versions
 from cospadi.runtime.memory import memory_errors
@@ -74,7 +75,7 @@ def evaluate(
             if tasks:
                 at = progress and partial(progress, "tasks")
                 found |= run_tasks(model, tokenizer, tasks, limit=limit, progress=at)
-        found |= {"model": Path(which).name, "bytes": stored_bytes(which, model)}
+        found |= {"model": model_name(which), "bytes": stored_bytes(which, model)}
         shared = {key: found.pop(key) for key in ("blocks", "seq_len", "harness") if key in found}
         result |= shared | {f"{prefix}{key}": value for key, value in found.items()}
     return result | {"device": device_name(resolve_device(device)), "versions": versions()}

@@ -21,7 +21,16 @@ from cospadi.checkpoint import read_config
 from cospadi.errors import ModelError, RecipeError
 from cospadi.format import GroupSpec, MatrixSpec
 from cospadi.methods.base import GroupShape, get_method
-from cospadi.model_view import LinearGroup, ModelView, discover, discover_layers, is_compressed, open_config, skeleton
+from cospadi.model_view import (
+    LinearGroup,
+    ModelView,
+    discover,
+    discover_layers,
+    is_compressed,
+    model_name,
+    open_config,
+    skeleton,
+)
 from cospadi.pruning.depth.surgery import without_blocks
 
 METHOD = "pursuit"
@@ -147,7 +156,7 @@ def of_model(source: str | Path, layers: int | None = None) -> Subject:
         CheckpointError: if a compressed checkpoint describes itself wrongly.
     """
     config = open_config(source)
-    name = Path(source).name
+    name = Path(model_name(source)).name
     quantisation = getattr(config, "quantization_config", None)
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
     if quantisation is not None and (method != "cospadi" or not is_compressed(config)):
