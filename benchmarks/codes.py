@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 from cospadi.calibration import StatisticsStore, collect, read_texts, token_blocks
-from cospadi.engine.factorise import factorise_group, rebuild
+from cospadi.engine.context import RunContext
+from cospadi.engine.factorise import factorise_group
 from cospadi.engine.plan.plan import make_plan
 from cospadi.evaluation.yardstick import Yardstick
 from cospadi.format import MatrixSpec
-from cospadi.methods import get_method
 from cospadi.model_view import discover, open_model
 from cospadi.recipe import Recipe
 from cospadi.runtime.devices import device_name, resolve_device, widened
@@ -93,12 +93,12 @@ def main() -> None:
         """Report nothing."""
 
     result["dense"] = yardstick.measure(model, tokenizer, device, silent)["perplexity"]
-    method = get_method("pursuit")
     solver = {} if options.rounds is None else {"rounds": options.rounds}
     with tempfile.TemporaryDirectory() as folder:
         store = StatisticsStore(Path(folder), {"tokens": blocks.sha256})
         with widened(model, device):
             collect(view, blocks.ids, device=device, store=store)
+        context = RunContext(view, store, blocks.ids, device, torch.bfloat16, options.seed, silent)
         for keep in (float(part) for part in options.keep.split(",")):
             recipe = Recipe(method="pursuit", keep=keep, options={"pattern": "16:32"})
             groups = make_plan(view, recipe).groups
@@ -112,17 +112,8 @@ def main() -> None:
                         codes=changed(group.spec.codes, codes),
                         dictionary=changed(group.spec.dictionary, dictionary),
                     )
-                    packed, info = factorise_group(
-                        method,
-                        method.check(solver),
-                        spec,
-                        [view.weight(module) for module in spec.modules],
-                        [store.load(group.source)],
-                        seed=options.seed,
-                        device=device,
-                        dtype=torch.bfloat16,
-                    )
-                    parts = rebuild(packed, spec).T.float().split(list(spec.d_out))
+                    packed, info = factorise_group(context, replace(group, spec=spec, options=solver))
+                    parts = spec.weight(packed).T.float().split(list(spec.d_out))
                     weights |= {f"{m}.weight": p for m, p in zip(spec.modules, parts, strict=True)}
                     size, missed, energy = size + spec.bytes, missed + info["missed"], energy + info["energy"]
                 lent = {name: tensor.to(device) for name, tensor in weights.items()}

@@ -1,4 +1,4 @@
-"""Compress a model from Python and read the report. Runs offline on the small model included in the package."""
+"""Compress a model from Python and read the report. Runs offline on the small model inside the package."""
 
 import sys
 
@@ -7,8 +7,8 @@ from cospadi.embedded import model_path, stdlib_texts
 
 out = sys.argv[1] if len(sys.argv) > 1 else "example-output/compressed"
 
-# The model can be any local directory or hub id, and the calibration text a .txt or .jsonl file. A Recipe accepts the
-# same settings as a recipe file. Defaults: method `auto`, 256 calibration sequences of 1024 tokens.
+# The model may be any local directory or hub id, and the calibration text a .txt or .jsonl file. A Recipe takes the
+# same keys as a recipe file. The defaults are the method `auto` and 256 sequences of 1024 tokens.
 recipe = Recipe(
     method="pursuit",
     keep=0.7,

@@ -1,11 +1,11 @@
-"""Lets transformers read cospadi checkpoints without ``import cospadi``.
+"""Let transformers read cospadi checkpoints without ``import cospadi``.
 
-transformers has no entry points for quantization methods, and without the package's two classes it would not know the
-format. PyTorch does have an entry-point group that it runs at the end of ``import torch`` (``torch.backends``, meant
-for device back ends). This module uses it for one thing: to wait until transformers is imported, and then to register
-the format. It imports nothing itself and does nothing at all in a program without transformers.
+transformers has no entry points for quantization methods: someone must register the checkpoint formats. PyTorch loads
+the entry points of the group ``torch.backends`` at the end of ``import torch``; the group is meant for device back
+ends. This module uses it to wait until transformers is imported, and then registers every format of the registry,
+those of installed plug-ins included. It imports nothing itself and does nothing in a program without transformers.
 
-An exception in such an entry point would make ``import torch`` fail; hence every step here catches everything.
+An exception in such an entry point would make ``import torch`` fail, so every step here catches all exceptions.
 
 Off switches: ``COSPADI_AUTOLOAD=0`` for this hook alone, ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` for all hooks of the
 group (``import cospadi`` then still does the same). ``import cospadi.integrations.transformers`` always registers.
@@ -22,11 +22,11 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# The first holds the tables to fill. It may itself have caused `import torch`, and then be half-executed already when
-# this hook is set; the second is imported later in that case, and before any model is built in every case.
+# The first holds the tables to fill. If it is what imported torch, it is half executed when this hook is set; the
+# second is then imported later. In every case it is imported before any model is built.
 _AWAITED = ("transformers.quantizers", "transformers.modeling_utils")
-# The table of model types lies in the first; while the second is half-executed no configuration can be defined. Either
-# may itself have caused `import torch`, and nothing else may be imported afterwards.
+# The first holds the table of model types; while the second is half executed no configuration can be defined. Either
+# may be what imported torch, and may be the last module that is imported.
 _MODEL_TYPES = ("transformers.models.auto.configuration_auto", "transformers.models.auto.modeling_auto")
 
 
@@ -48,22 +48,25 @@ def autoload() -> None:
 
 
 def _ready(module: ModuleType | None) -> bool:
-    """Whether a module has been executed to its end."""
+    """Whether a module has been executed completely."""
     return module is not None and not getattr(module.__spec__, "_initializing", False)
 
 
 def _register(last_chance: bool = False) -> bool:
+    """Register all formats; False if some could not be, and a later attempt may succeed."""
     try:
-        from cospadi.checkpoint.formats.factored_hf import register
-        from cospadi.checkpoint.formats.shared_hf import register as register_shared
+        from cospadi.checkpoint import FORMATS, register
 
+        faults = FORMATS.retry()  # plug-ins of other packages, which may need more of transformers than is there yet
         register()
-        register_shared()
     except Exception as error:
         if last_chance:
             _complain(error)
         return False
-    return True
+    if last_chance:
+        for name, why in faults.items():
+            _complain(f"plug-in {name}: {why}")
+    return last_chance or not faults
 
 
 def _register_configurations() -> None:
@@ -72,16 +75,16 @@ def _register_configurations() -> None:
 
         register_configurations()
     except Exception as error:
-        # as long as the other module of the two is half-executed; the end of that one is another chance
+        # expected while the other module of the two is half executed; its end is another chance
         logging.getLogger("cospadi").debug("transformers will not know models with shared attention: %s", error)
 
 
-def _complain(error: Exception) -> None:
+def _complain(error: Exception | str) -> None:
     logging.getLogger("cospadi").warning("transformers will not read cospadi checkpoints: %s", error)
 
 
 class _WatchedSpec(ModuleSpec):
-    """Spec of a module that is being executed already, whose loader can be wrapped no more.
+    """Spec of a module that is already being executed, so that its loader can no longer be wrapped.
 
     The import system marks the end of the execution in the spec; that is when to register.
     """
@@ -94,7 +97,7 @@ class _WatchedSpec(ModuleSpec):
 
 
 class _Finder(MetaPathFinder):
-    """Finds nothing itself: it has the others find the awaited modules, and wraps their loaders."""
+    """Find nothing itself: let the other finders find the awaited modules, and wrap their loaders."""
 
     def __init__(self) -> None:
         self._busy = False
@@ -122,7 +125,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """Runs the module as its own loader would, then registers the format."""
+    """Run the module as its own loader would, then register."""
 
     def __init__(self, loader: Any, finder: _Finder) -> None:
         self._loader, self._finder = loader, finder
@@ -135,7 +138,7 @@ class _Loader(Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        # Hand the module back to its own loader, for whoever looks at it later (pickling, resources, reload).
+        # Give the module its own loader back, for later users (pickling, resources, reload).
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader

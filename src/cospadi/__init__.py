@@ -5,45 +5,101 @@
     model, tokenizer = load("small")
 
 Importing this package registers the checkpoint format with transformers as soon as transformers is imported, so that
-``AutoModelForCausalLM.from_pretrained("small")`` works too. Names are loaded on first use: ``import cospadi`` is cheap.
+``AutoModelForCausalLM.from_pretrained("small")`` works too. ``import cospadi`` is cheap: functions and classes are
+loaded on first use, and torch only with them.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import _cospadi_autoload
+from cospadi.errors import (
+    BudgetError,
+    CalibrationError,
+    CheckpointError,
+    CospadiError,
+    ModelError,
+    NumericalError,
+    OutputError,
+    RecipeError,
+    ResourceError,
+)
 
 if TYPE_CHECKING:
-    from cospadi.engine.compress import compress
+    from cospadi.engine.compress import Result, compress
     from cospadi.engine.estimate.estimate import Estimate, estimate
     from cospadi.engine.prune import PruneResult, prune
-    from cospadi.engine.run import Result
     from cospadi.evaluation import evaluate, load
     from cospadi.recipe import Recipe
 
-__all__ = ["Estimate", "PruneResult", "Recipe", "Result", "compress", "estimate", "evaluate", "load", "prune"]
-__version__ = "0.1.0"
+    __version__: str
+
+__all__ = [
+    "BudgetError",
+    "CalibrationError",
+    "CheckpointError",
+    "CospadiError",
+    "Estimate",
+    "ModelError",
+    "NumericalError",
+    "OutputError",
+    "PruneResult",
+    "Recipe",
+    "RecipeError",
+    "ResourceError",
+    "Result",
+    "compress",
+    "estimate",
+    "evaluate",
+    "load",
+    "prune",
+]
 
 _HOMES = {
     "Estimate": "cospadi.engine.estimate.estimate",
     "PruneResult": "cospadi.engine.prune",
-    "Result": "cospadi.engine.run",
+    "Recipe": "cospadi.recipe",
+    "Result": "cospadi.engine.compress",
     "compress": "cospadi.engine.compress",
     "estimate": "cospadi.engine.estimate.estimate",
     "evaluate": "cospadi.evaluation",
     "load": "cospadi.evaluation",
     "prune": "cospadi.engine.prune",
-    "Recipe": "cospadi.recipe",
 }
 
 _cospadi_autoload.autoload()
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOMES:
         raise AttributeError(f"module 'cospadi' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return _published(getattr(import_module(_HOMES[name]), name))
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *__all__, "__version__"])
+
+
+def _version() -> str:
+    """The version of the installed distribution."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("cospadi")
+    except PackageNotFoundError:  # run from a source tree
+        return "0+unknown"
+
+
+def _published(item: Any) -> Any:
+    """Let a public function or class name this package as its module, in `repr`, help and pickles."""
+    if item.__module__ != __name__:
+        if isinstance(item, type):
+            # Annotations that are strings are resolved in the module that a class names.
+            from typing import get_type_hints
+
+            hints = get_type_hints(item, include_extras=True)
+            item.__annotations__ = {key: hints[key] for key in item.__annotations__}
+        item.__module__ = __name__
+    return item

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from cospadi.aliases import canonical
 from cospadi.errors import BudgetError, RecipeError
 
 DEFAULT_METHOD = "auto"
@@ -148,7 +149,10 @@ class Recipe(_Strict):
         None, description="Share of the compressed linear layers' 16-bit bytes to keep, between 0 and 1."
     )
     target_size: str | None = Field(None, description="Total size of all files, such as 5GB; instead of `keep`.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Options of the method.")
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Options of the method. `num_bits` and `group_size` are accepted for `bits` and `group`.",
+    )
     grouping: Literal["matrix", "siblings", "cross_layer", "pairs"] | None = Field(
         None, description="Which layers share a dictionary; default: as published for the method."
     )
@@ -175,6 +179,11 @@ class Recipe(_Strict):
     @classmethod
     def _keep_in_percent(cls, keep: Any) -> Any:
         return _number_of(keep)
+
+    @field_validator("options")
+    @classmethod
+    def _canonical_names(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return canonical(options)
 
     @field_validator("keep")
     @classmethod
@@ -235,6 +244,15 @@ class Recipe(_Strict):
         if self.keep is None and self.target_size is None:
             raise BudgetError("no size given: pass --keep or --target-size")
 
+    @property
+    def sequential(self) -> bool:
+        """Whether layers are worked on in order, on the outputs of the compressed layers before them."""
+        return self.anchor or self.refine is not None
+
+    def given(self, *fields: str) -> list[str]:
+        """Which of some optional fields are set."""
+        return [field for field in fields if getattr(self, field)]
+
     @classmethod
     def of(cls, value: Recipe | dict[str, Any] | str | Path | None) -> Recipe:
         """A recipe from whatever functions accept: a Recipe, a dictionary, a file, or None.
@@ -288,6 +306,8 @@ class Recipe(_Strict):
         if changes.get("method", self.method) != self.method:
             data["options"] = {}
         for key, value in changes.items():
+            if key == "options" and isinstance(value, dict):
+                value = canonical(value)
             section = data.get(key)
             data[key] = {**section, **value} if isinstance(section, dict) and isinstance(value, dict) else value
         try:

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from cospadi.checkpoint import install
+from cospadi.checkpoint import format_for, storage_dtype
 from cospadi.format import Factors, GroupSpec, MatrixSpec, Stored
 from cospadi.format.pack import integer_range, spread
-from cospadi.solvers.projection import support
+from cospadi.format.patterns import keep_largest
 
 Kind = tuple[dict[str, Any], dict[str, Any] | None]
 
@@ -47,10 +47,10 @@ def random_stored(spec: MatrixSpec, generator: torch.Generator, dtype: torch.dty
     mask = None
     if spec.sparse:
         magnitude = torch.rand(spec.columns, spec.rows, generator=generator)
-        mask = support(magnitude, spec.nonzeros, spec.pattern).T
+        mask = keep_largest(magnitude, spec.nonzeros, spec.pattern).T
     scales = zeros = None
     if spec.integer:
-        low, high = integer_range(spec)
+        low, high = integer_range(spec.bits, spec.symmetric)
         scales = (torch.rand(spec.rows, spec.groups, generator=generator) + 0.5).div(high * 4).to(dtype).float()
         levels = torch.randint(low, high + 1, (spec.rows, spec.nonzeros), generator=generator).float()
         if not spec.symmetric:
@@ -72,6 +72,11 @@ def random_factors(spec: GroupSpec, seed: int = 0, dtype: torch.dtype = torch.bf
     return Factors(random_stored(spec.codes, generator, dtype), dictionary)
 
 
+def install(model: PreTrainedModel, spec: GroupSpec, factors: Factors) -> None:
+    """Pack the factors of one group, rounded to the model's 16-bit float, into its layers."""
+    format_for(spec).install(model, spec, factors.pack(spec, storage_dtype(model)))
+
+
 def tiny_groups(model: PreTrainedModel, kinds: Sequence[str] = tuple(KINDS), atoms: int = 20) -> list[GroupSpec]:
     """Sibling groups of a Llama-like model, kinds in turn; siblings of q, k, v get kinds in turn too."""
     found = []
@@ -91,7 +96,7 @@ def tiny_groups(model: PreTrainedModel, kinds: Sequence[str] = tuple(KINDS), ato
 def compress_randomly(
     model: PreTrainedModel, kinds: Sequence[str] = tuple(KINDS), seed: int = 0, atoms: int = 20
 ) -> list[GroupSpec]:
-    """Replace every linear layer of the decoder by random factors; gives the groups."""
+    """Replace every linear layer of the decoder by random factors, and return the groups."""
     groups = tiny_groups(model, kinds, atoms)
     dtype = torch.float16 if model.dtype == torch.float16 else torch.bfloat16
     for number, spec in enumerate(groups):

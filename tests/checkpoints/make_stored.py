@@ -21,7 +21,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from checkpoints.factory import KINDS, compress_randomly  # noqa: E402
 from cospadi.checkpoint import save  # noqa: E402
-from cospadi.checkpoint.convert import factored_layers  # noqa: E402
+from cospadi.checkpoint.formats.factored import FACTORED  # noqa: E402
 from cospadi.format import FORMAT_VERSION, unpack  # noqa: E402
 
 TINY = {
@@ -59,7 +59,7 @@ def digest(tensor: Tensor) -> str:
 def meaning(model: PreTrainedModel) -> dict:
     """What a loaded model amounts to, in numbers that a JSON file can hold."""
     layers = {}
-    for layer in factored_layers(model):
+    for _, layer in FACTORED.layers(model):
         found = {"codes": digest(unpack(layer.packed_codes(), layer.codes_spec))}
         packed = layer.packed_dictionary()
         if packed is not None:

@@ -17,8 +17,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from checkpoints.make_stored import build  # noqa: E402
-from cospadi.checkpoint.formats.shared import FORMAT_VERSION, replace_shared, shared_layers  # noqa: E402
-from cospadi.checkpoint.formats.shared_hf import save_shared  # noqa: E402
+from cospadi.checkpoint import save  # noqa: E402
+from cospadi.checkpoint.formats.shared import SHARED  # noqa: E402
 from cospadi.layers.shared_linear import SharedSpec  # noqa: E402
 
 KINDS = {
@@ -33,13 +33,13 @@ KINDS = {
 def meaning(model: PreTrainedModel) -> dict:
     """What a loaded model amounts to, in numbers that a JSON file can hold."""
     probe = torch.linspace(-1, 1, 12, dtype=torch.float64)
-    layers = {name: (layer.dense_weight(torch.float64) @ probe).tolist() for name, layer in shared_layers(model)}
+    layers = {name: (layer.dense_weight(torch.float64) @ probe).tolist() for name, layer in SHARED.layers(model)}
     with torch.no_grad():
         return {"layers": layers, "logits": model(torch.arange(12)[None]).logits.float().tolist()}
 
 
 def main() -> None:
-    out = HERE / f"masa_v{FORMAT_VERSION}"
+    out = HERE / f"masa_v{SHARED.version}"
     if out.exists():
         raise SystemExit(f"{out} is there already; stored checkpoints are never changed")
     model = build("qwen2", 3, torch.bfloat16, False)
@@ -47,12 +47,12 @@ def main() -> None:
         SharedSpec(tuple(f"model.layers.{i}.self_attn.{kind}_proj" for i in range(3)), d_in, d_out, atoms, ranks)
         for kind, (d_out, d_in, atoms, ranks) in KINDS.items()
     ]
-    replace_shared(model, specs)
+    SHARED.replace(model, specs)
     with torch.no_grad():
-        for _, layer in shared_layers(model):
+        for _, layer in SHARED.layers(model):
             for parameter in layer.factors().values():
                 parameter.copy_(torch.randn(parameter.shape) * 0.3)
-    save_shared(model, None, out, specs)
+    save(model, None, out, specs)
     expected = meaning(model) | {"groups": [spec.to_dict() for spec in specs]}
     (out / "expected.json").write_text(json.dumps(expected) + "\n", encoding="utf-8")
 

@@ -19,14 +19,13 @@ sys.path.insert(0, str(HERE.parent))
 
 from checkpoints.make_stored import TINY  # noqa: E402
 from cospadi.checkpoint.formats.width import (  # noqa: E402
-    WIDTH_VERSION,
+    WIDTH,
     BlockShape,
     LinearShape,
     WidthSpec,
+    attach_width,
     describe_width,
-    narrow,
 )
-from cospadi.checkpoint.formats.width_hf import attach_width  # noqa: E402
 from cospadi.layers.sliced import BlockParts  # noqa: E402
 
 PARTS = BlockParts("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
@@ -67,13 +66,13 @@ SPECS = {
 
 def main() -> None:
     for name, spec in SPECS.items():
-        out = HERE / f"width_v{WIDTH_VERSION}" / name
+        out = HERE / f"width_v{WIDTH.version}" / name
         if out.exists():
             raise SystemExit(f"{out} is there already; stored checkpoints are never changed")
-        torch.manual_seed(WIDTH_VERSION)
+        torch.manual_seed(WIDTH.version)
         config = AutoConfig.for_model("qwen2", num_hidden_layers=2, tie_word_embeddings=False, **TINY)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-        narrow(model, spec)
+        WIDTH.replace(model, [spec])
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.is_floating_point():
@@ -81,7 +80,7 @@ def main() -> None:
         attach_width(model).save_pretrained(out)
         with torch.no_grad():
             logits = model(torch.arange(12)[None]).logits.float()
-        expected = {"spec": describe_width(model).to_dict(), "logits": logits.tolist()}
+        expected = {"spec": WIDTH.describe([describe_width(model)]), "logits": logits.tolist()}
         (out / "expected.json").write_text(json.dumps(expected) + "\n", encoding="utf-8")
 
 

@@ -198,8 +198,7 @@ def test_without_any_kernel_that_runs(monkeypatch):
 
 def test_without_triton(monkeypatch, caplog):
     monkeypatch.setattr(cuda, "launch", None)
-    monkeypatch.setattr(cuda, "_reason", "not there", raising=False)
-    monkeypatch.setattr(cuda, "_said", False)
+    monkeypatch.setattr(cuda, "no_triton", "not on this GPU")
     case = make(384, 640, 512, ("16:32", 0, 8, 0, True), (8, 0, True))
     check(case, 1, limit=6e-3)
     check(case, 40, limit=6e-3)

@@ -201,7 +201,7 @@ def test_dequantize_refuses_offloaded_layers(checkpoint, tmp_path):
 
 
 def test_a_dense_model_is_not_compressed_on_the_fly(tmp_path, checkpoint):
-    config = integration.CospadiConfig(**json.loads((checkpoint[0] / "config.json").read_text())["quantization_config"])
+    config = integration.FormatConfig(**json.loads((checkpoint[0] / "config.json").read_text())["quantization_config"])
     with pytest.raises(ValueError, match="pre-quantized"):
         AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path), quantization_config=config)
 
@@ -211,7 +211,7 @@ def test_register_twice():
     known = dict(AUTO_QUANTIZATION_CONFIG_MAPPING), dict(AUTO_QUANTIZER_MAPPING)
     integration.register()
     assert (dict(AUTO_QUANTIZATION_CONFIG_MAPPING), dict(AUTO_QUANTIZER_MAPPING)) == known
-    assert AUTO_QUANTIZATION_CONFIG_MAPPING["cospadi"] is integration.CospadiConfig
+    assert AUTO_QUANTIZATION_CONFIG_MAPPING["cospadi"] is integration.FormatConfig
 
 
 def test_stock_checkpoints_load_too(tmp_path):
@@ -223,8 +223,7 @@ def test_stock_checkpoints_load_too(tmp_path):
 
 
 def test_compressed_head_of_a_tied_model(tmp_path):
-    from checkpoints.factory import make_spec, random_factors
-    from cospadi.checkpoint import install
+    from checkpoints.factory import install, make_spec, random_factors
 
     model = tiny_model("llama", tie_word_embeddings=True)
     spec = make_spec("free16", ["lm_head"], 24, (257,))

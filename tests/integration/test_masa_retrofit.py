@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import cospadi
 from command import command, unchanged, weights
-from cospadi.checkpoint.formats.shared import read_shared_config, shared_layers, validate_shared
-from cospadi.checkpoint.formats.shared_hf import load_shared
+from cospadi.checkpoint import load, read_config, validate
+from cospadi.checkpoint.formats.shared import SHARED
 from cospadi.checkpoint.sizes import file_bytes
 from cospadi.errors import CheckpointError
 from cospadi.layers.shared_linear import SharedLinear
@@ -73,7 +73,7 @@ def stored(folder):
 
 def test_bytes_are_those_on_disk_and_within_the_budget(place):
     out, report = place / "small", report_of(place / "small")
-    specs = read_shared_config(out)
+    specs = read_config(out)
     inside = {module for spec in specs for module in spec.modules}
     assert len(inside) == 16 and all(".self_attn." in module for module in inside)
     table = stored(out)
@@ -93,12 +93,12 @@ def test_bytes_are_those_on_disk_and_within_the_budget(place):
 
 def test_loads_natively_and_computes_what_was_stored(place):
     model = AutoModelForCausalLM.from_pretrained(place / "small")
-    layers = shared_layers(model)
+    layers = SHARED.layers(model)
     assert len(layers) == 16 and not any(p.requires_grad for _, layer in layers for p in layer.factors().values())
     dense = AutoModelForCausalLM.from_pretrained(place / "dense", dtype=torch.float64)
     reference = AutoModelForCausalLM.from_pretrained(place / "dense", dtype=torch.float64)
     tensors = {k: v for path in (place / "small").glob("*.safetensors") for k, v in load_file(path).items()}
-    for spec in read_shared_config(place / "small"):
+    for spec in read_config(place / "small"):
         for index, name in enumerate(spec.modules):
             own = {k.removeprefix(f"{name}."): v.double() for k, v in tensors.items() if k.startswith(f"{name}.")}
             weight = own.get("matrix", torch.zeros(spec.d_out, spec.d_in, dtype=torch.float64))
@@ -115,7 +115,7 @@ def test_loads_natively_and_computes_what_was_stored(place):
     assert (logits(wide) - logits(dense)).abs().max() > 1e-3
     composed, _ = cospadi.load(place / "small", dtype=torch.float64, compose=True)
     torch.testing.assert_close(logits(composed), logits(reference), rtol=1e-9, atol=1e-9)
-    assert not shared_layers(composed) and type(composed.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert not SHARED.layers(composed) and type(composed.model.layers[0].self_attn.q_proj) is nn.Linear
     small, tokenizer = cospadi.load(place / "small")
     assert isinstance(small.model.layers[0].self_attn.q_proj, SharedLinear) and tokenizer("a").input_ids
 
@@ -133,18 +133,18 @@ def test_saved_again_it_is_the_same_bytes(place, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(place / "small")
     model.save_pretrained(tmp_path / "again")
     assert weights(tmp_path / "again")["model.safetensors"] == weights(place / "small")["model.safetensors"]
-    assert validate_shared(tmp_path / "again") == read_shared_config(place / "small")
+    assert validate(tmp_path / "again") == read_config(place / "small")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(model))
     # in another dtype, too
     AutoModelForCausalLM.from_pretrained(place / "small", dtype=torch.float32).save_pretrained(tmp_path / "wide")
-    validate_shared(tmp_path / "wide")
+    validate(tmp_path / "wide")
 
 
 def test_bare_decoder_and_shards(place, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(place / "small")
     model.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
-    assert torch.equal(logits(load_shared(tmp_path / "shards")), logits(model))
+    assert torch.equal(logits(load(tmp_path / "shards")), logits(model))
     with torch.no_grad():
         bare = AutoModel.from_pretrained(place / "small")(ids).last_hidden_state
         assert torch.equal(bare, model.model(ids).last_hidden_state)
@@ -154,7 +154,7 @@ def test_config_flag_composes_while_loading(place, tmp_path):
     config = AutoConfig.from_pretrained(place / "small")
     config.quantization_config["compose"] = True
     composed = AutoModelForCausalLM.from_pretrained(place / "small", config=config)
-    assert not shared_layers(composed)
+    assert not SHARED.layers(composed)
     torch.testing.assert_close(
         logits(composed).float(),
         logits(AutoModelForCausalLM.from_pretrained(place / "small")).float(),
@@ -211,20 +211,20 @@ def test_the_same_command_again_changes_nothing_and_another_run_gives_the_same_b
 
 
 def test_an_interrupted_run_goes_on(place, tmp_path, monkeypatch):
-    from cospadi.engine import run
+    from cospadi.engine import compress as engine
 
-    flags, solve, solved = ("--keep", 0.7, "--set", "groups=2", "--set", "least_atoms=1"), run.factorise_shared, []
+    flags, solve, solved = ("--keep", 0.7, "--set", "groups=2", "--set", "least_atoms=1"), engine.factorise_group, []
 
-    def stop(view, spec, *rest):
+    def stop(context, group):
         if len(solved) == 3:
             raise KeyboardInterrupt
-        solved.append(spec)
-        return solve(view, spec, *rest)
+        solved.append(group)
+        return solve(context, group)
 
-    monkeypatch.setattr(run, "factorise_shared", stop)
+    monkeypatch.setattr(engine, "factorise_group", stop)
     assert compress(place, tmp_path / "out", *flags).code == 130
-    monkeypatch.setattr(run, "factorise_shared", solve)
-    monkeypatch.setattr("cospadi.engine.plan.shared.search", None)  # the plan is taken over, not searched again
+    monkeypatch.setattr(engine, "factorise_group", solve)
+    monkeypatch.setattr("cospadi.engine.allocate.atoms.search", None)  # the plan is taken over, not searched again
     done = compress(place, tmp_path / "out", *flags)
     assert done.code == 0 and "3 of 8 groups were already finished" in done.err
     assert weights(tmp_path / "out") == weights(place / "small")
@@ -287,7 +287,7 @@ def dense_beside(tensors, config):
 )
 def test_atoms_and_coefficients_that_disagree_are_named(place, tmp_path, change):
     out, name = damaged(place, tmp_path, change)
-    for read in (validate_shared, cospadi.load, AutoModelForCausalLM.from_pretrained):
+    for read in (validate, cospadi.load, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(CheckpointError) as caught:
             read(out)
         assert name in str(caught.value) and str(out) in str(caught.value)
@@ -306,7 +306,7 @@ def test_atoms_and_coefficients_that_disagree_are_named(place, tmp_path, change)
 )
 def test_descriptions_that_cannot_be_read(place, tmp_path, change, message):
     out, _ = damaged(place, tmp_path, lambda _, config: config["quantization_config"].update(change))
-    for read in (validate_shared, cospadi.load):
+    for read in (validate, cospadi.load):
         with pytest.raises(CheckpointError, match=message):
             read(out)
 

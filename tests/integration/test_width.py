@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import cospadi.integrations.transformers  # noqa: F401 - registers the formats
-from cospadi.checkpoint import load
+from cospadi.checkpoint import is_compressed, load
 from cospadi.engine.prune import prune as engine_prune
 from cospadi.errors import CheckpointError, ModelError
 from cospadi.evaluation import evaluate
 from cospadi.evaluation import load as load_any
 from cospadi.layers.sliced import SlicedBlock
-from cospadi.model_view import discover, is_compressed, open_model
+from cospadi.model_view import discover, open_model
 from cospadi.pruning import Evidence, Tokens, block_bytes, get_depth_method
 from cospadi.pruning.width.sliced_structure import residual_blocks
 from cospadi.pruning.width.slicegpt import find_bases

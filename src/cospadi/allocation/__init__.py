@@ -1,7 +1,7 @@
-"""Who gets how many bytes: sees only sizes and predicted losses, never a model or a tensor."""
+"""How many bytes each group gets. Sees only sizes and predicted losses, never a model or a tensor."""
 
 from cospadi.allocation.multiple_choice import Candidate, knapsack, smallest_cap
-from cospadi.allocation.shares import theoretical_loss, truncation_loss, uniform
+from cospadi.allocation.shares import theoretical_loss, truncation_loss
 from cospadi.allocation.spectra import pooled_spectra
 
 __all__ = [
@@ -11,5 +11,4 @@ __all__ = [
     "smallest_cap",
     "theoretical_loss",
     "truncation_loss",
-    "uniform",
 ]

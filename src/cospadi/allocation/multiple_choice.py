@@ -1,4 +1,4 @@
-"""Multiple-choice knapsack: one option for each group, least total loss within a number of bytes (as in ROCKET)."""
+"""Multiple-choice knapsack: one option per group, least total loss within a byte budget (as in ROCKET)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class _Frontier:
-    """Options of a group that no other beats in both respects: bytes rise, losses fall. `index`: as given."""
+    """The options of a group that no other beats in both bytes and loss, by rising bytes. `index`: as given."""
 
     index: list[int]
     size: list[int]
@@ -39,29 +39,30 @@ def knapsack(
 ) -> list[int]:
     """Choose one option for each group.
 
-    Dominated options go first. The linear relaxation, solved exactly by its greedy algorithm, gives a lower bound, a
-    multiplier (loss per byte) and a first solution, to which greedy steps are added while they fit. A dynamic
-    programme over the few groups whose choice is in doubt closes the gap. The result is the optimum, unless the
-    programme had to thin out its states (more than 200 000), and depends on nothing but the arguments.
+    Dominated options are removed first. The linear relaxation, solved exactly by its greedy algorithm, provides a lower
+    bound, a multiplier (loss per byte) and a first solution, which greedy steps improve while they fit. A dynamic
+    programme over the few groups whose choice is in doubt closes the gap. The result is optimal unless the programme
+    had to thin out its states (more than 200 000). It depends on nothing but the arguments.
 
     Args:
         options: the candidates of each group, in any order.
-        budget: bytes for all together.
-        cap: most loss of any one group, or of each (ROCKET's guard against sacrificing single layers); a group none
-            of whose options meets it keeps those of its least loss.
+        budget: total bytes.
+        cap: largest loss of any group, or of each (ROCKET's guard against sacrificing single layers). If no option of a
+            group meets it, the options of smallest loss remain.
 
     Returns:
-        index of the chosen option of each group. Their bytes never exceed the budget.
+        the index of the chosen option of each group. Their bytes never exceed the budget.
 
     Raises:
-        BudgetError: if even the smallest options exceed the budget (names the least possible sum).
-        ValueError: if a group has no option, or a number is negative in bytes or not finite.
+        BudgetError: if even the smallest options exceed the budget (names the smallest possible sum).
+        ValueError: if a group has no option, bytes are negative, a loss is not finite, or there are not as many caps as
+            groups.
     """
     fronts = _frontiers(options, cap)
     least = sum(front.size[0] for front in fronts)
     if least > budget:
         limit = "" if cap is None else " under the loss cap"
-        raise BudgetError(f"the least possible size{limit} is {least:,} bytes, the budget is {budget:,}")
+        raise BudgetError(f"the smallest possible size{limit} is {least:,} bytes, the budget is {budget:,}")
     relaxed = _relax(fronts, budget)
     choice = _fill(fronts, relaxed.choice, budget)
     choice = _exact(fronts, choice, relaxed, budget) or choice
@@ -69,13 +70,13 @@ def knapsack(
 
 
 def smallest_cap(options: Sequence[Sequence[Candidate]], budget: int) -> float:
-    """The least value of the largest loss of any group that the budget allows.
+    """The smallest cap on the loss of any group that the budget allows.
 
-    ROCKET caps losses at α times the mean loss of a uniform budget, α as small as is feasible: this is that cap.
+    ROCKET caps losses at α times the mean loss at a uniform budget, with the smallest feasible α: this is that cap.
 
     Args:
         options: the candidates of each group.
-        budget: bytes for all together.
+        budget: total bytes.
 
     Raises:
         BudgetError: if even the smallest options exceed the budget.
@@ -84,8 +85,8 @@ def smallest_cap(options: Sequence[Sequence[Candidate]], budget: int) -> float:
     fronts = _frontiers(options, None)
     least = sum(front.size[0] for front in fronts)
     if least > budget:
-        raise BudgetError(f"the least possible size is {least:,} bytes, the budget is {budget:,}")
-    # no group can do better than its best, so the cap is at least the worst of these
+        raise BudgetError(f"the smallest possible size is {least:,} bytes, the budget is {budget:,}")
+    # No group can do better than its best option, so the cap is at least the largest of these losses.
     caps = sorted({loss for front in fronts for loss in front.loss if loss >= max(f.loss[-1] for f in fronts)})
     low, high = 0, len(caps) - 1
     while low < high:
@@ -122,7 +123,7 @@ def _loss(fronts: list[_Frontier], choice: list[int]) -> float:
 
 
 def _hull(front: _Frontier) -> list[int]:
-    """Options on the lower convex hull of loss over bytes."""
+    """The options on the lower convex hull of loss over bytes."""
     hull: list[int] = []
     for new in range(len(front.size)):
         while len(hull) > 1:
@@ -137,7 +138,7 @@ def _hull(front: _Frontier) -> list[int]:
 
 @dataclass(frozen=True)
 class _Relaxed:
-    """The linear relaxation: whole choices before the one that would be split, optimum, and loss per byte there."""
+    """The linear relaxation: the choices before the one that it splits, the optimum, and the loss per byte there."""
 
     choice: list[int]
     bound: float
@@ -145,7 +146,7 @@ class _Relaxed:
 
 
 def _relax(fronts: list[_Frontier], budget: int) -> _Relaxed:
-    """Linear relaxation: the steps along all hulls, steepest first, until one does not fit."""
+    """Solve the linear relaxation: take the steps along all hulls, steepest first, until one does not fit."""
     steps = []
     for number, front in enumerate(fronts):
         hull = _hull(front)
@@ -164,7 +165,7 @@ def _relax(fronts: list[_Frontier], budget: int) -> _Relaxed:
 
 
 def _fill(fronts: list[_Frontier], choice: list[int], budget: int) -> list[int]:
-    """Spend what is left, each time on the step of the largest gain per byte that fits, on or off the hull."""
+    """Spend what is left of the budget, always on the fitting step of largest gain per byte, on or off the hull."""
     choice = list(choice)
     left = budget - sum(front.size[pick] for front, pick in zip(fronts, choice, strict=True))
     while True:
@@ -185,7 +186,7 @@ def _fill(fronts: list[_Frontier], choice: list[int], budget: int) -> list[int]:
 
 @dataclass(frozen=True)
 class _Stage:
-    """States after one more group: non-dominated pairs of bytes and loss, and how each came about."""
+    """States after one more group: non-dominated pairs of bytes and loss, with the parent and option of each."""
 
     size: Integers
     reduced: Floats
@@ -194,24 +195,24 @@ class _Stage:
 
 
 def _exact(fronts: list[_Frontier], choice: list[int], relaxed: _Relaxed, budget: int) -> list[int] | None:
-    """Best solution better than `choice`, by dynamic programming over a growing core of groups.
+    """The best solution that improves on `choice`, by dynamic programming over a growing core of groups.
 
-    Starting from the relaxation's choice for all, groups are opened one after another, those with the cheapest
-    alternatives first. A state is a sum of bytes and of reduced costs loss + multiplier · bytes − least; since no
-    solution is better than bound + reduced cost, states beyond the gap to the best known solution go, and dominated
-    ones too. Every state, completed by the relaxation's choice, is a solution: the gap closes as we go (after
-    Pisinger, A minimal algorithm for the multiple-choice knapsack problem, 1995). More than `MOST_STATES` states are
-    thinned to those of least reduced cost.
+    All groups start with the relaxation's choice and are opened one after another, those with the cheapest alternatives
+    first. A state is a sum of bytes and of reduced costs loss + multiplier · bytes − minimum. No solution is better
+    than bound + reduced cost, so states beyond the gap to the best known solution are dropped, as are dominated ones.
+    Every state completed by the relaxation's choice is a solution, so the gap closes along the way (after Pisinger, A
+    minimal algorithm for the multiple-choice knapsack problem, 1995). More than `MOST_STATES` states are thinned to
+    those of smallest reduced cost.
 
     Returns:
-        the solution, or None if there is none better (proven unless states were thinned).
+        the solution, or None if none is better (proven unless states were thinned).
     """
     start = relaxed.choice
     room = budget - sum(front.size[pick] for front, pick in zip(fronts, start, strict=True))
     base = _loss(fronts, start)
     best = _loss(fronts, choice)
     core = _core(fronts, relaxed, best - relaxed.bound)
-    # what groups still closed can add to or take from the bytes
+    # the bytes that groups still closed can add or save
     adds = [max(int(size.max()), 0) for _, _, size, _ in core]
     takes = [min(int(size.min()), 0) for _, _, size, _ in core]
     size, reduced = np.zeros(1, np.int64), np.zeros(1)
@@ -245,7 +246,7 @@ def _core(fronts: list[_Frontier], relaxed: _Relaxed, gap: float) -> list[tuple[
     """Groups with more than one option within the gap, cheapest alternative first.
 
     Returns:
-        of each: its number, its options, their bytes and reduced costs, both less those of the relaxation's choice.
+        for each: its number, its options, and their bytes and reduced costs relative to the relaxation's choice.
     """
     core = []
     for number, (front, now) in enumerate(zip(fronts, relaxed.choice, strict=True)):
@@ -259,7 +260,7 @@ def _core(fronts: list[_Frontier], relaxed: _Relaxed, gap: float) -> list[tuple[
 
 
 def _undominated(size: Integers, loss: Floats) -> Integers:
-    """Places of the pairs that no other undercuts in both respects, by rising size."""
+    """Indices of the pairs that no other undercuts in both size and loss, by rising size."""
     order = np.lexsort((loss, size))
     lowest = np.minimum.accumulate(loss[order])
     return order[np.concatenate([[True], lowest[1:] < lowest[:-1]])] if order.size else order

@@ -1,4 +1,4 @@
-"""Budgets as shares of the dense bytes: the same for all, or by theoretical truncation loss (SVD-LLM V2)."""
+"""Budgets as shares of the dense bytes, by theoretical truncation loss (SVD-LLM V2); exact arithmetic for shares."""
 
 import math
 from collections.abc import Hashable, Sequence
@@ -11,7 +11,7 @@ from cospadi.errors import BudgetError
 
 
 def exact_keep(keep: float) -> Fraction:
-    """`keep` as the decimal number it is written as, so that 0.29 of 100 bytes is 29, not 28.
+    """`keep` as the decimal number that was written, so that 0.29 of 100 bytes is 29, not 28.
 
     Raises:
         BudgetError: if keep is not in (0, 1].
@@ -22,15 +22,15 @@ def exact_keep(keep: float) -> Fraction:
 
 
 def apportion(shares: Sequence[Fraction], total: int, most: Sequence[int] | None = None) -> list[int]:
-    """Integers near `shares` that sum to `total`: round down, then one more to the largest remainders.
+    """Round shares to integers that sum to `total`: round down, then add one to those with the largest remainders.
 
     Args:
-        shares: not negative, summing to at least `total` and less than `total` + 1.
-        total: what the result sums to.
-        most: upper limits of the result; None: none.
+        shares: non-negative, with a sum of at least `total` and less than `total` + 1.
+        total: the sum of the result.
+        most: upper limits of the integers; None: no limits.
 
     Returns:
-        the integers. Ties go to the earlier.
+        the integers. Ties go to the earlier share.
     """
     budgets = [math.floor(share) for share in shares]
     order = sorted(range(len(shares)), key=lambda i: (budgets[i] - shares[i], i))
@@ -47,29 +47,12 @@ def apportion(shares: Sequence[Fraction], total: int, most: Sequence[int] | None
     return budgets
 
 
-def uniform(dense_bytes: Sequence[int], keep: float) -> list[int]:
-    """The same share for every group.
-
-    Args:
-        dense_bytes: bytes of each group at 16 bits a weight.
-        keep: share of bytes kept, in (0, 1].
-
-    Returns:
-        whole bytes of each group, within one of its exact share, that sum to floor(keep · total).
-
-    Raises:
-        BudgetError: if keep is out of range.
-    """
-    exact = exact_keep(keep)
-    return apportion([exact * size for size in dense_bytes], math.floor(exact * sum(dense_bytes)))
-
-
 def truncation_loss(spectrum: npt.ArrayLike, rank: int) -> float:
-    """Theoretical loss of a truncation: root of the sum of the squared singular values beyond `rank`.
+    """Theoretical loss of a truncation: the root of the sum of squared singular values beyond `rank`.
 
     Args:
         spectrum: singular values of the whitened weight, largest first.
-        rank: how many are kept.
+        rank: number of singular values kept.
     """
     tail = np.asarray(spectrum, dtype=np.float64)[rank:]
     return float(np.sqrt(np.square(tail).sum()))
@@ -83,23 +66,24 @@ def theoretical_loss(
     *,
     least_keep: float = 0.05,
 ) -> list[int]:
-    """Budgets that follow each group's theoretical truncation loss (SVD-LLM V2, arXiv 2503.12340, section 3.1).
+    """Budgets that follow the theoretical truncation loss of each group (SVD-LLM V2, arXiv 2503.12340, section 3.1).
 
-    Within a kind of weight (all query projections, say) the removed share of group i is proportional to 1 / log L_i,
-    L_i its loss at the uniform budget: what loses more is compressed less. Every kind keeps the share `keep`.
+    Among weights of one kind (all query projections, for example) the removed share of group i is proportional to
+    1 / log L_i, where L_i is its loss at the uniform budget: groups that lose more are compressed less. Each kind as a
+    whole keeps the share `keep`.
 
-    The published formula takes log L itself and so depends on the unit of the loss; it fails at L ≤ 1. Here
-    the logarithm is 1 + log(L / least L of the kind), which any unit leaves alone.
+    The published formula takes log L itself, so it depends on the unit of the loss and fails for L ≤ 1. Here the
+    logarithm is replaced by 1 + log(L / smallest L of the kind), which does not depend on the unit.
 
     Args:
-        losses: theoretical loss of each group at the uniform budget, not negative.
+        losses: theoretical loss of each group at the uniform budget, non-negative.
         dense_bytes: bytes of each group at 16 bits a weight.
-        kinds: groups of one kind share out their bytes among themselves.
+        kinds: the kind of each group; groups of one kind share one budget.
         keep: share of bytes kept, in (0, 1].
-        least_keep: share that every group keeps at least (`keep`, where that is less).
+        least_keep: smallest share of any group (`keep`, if that is smaller).
 
     Returns:
-        whole bytes of each group, at most its dense bytes, that sum to floor(keep · total).
+        bytes of each group, at most its dense bytes; they sum to floor(keep · total).
 
     Raises:
         BudgetError: if keep is out of range.
@@ -128,7 +112,7 @@ def theoretical_loss(
 
 
 def _fill(weights: list[Fraction], limits: list[Fraction], amount: Fraction) -> list[Fraction]:
-    """Share out `amount` in proportion to `weights`, none above its limit; what a full one cannot take, others do."""
+    """Distribute `amount` in proportion to `weights` up to the limits; the excess of a full one goes to the others."""
     filled = [Fraction(0)] * len(weights)
     open_ = set(range(len(weights)))
     while open_ and amount > 0:

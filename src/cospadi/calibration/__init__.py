@@ -5,11 +5,10 @@ from cospadi.calibration.collect import collect, sequences_per_batch
 from cospadi.calibration.fisher import fisher
 from cospadi.calibration.statistics import Accumulator, Statistics, accumulate
 from cospadi.calibration.store import StatisticsStore
-from cospadi.calibration.texts import Progress, Texts, read_texts
+from cospadi.calibration.texts import Texts, read_texts
 
 __all__ = [
     "Accumulator",
-    "Progress",
     "Statistics",
     "StatisticsStore",
     "Texts",

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from cospadi.calibration.texts import Progress, Texts, read_texts
+from cospadi.calibration.texts import Texts, read_texts
 from cospadi.errors import CalibrationError
+from cospadi.progress import PhaseProgress
 
 _CHUNK_CHARACTERS = 2_000_000
 
@@ -36,7 +37,7 @@ class TokenBlocks:
         return int(self.ids.shape[0])
 
 
-def encode(texts: Texts, tokenizer: PreTrainedTokenizerBase, progress: Progress | None = None) -> list[np.ndarray]:
+def encode(texts: Texts, tokenizer: PreTrainedTokenizerBase, progress: PhaseProgress | None = None) -> list[np.ndarray]:
     """Token ids of every document, int32, without added special tokens.
 
     Args:
@@ -77,7 +78,7 @@ def token_blocks(
     samples: int = 256,
     seq_len: int = 1024,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: PhaseProgress | None = None,
 ) -> TokenBlocks:
     """Draw calibration blocks.
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from cospadi.calibration.statistics import Accumulator
 from cospadi.calibration.store import StatisticsStore
-from cospadi.calibration.texts import Progress
 from cospadi.errors import CalibrationError
 from cospadi.model_view import LayerReplay, LinearGroup, ModelView
+from cospadi.progress import PhaseProgress
 from cospadi.runtime.memory import guard_memory
 
 BATCH_TOKENS = 16_384
@@ -30,7 +30,7 @@ def collect(
     device: torch.device | str = "cpu",
     store: StatisticsStore,
     batch: int | None = None,
-    progress: Progress | None = None,
+    progress: PhaseProgress | None = None,
 ) -> None:
     """Stream calibration text through the model layer by layer and store one Gram per group's input.
 

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cospadi.calibration.texts import Progress
 from cospadi.errors import NumericalError
 from cospadi.model_view import ModelView
+from cospadi.progress import PhaseProgress
 from cospadi.runtime.devices import placed
 from cospadi.runtime.memory import guard_memory
 
@@ -14,7 +14,7 @@ REMEDY = "give fewer --samples, a shorter --seq-len, or --device cpu"
 
 
 def fisher(
-    view: ModelView, ids: Tensor, *, device: torch.device | str = "cpu", progress: Progress | None = None
+    view: ModelView, ids: Tensor, *, device: torch.device | str = "cpu", progress: PhaseProgress | None = None
 ) -> dict[str, Tensor]:
     """Empirical Fisher information of every weight of every group.
 

@@ -1,6 +1,6 @@
-"""Second moments of a layer's input: what whitening needs to know of the calibration text.
+"""Second moments of a layer's input: what whitening needs from the calibration text.
 
-The sums of different parts of a text add up, so statistics may be collected in pieces and in any order.
+They are sums over tokens, so statistics may be collected in pieces and in any order.
 """
 
 from collections.abc import Iterator
@@ -17,12 +17,12 @@ CHUNK_TOKENS = 512
 
 @dataclass(frozen=True)
 class Statistics:
-    """Sums over tokens of one linear group's input.
+    """Sums over the tokens of one linear group's input.
 
     Attributes:
         gram: Σ x xᵀ, float64 (d, d), symmetric.
         abs_sum: Σ |x|, float64 (d,).
-        tokens: how many.
+        tokens: their number.
     """
 
     gram: Tensor
@@ -30,7 +30,7 @@ class Statistics:
     tokens: int
 
     def __add__(self, other: "Statistics") -> "Statistics":
-        """Statistics of both texts together."""
+        """The statistics of both texts together."""
         if not isinstance(other, Statistics):
             return NotImplemented
         return Statistics(self.gram + other.gram, self.abs_sum + other.abs_sum, self.tokens + other.tokens)
@@ -47,15 +47,15 @@ class Statistics:
 
 
 class Accumulator:
-    """Builds `Statistics` from batches, in place.
+    """Accumulates `Statistics` from batches, in place.
 
-    Products are float32 over at most `CHUNK_TOKENS` tokens, their sums float64: the error stays that of one short
-    product, at a fraction of the cost of float64 products (which consumer GPUs compute 64 times slower).
+    Products over at most `CHUNK_TOKENS` tokens are computed in float32 and summed in float64. The error stays that of
+    one short product, at a fraction of the cost of float64 products, which consumer GPUs compute 64 times slower.
 
     Args:
         name: of the layer, for messages.
-        size: d.
-        device: where the sums live.
+        size: d, the number of input channels.
+        device: on which to accumulate.
     """
 
     def __init__(self, name: str, size: int, device: torch.device | str = "cpu") -> None:
@@ -70,7 +70,7 @@ class Accumulator:
 
         Args:
             x: (..., d), any float dtype.
-            mask: (...), true (or 1) at real tokens; None: all are.
+            mask: (...), true (or 1) at real tokens; None: all tokens are real.
         """
         rows = x.detach().reshape(-1, x.shape[-1])
         if mask is not None:
@@ -83,12 +83,12 @@ class Accumulator:
         self.tokens += rows.shape[0]
 
     def finish(self) -> Statistics:
-        """The sums so far, on the CPU, exactly symmetric.
+        """The sums so far, on the CPU, with an exactly symmetric Gram.
 
         Raises:
-            NumericalError: if an activation was NaN or Inf, or so large that its square is.
+            NumericalError: if an activation was NaN or Inf, or its square overflowed.
         """
-        # a single NaN or Inf survives every sum, so one look at the end is enough and costs no synchronisation before
+        # A single NaN or Inf survives every sum, so one check at the end is enough and avoids synchronisation before.
         channels = ~(self.abs_sum.isfinite() & self.gram.diagonal().isfinite())
         if bool(channels.any()):
             first = int(channels.nonzero()[0])
@@ -97,7 +97,7 @@ class Accumulator:
                 "the model overflows on this text (try bfloat16 or float32 weights) or is damaged"
             )
         gram = self.gram.cpu()
-        for start in range(0, len(gram), 1024):  # blocks: no second full copy
+        for start in range(0, len(gram), 1024):  # in blocks, to avoid a second full copy
             stop = start + 1024
             corner = gram[start:stop, start:stop].triu()
             gram[start:stop, start:stop] = corner + corner.triu(1).T
@@ -110,11 +110,11 @@ def accumulate(x: Tensor, mask: Tensor | None = None, *, name: str = "activation
 
     Args:
         x: (..., d).
-        mask: (...), true (or 1) at real tokens; padding is left out.
+        mask: (...), true (or 1) at real tokens; padding is ignored. None: all tokens are real.
         name: of the layer, for messages.
 
     Raises:
-        NumericalError: on NaN or Inf among the real tokens.
+        NumericalError: if a real token has NaN or Inf.
     """
     accumulator = Accumulator(name, x.shape[-1], x.device)
     accumulator.add(x, mask)
@@ -123,7 +123,7 @@ def accumulate(x: Tensor, mask: Tensor | None = None, *, name: str = "activation
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Float32 products with float32 mantissas: no TF32, no bfloat16 inside, whatever the process has set."""
+    """Compute float32 products in full float32, without TF32 or bfloat16, whatever the process has set."""
     before = torch.get_float32_matmul_precision()
     if before == "highest":
         yield

@@ -1,11 +1,9 @@
-"""Statistics on disk, one safetensors file per decoder layer, so that an interrupted run goes on where it stopped.
+"""Statistics on disk, one safetensors file per decoder layer, so that an interrupted run can resume.
 
-Grams are symmetric: only the rows' parts from the diagonal block on are written, in strips of `STRIP` rows. Every
-file appears by an atomic rename, complete or not at all.
+Grams are symmetric, so only the part of each row from the diagonal block on is written, in strips of `STRIP` rows.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from cospadi.calibration.statistics import Statistics
 from cospadi.errors import OutputError
+from cospadi.io import UNFINISHED, disk_errors, write_durably
 from cospadi.model_view import LinearGroup
 
 STRIP = 256
@@ -25,43 +24,42 @@ FINGERPRINT = "fingerprint.json"
 
 
 class StatisticsStore:
-    """A directory of statistics that belong to one model and one calibration text.
+    """A directory of statistics of one model and one calibration text.
 
     Args:
-        directory: made if absent.
-        fingerprint: whatever the statistics depend on (JSON values); what lies there must have been made with the same.
+        directory: created if absent.
+        fingerprint: everything the statistics depend on (JSON values). Existing statistics must have the same one.
 
     Raises:
-        OutputError: if the directory holds statistics made with another fingerprint (names what differs), or cannot
-            be used.
+        OutputError: if the directory holds statistics with another fingerprint (names what differs), or cannot be used.
     """
 
     def __init__(self, directory: str | Path, fingerprint: Mapping[str, Any]) -> None:
         self.directory = Path(directory)
         self.fingerprint: dict[str, Any] = json.loads(json.dumps(dict(fingerprint)))
         path = self.directory / FINGERPRINT
-        try:
+        with disk_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-            for left in self.directory.glob("*.tmp"):
+            for left in self.directory.glob(f"*{UNFINISHED}"):
                 left.unlink()
-            if path.exists():
-                self._compare(json.loads(path.read_text(encoding="utf-8")))
-            else:
-                write_atomically(path, (json.dumps(self.fingerprint, indent=1, sort_keys=True) + "\n").encode())
-        except json.JSONDecodeError:
-            raise OutputError(f"{path}: damaged; delete {self.directory} or use --fresh") from None
-        except OSError as error:
-            raise OutputError(f"{self.directory}: cannot hold statistics: {error.strerror or error}") from None
+            if not path.exists():
+                write_durably(path, json.dumps(self.fingerprint, indent=1, sort_keys=True) + "\n")
+                return
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                raise OutputError(f"{path} is damaged: delete {self.directory}, or use --fresh") from None
+            self._compare(found)
 
     def __contains__(self, layer: int) -> bool:
-        """Whether a decoder layer's statistics are there."""
+        """Whether the statistics of a decoder layer are there."""
         return self._path(layer).is_file()
 
     def save(self, layer: int, statistics: Mapping[LinearGroup, Statistics]) -> None:
-        """Write one decoder layer's statistics.
+        """Write the statistics of one decoder layer.
 
         Raises:
-            OutputError: if the disk is full or cannot be written.
+            OutputError: if the disk is full or not writable.
         """
         tensors: dict[str, Tensor] = {}
         for group, item in statistics.items():
@@ -69,13 +67,13 @@ class StatisticsStore:
             tensors[f"{key}.gram"] = pack_symmetric(item.gram)
             tensors[f"{key}.abs_sum"] = item.abs_sum.contiguous()
             tensors[f"{key}.tokens"] = torch.tensor([item.tokens], dtype=torch.int64)
-        write_atomically(self._path(layer), save(tensors))
+        write_durably(self._path(layer), save(tensors))
 
     def load(self, group: LinearGroup) -> Statistics:
-        """Read one group's statistics.
+        """Read the statistics of one group.
 
         Raises:
-            OutputError: if they are not there or damaged.
+            OutputError: if they are missing or damaged.
         """
         path, key = self._path(group.layer), group.modules[0]
         try:
@@ -85,24 +83,24 @@ class StatisticsStore:
         except FileNotFoundError:
             raise OutputError(f"{self.directory}: no statistics of decoder layer {group.layer}") from None
         except (SafetensorError, ValueError, OSError) as error:
-            raise OutputError(f"{path}: damaged ({error}); delete it or use --fresh") from None
+            raise OutputError(f"{path} is damaged ({error}): delete it, or use --fresh") from None
 
     def discard(self, layer: int) -> None:
-        """Delete one decoder layer's statistics, once they are no longer needed."""
+        """Delete the statistics of one decoder layer once they are no longer needed."""
         self._path(layer).unlink(missing_ok=True)
 
     def require_space(self, groups: Iterable[LinearGroup]) -> None:
-        """Look whether the disk will hold the statistics of these groups.
+        """Check that the disk has room for the statistics of these groups.
 
         Raises:
-            OutputError: if it will not, with what is needed and what is free.
+            OutputError: if it does not (names what is needed and what is free).
         """
         need = sum(8 * (packed_size(group.d_in) + group.d_in) for group in groups)
         free = shutil.disk_usage(self.directory).free
         if need > free:
             raise OutputError(
                 f"{self.directory}: the calibration statistics need {_size(need)}, {_size(free)} are free: "
-                "free some, or choose a directory on another disk"
+                "free some space, or choose a directory on another disk"
             )
 
     def _path(self, layer: int) -> Path:
@@ -119,7 +117,7 @@ class StatisticsStore:
                 f"{key}: {_short(found.get(key))} there, {_short(self.fingerprint.get(key))} now" for key in differ
             )
             raise OutputError(
-                f"{self.directory} holds statistics of another run ({shown}); use --fresh or another directory"
+                f"{self.directory} holds statistics of another run ({shown}): use --fresh or another directory"
             )
 
 
@@ -129,12 +127,12 @@ def _short(value: Any) -> str:
 
 
 def packed_size(size: int) -> int:
-    """Numbers that `pack_symmetric` keeps of a (size, size) matrix."""
+    """How many numbers `pack_symmetric` keeps of a (size, size) matrix."""
     return sum(min(STRIP, size - start) * (size - start) for start in range(0, size, STRIP))
 
 
 def pack_symmetric(matrix: Tensor) -> Tensor:
-    """A symmetric matrix (d, d) as a vector of `packed_size(d)` numbers."""
+    """Pack a symmetric matrix (d, d) into a vector of `packed_size(d)` numbers."""
     return torch.cat([matrix[i : i + STRIP, i:].reshape(-1) for i in range(0, len(matrix), STRIP)])
 
 
@@ -142,7 +140,7 @@ def unpack_symmetric(packed: Tensor, size: int) -> Tensor:
     """Inverse of `pack_symmetric`.
 
     Raises:
-        ValueError: if the vector does not hold a matrix of that size.
+        ValueError: if the vector does not have `packed_size(size)` numbers.
     """
     if packed.shape != (packed_size(size),):
         raise ValueError(f"a packed {size}x{size} matrix holds {packed_size(size)} numbers, not {tuple(packed.shape)}")
@@ -155,24 +153,6 @@ def unpack_symmetric(packed: Tensor, size: int) -> Tensor:
         matrix[start:, start : start + rows] = strip.T
         position += rows * columns
     return matrix
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut.
-
-    Raises:
-        OutputError: if the disk is full or cannot be written.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def _size(size: int) -> str:

@@ -2,15 +2,12 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cospadi.errors import CalibrationError
-
-Progress = Callable[[int, int, str], None]
-"""Called as progress(done, total, detail), where detail names the current item."""
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 HUB_CHARACTERS = 16_000_000

@@ -1,34 +1,29 @@
-"""Save, load, validate, export and measure compressed checkpoints."""
+"""Save, load, validate, export and measure compressed checkpoints of every registered format."""
 
-from cospadi.checkpoint.convert import (
-    install,
-    install_packed,
-    quantization_config,
-    replace_by_dense,
-    replace_modules,
-    storage_dtype,
-)
 from cospadi.checkpoint.dense_export import export_dense
-from cospadi.checkpoint.formats.factored import parse_config, read_config, validate
-from cospadi.checkpoint.formats.factored_hf import attach, register
+from cospadi.checkpoint.formats.base import FORMATS, Format, format_for, format_of, is_compressed
+from cospadi.checkpoint.formats.grouped import GroupedFormat, storage_dtype
+from cospadi.checkpoint.hooks import attach, register
 from cospadi.checkpoint.load import load
 from cospadi.checkpoint.save import save
 from cospadi.checkpoint.sizes import factor_bytes, file_bytes
+from cospadi.checkpoint.validate import read_config, read_format, validate
 
 __all__ = [
+    "FORMATS",
+    "Format",
+    "GroupedFormat",
     "attach",
     "export_dense",
     "factor_bytes",
     "file_bytes",
-    "install",
-    "install_packed",
+    "format_for",
+    "format_of",
+    "is_compressed",
     "load",
-    "parse_config",
-    "quantization_config",
     "read_config",
+    "read_format",
     "register",
-    "replace_by_dense",
-    "replace_modules",
     "save",
     "storage_dtype",
     "validate",

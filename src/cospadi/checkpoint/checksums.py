@@ -1,4 +1,4 @@
-"""``SHA256SUMS``: what tells an altered weight file, where shapes, masks and scales still look right."""
+"""``SHA256SUMS``: detects an altered weight file whose shapes, masks and scales still look right."""
 
 from __future__ import annotations
 

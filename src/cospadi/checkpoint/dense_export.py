@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from cospadi.checkpoint.formats.factored import read_config
 from cospadi.checkpoint.load import load
 from cospadi.checkpoint.publish import staged
+from cospadi.checkpoint.validate import read_format
 from cospadi.errors import CheckpointError, NumericalError, OutputError
 
 
@@ -19,18 +19,18 @@ def export_dense(
     dtype: str | torch.dtype = "auto",
     max_shard_size: str | int = "5GB",
 ) -> None:
-    """Multiply every dictionary with its codes and write a checkpoint that loads without this package.
+    """Compute every stored weight and write a checkpoint that loads without this package.
 
-    Needs the memory of the dense model. Products are computed in float32, then rounded to `dtype`.
+    Needs the memory of the dense model. Weights are computed in float32, then rounded to `dtype`.
 
     Args:
         path: a compressed checkpoint.
-        out: directory to write, another than `path`.
+        out: directory to write, other than `path`.
         dtype: of the weights written; ``"auto"`` for that of the checkpoint.
         max_shard_size: of one weight file.
 
     Raises:
-        CheckpointError: if `path` is damaged or not compressed.
+        CheckpointError: if `path` is damaged, not compressed, or of a format that no stock model can express.
         NumericalError: if a weight is NaN or Inf, or becomes so in `dtype`.
         OutputError: if `out` cannot be written.
     """
@@ -39,15 +39,15 @@ def export_dense(
         raise OutputError(f"{out}: the export would overwrite the checkpoint it reads; choose another directory")
     if not source.is_dir():
         raise CheckpointError(f"{path}: there is no such directory")
-    read_config(source)
-    model = load(source, dtype=dtype)
-    dense: Any = model
-    dense.dequantize(dtype=model.dtype)
+    stored, _ = read_format(source)
+    if stored.not_stock:
+        raise CheckpointError(f"{path}: {stored.not_stock}")
+    model = load(source, dtype=dtype, compose=True)
     for name, weight in model.named_parameters():
         if not bool(weight.isfinite().all()):
             raise NumericalError(
-                f"{path}: {name} is NaN or Inf in {str(model.dtype).removeprefix('torch.')}: another --dtype may hold "
-                "it, or the checkpoint is damaged; nothing was written"
+                f"{path}: {name} is NaN or Inf in {str(model.dtype).removeprefix('torch.')}: try another "
+                "--dtype; if that fails too, the checkpoint is damaged. Nothing was written"
             )
     with staged(target) as staging:
         model.save_pretrained(staging, max_shard_size=max_shard_size)

@@ -1,4 +1,4 @@
-"""Headers of safetensors files, read without touching the data: what a directory claims to hold, and whether it can."""
+"""Headers of safetensors files, read without touching the data, and whether the files can hold what they claim."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: holds no JSON object")
+        raise CheckpointError(f"{path}: is not a JSON object")
     return data
 
 
 def read_header(path: Path) -> dict[str, Entry]:
     """Read and check the header of one safetensors file.
 
-    Checked: the header is whole, every dtype is known, every shape fits its bytes, and the tensors fill the file
+    The header must be complete, every dtype known, and every shape fit its bytes; the tensors must fill the file
     without gap or overlap, so that reading them cannot run past its end.
 
     Args:
@@ -83,21 +83,21 @@ def read_header(path: Path) -> dict[str, Entry]:
         the tensors by name.
 
     Raises:
-        CheckpointError: naming the file, and the tensor where it is one tensor's fault.
+        CheckpointError: naming the file, and the tensor if one is at fault.
     """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise CheckpointError(f"{path}: the file is cut short or is no safetensors file ({size:,} bytes)")
+                raise CheckpointError(f"{path}: the file is truncated or not a safetensors file ({size:,} bytes)")
             header = json.loads(file.read(length), object_pairs_hook=_unique)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: the file is missing; copy the checkpoint again") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the header cannot be read: {error}") from None
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: the header is no JSON object")
+        raise CheckpointError(f"{path}: the header is not a JSON object")
     header.pop("__metadata__", None)
     spans: list[tuple[int, int, str]] = []
     entries: dict[str, Entry] = {}
@@ -128,7 +128,7 @@ def _entry(path: Path, name: str, value: Any) -> tuple[Entry, tuple[int, int]]:
 
 
 def read_directory(directory: Path) -> dict[str, Entry]:
-    """Tensors of a checkpoint directory, from the one file or from the files of the index.
+    """Tensors of a checkpoint directory, from its single file or from the files of the index.
 
     Raises:
         CheckpointError: if a file is missing or damaged, the index points outside the directory, or index and
@@ -144,7 +144,7 @@ def read_directory(directory: Path) -> dict[str, Entry]:
         raise CheckpointError(f"{index}: has no weight_map")
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file or file in (".", "..") or "/" in file or "\\" in file or "\0" in file:
-            raise CheckpointError(f"{index}: tensor {name} lies in {file!r}, which is no file name in this directory")
+            raise CheckpointError(f"{index}: tensor {name} is in {file!r}, which is not a file name in this directory")
     entries: dict[str, Entry] = {}
     for file in sorted(set(weight_map.values())):
         for name, entry in read_header(directory / file).items():
@@ -161,5 +161,5 @@ def read_directory(directory: Path) -> dict[str, Entry]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("duplicate key")
     return data

@@ -1,4 +1,4 @@
-"""Load a checkpoint, loudly: whatever is missing or damaged stops it."""
+"""Load a checkpoint of any format, or a stock one, and refuse it if anything is missing or damaged."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import torch
 from safetensors import SafetensorError
 
 from cospadi.checkpoint.checksums import check_checksums
-from cospadi.checkpoint.formats.factored import QUANT_METHOD, validate
-from cospadi.checkpoint.formats.factored_hf import register
-from cospadi.checkpoint.formats.linear_blocks import LINEAR_BLOCKS_METHOD
-from cospadi.checkpoint.formats.width import WIDTH_METHOD, validate_width
+from cospadi.checkpoint.formats.base import format_of
 from cospadi.checkpoint.headers import read_directory, read_json
+from cospadi.checkpoint.hooks import register
+from cospadi.checkpoint.validate import validate
 from cospadi.errors import CheckpointError, CospadiError, ResourceError
 
 if TYPE_CHECKING:
@@ -27,43 +26,40 @@ def load(
     device_map: Any = None,
     revision: str | None = None,
     checksums: bool = True,
+    compose: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """Load a compressed or width-pruned checkpoint, or a stock one (dense or pruned) as it is.
+    """Load a checkpoint of any registered format, or a stock one as it is.
 
-    Unlike plain ``from_pretrained`` this refuses a checkpoint in which a weight is missing, of another shape, or not
-    accounted for.
+    Unlike plain ``from_pretrained`` this refuses a checkpoint in which a weight is missing, has another shape, or
+    belongs to no module.
 
     Args:
         path: directory, or the id of a repository on the hub.
         dtype: ``"auto"`` for that of the checkpoint, or the floating-point dtype to compute in.
         device_map: as transformers takes it.
         revision: of a repository on the hub.
-        checksums: compare the weight files with ``SHA256SUMS``, where that file is; about a second for 1.5 GB.
+        checksums: compare the weight files with ``SHA256SUMS`` if that file is there; about a second for 1.5 GB.
+        compose: compute the weights once and return an ordinary dense model, as large as the original; formats
+            without a stock form are loaded as they are. Otherwise the model stays small.
         **kwargs: passed on to ``from_pretrained``.
 
     Returns:
-        the model, in evaluation mode; factors are frozen.
+        the model, in evaluation mode; stored factors are frozen.
 
     Raises:
         CheckpointError: if the checkpoint is absent or damaged; names file and tensor.
-        ResourceError: if memory does not suffice.
+        ModelError: if `compose` is asked of offloaded layers.
+        ResourceError: if there is not enough memory.
     """
     directory = _locate(path, revision)
     config = read_json(directory / "config.json")
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    compressed = method in (QUANT_METHOD, WIDTH_METHOD, LINEAR_BLOCKS_METHOD)
-    if method == QUANT_METHOD:
-        validate(directory, deep=False)  # masks and scales are checked on the loaded tensors
-        register()
-    elif method == WIDTH_METHOD:
-        validate_width(directory)
-        register()
-    elif compressed:
+    stored = format_of(config.get("quantization_config"))
+    if stored is None:
         read_directory(directory)
-        register()
     else:
-        read_directory(directory)
+        validate(directory, deep=False)  # the numbers are checked on the loaded tensors
+        register()
     try:
         model, info = _model_class(config).from_pretrained(
             directory,
@@ -82,11 +78,13 @@ def load(
         raise CheckpointError(f"{directory}: cannot be loaded: {_first_line(error)}") from error
     for kind in ("missing", "mismatched", "unexpected"):
         names = sorted(str(name) for name in info.get(f"{kind}_keys") or ())
-        if names and (compressed or kind != "unexpected"):
+        if names and (stored is not None or kind != "unexpected"):
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(f"{directory}: {kind} tensor {names[0]}{more}; copy the checkpoint again")
-    if compressed and checksums:
+    if stored is not None and checksums:
         check_checksums(directory)  # last: the checks above name the tensor
+    if compose and stored is not None and not stored.not_stock and getattr(model, "hf_quantizer", None) is not None:
+        model.dequantize(dtype=model.dtype)
     loaded: PreTrainedModel = model.eval()
     return loaded
 
@@ -104,7 +102,7 @@ def _locate(path: str | Path, revision: str | None) -> Path:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: neither a directory nor a repository on the hub that can be read: {_first_line(error)}"
+            f"{path}: neither a directory nor a readable repository on the hub: {_first_line(error)}"
         ) from error
 
 

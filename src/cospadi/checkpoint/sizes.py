@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from cospadi.checkpoint.formats.factored import read_config
+from cospadi.checkpoint.checks import entry_of
 from cospadi.checkpoint.headers import INDEX, SINGLE, read_directory, read_json
+from cospadi.checkpoint.validate import read_format
 from cospadi.errors import CheckpointError
-from cospadi.layers.tensors import module_tensors
 
 
 def file_bytes(path: str | Path) -> int:
@@ -27,18 +27,12 @@ def file_bytes(path: str | Path) -> int:
 
 
 def factor_bytes(path: str | Path) -> int:
-    """Bytes of the factors of a compressed checkpoint (biases excluded), as they lie on disk.
+    """Bytes on disk of the tensors that a checkpoint's format stores: factors, without biases and guard.
 
     Raises:
-        CheckpointError: if the directory is damaged.
+        CheckpointError: if the directory is damaged or not of a registered format.
     """
     directory = Path(path)
+    stored, specs = read_format(directory)
     entries = read_directory(directory)
-    total = 0
-    for group in read_config(directory):
-        for index, module in enumerate(group.modules):
-            for leaf in module_tensors(group, index):
-                if f"{module}.{leaf}" not in entries:
-                    raise CheckpointError(f"{directory}: tensor {module}.{leaf} is missing")
-                total += entries[f"{module}.{leaf}"].bytes
-    return total
+    return sum(entry_of(entries, name, directory).bytes for name in stored.names(specs))

@@ -6,7 +6,6 @@ from typing import Any
 
 from rich.table import Table
 
-import cospadi.masa.retrofit.method  # noqa: F401 - registers its method
 from cospadi.methods import Method, all_methods, get_method
 from cospadi.pruning import DepthMethod, all_depth_methods
 

@@ -1,14 +1,63 @@
-"""`compress`: from a model and a recipe to a directory that ``from_pretrained`` loads."""
+"""`compress`: from a model and a recipe to a directory that ``from_pretrained`` loads; durable after every group."""
 
 from __future__ import annotations
 
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cospadi.engine.run import Progress, Result, Run, silent
-from cospadi.model_view import source_name
+import torch
+from transformers import PreTrainedModel
+
+from cospadi.calibration import TokenBlocks, fisher
+from cospadi.checkpoint import storage_dtype
+from cospadi.engine.allocate.rules import final_plan
+from cospadi.engine.context import RunContext
+from cospadi.engine.factorise import factorise_group
+from cospadi.engine.inputs import Inputs
+from cospadi.engine.journal import Journal, check_complete, check_output
+from cospadi.engine.outputs import Checkpoint, environment, write_report
+from cospadi.engine.plan.plan import Plan, make_plan
+from cospadi.engine.plan.pruning import check_section, prune_first
+from cospadi.engine.plan.selection import chosen_modules, restricted
+from cospadi.engine.tune.sequential import Outcome, Sequential, require_layers
+from cospadi.methods import get_method
+from cospadi.model_view import ModelView, check_weights, discover, source_name
+from cospadi.progress import Progress, silent
 from cospadi.recipe import Recipe
+from cospadi.runtime.devices import resolve_device
+from cospadi.runtime.fingerprints import versions
 from cospadi.runtime.memory import memory_errors
+
+"""Called as progress(phase, done, total, detail="", error=None)."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left behind.
+
+    Attributes:
+        out: the checkpoint directory.
+        report: the content of ``report.json``.
+        resumed: groups taken over from an interrupted run; all of them if the run was already complete.
+        complete: the run was already complete, and nothing was done.
+    """
+
+    out: Path
+    report: dict[str, Any]
+    resumed: int
+    complete: bool = False
+
+    @property
+    def keep_actual(self) -> float:
+        """Share of the compressed layers' bytes that is kept."""
+        return float(self.report["keep_actual"])
 
 
 def compress(
@@ -26,7 +75,7 @@ def compress(
 ) -> Result:
     """Compress a model into a directory that ``from_pretrained`` loads.
 
-    The same call after an interruption goes on where it stopped and gives the same bytes.
+    The same call after an interruption resumes where it stopped and writes the same bytes.
 
     Args:
         model: local directory or hub id.
@@ -55,6 +104,178 @@ def compress(
         changes |= {"keep": keep, "target_size": changes.get("target_size")}
     if method is not None:
         changes["method"] = method
-    merged = base.merged(changes)
+    merged, progress = base.merged(changes), progress or silent
+    inputs = Inputs(source_name(model), merged, texts, progress)
     with memory_errors():
-        return Run(source_name(model), Path(out), merged, texts, progress or silent, command).go(fresh)
+        return CompressRun(inputs, Checkpoint(Path(out), progress), merged, progress, command).go(fresh)
+
+
+class CompressRun:
+    """The steps of one run, in order.
+
+    Args:
+        inputs: where model, text and statistics come from.
+        outputs: what becomes of the factors.
+        recipe: of the run.
+        progress: called as progress(phase, done, total, detail, error).
+        command: the command line, for the report.
+    """
+
+    def __init__(self, inputs: Inputs, outputs: Checkpoint, recipe: Recipe, progress: Progress, command: str) -> None:
+        self.inputs, self.outputs, self.asked = inputs, outputs, recipe
+        self.progress, self.command = progress, command
+        self.recipe = recipe
+        """What is carried out: `asked`, with a `keep` that counts against a model that was pruned first."""
+        self.seconds: dict[str, float] = {}
+        self.pruned: dict[str, Any] = {}
+
+    def go(self, fresh: bool) -> Result:
+        """Everything from reading the model to writing the report."""
+        begun, out = time.perf_counter(), self.outputs.out
+        self._check()
+        device = resolve_device(self.recipe.device)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            self.progress("read", 0, 1, "text and model")
+            model, tokenizer = self.inputs.open("compress")
+            view = self._view(model)
+            plan = self._planned(view) if self.recipe.prune is None else None
+            blocks = self.inputs.tokens(tokenizer)
+            self.progress("read", 1, 1)
+            fingerprint = self.inputs.fingerprint(model, blocks, device, self.recipe)
+            with Journal(out, fingerprint, fresh=fresh) as journal:
+                finished = journal.report()
+                if finished is not None and (out / "config.json").exists():
+                    check_complete(out)
+                    journal.finish()  # in case the run was stopped just before it did
+                    return Result(out, finished, len(finished.get("groups", [])), complete=True)
+                self.seconds["read"] = time.perf_counter() - begun
+                if plan is None:
+                    view, plan = self._prune(view, blocks, device)
+                context = self._context(view, blocks, device, journal)
+                with self._timed("allocate"):
+                    plan = final_plan(context, self.recipe, plan, journal)
+                found = self._factorise(context, plan, journal)
+                with self._timed("save"):
+                    self.outputs.save(view.model, tokenizer, plan, journal)
+                self.seconds["total"] = time.perf_counter() - begun
+                notes = list(dict.fromkeys(str(w.message) for w in caught if w.category is UserWarning))
+                report = self._report(context, plan, found, blocks) | {"warnings": notes}
+                write_report(out, self.asked.to_yaml(), report)
+                journal.finish()
+        return Result(out, report, found.resumed)
+
+    def _check(self) -> None:
+        """Refuse what needs neither model nor text to be refused."""
+        get_method(self.recipe.method).check(self.recipe.options)
+        self.recipe.require_budget()
+        if self.recipe.prune is not None:
+            check_section(self.recipe.prune)
+        check_output(self.outputs.out)
+        self.inputs.require_text()
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begun
+
+    def _view(self, model: PreTrainedModel) -> ModelView:
+        """The linear groups that the recipe compresses."""
+        view = discover(model)
+        check_weights(view)
+        return restricted(view, chosen_modules(view, self.recipe))
+
+    def _planned(self, view: ModelView) -> Plan:
+        plan = make_plan(view, self.recipe)
+        if self.recipe.sequential:
+            require_layers(plan)
+        return plan
+
+    def _prune(self, view: ModelView, blocks: TokenBlocks, device: torch.device) -> tuple[ModelView, Plan]:
+        """Remove blocks first; from then on the recipe's keep counts against the pruned model."""
+        with self._timed("prune"):
+            view, self.recipe, self.pruned = prune_first(view, self.recipe, blocks.ids, device, self.progress)
+        return view, self._planned(view)
+
+    def _context(self, view: ModelView, blocks: TokenBlocks, device: torch.device, journal: Journal) -> RunContext:
+        """Statistics of every group's input, and whatever else the method needs."""
+        gradients = {}
+        with self._timed("calibrate"):
+            store = self.inputs.statistics(view, blocks, device, journal.statistics, whole=not self.pruned)
+            if "fisher" in get_method(self.recipe.method).needs:
+                reporting = partial(self.progress, "calibrate")
+                gradients = fisher(view, blocks.ids, device=device, progress=reporting)
+        dtype = storage_dtype(view.model)
+        return RunContext(view, store, blocks.ids, device, dtype, self.recipe.seed, self.progress, gradients)
+
+    def _factorise(self, context: RunContext, plan: Plan, journal: Journal) -> Outcome:
+        """Factors of every group, each durable before the next is begun."""
+        begun = time.perf_counter()
+        if self.recipe.sequential:
+            found = Sequential(context, plan, self.recipe, journal).go()
+            refining = sum(layer.get("refine", {}).get("seconds", 0.0) for layer in found.layers)
+            refining += found.predictions.get("seconds", 0.0)
+            if self.recipe.refine is not None:
+                self.seconds["refine"] = refining
+            self.seconds["factorise"] = time.perf_counter() - begun - refining
+            return found
+        found, missed, energy = Outcome(), 0.0, 0.0
+        for index, group in enumerate(plan.groups):
+            error = missed / energy if energy else None
+            self.progress("factorise", index, len(plan.groups), group.spec.name, error)
+            if journal.groups.has(index):
+                info = journal.groups.read(index)[1]
+                found.resumed += 1
+            else:
+                packed, info = factorise_group(context, group)
+                journal.groups.write(index, packed, info)
+            missed, energy = missed + info["missed"], energy + info["energy"]
+            found.groups.append({key: info[key] for key in ("error", "missed", "energy", "seconds")})
+        self.progress("factorise", len(plan.groups), len(plan.groups), "", missed / energy if energy else None)
+        self.seconds["factorise"] = time.perf_counter() - begun
+        return found
+
+    def _report(self, context: RunContext, plan: Plan, found: Outcome, blocks: TokenBlocks) -> dict[str, Any]:
+        """The content of ``report.json``, as plain data."""
+        model = context.view.model
+        report = {
+            "cospadi_version": versions()["cospadi"],
+            "created": datetime.now(UTC).replace(microsecond=0).isoformat(),
+            "command": self.command,
+            "model": self.inputs.name,
+            "architecture": (model.config.architectures or [type(model).__name__])[0],
+            "method": self.recipe.method,
+            "keep_requested": plan.keep_requested,
+            "keep_actual": plan.keep_actual,
+            "bytes_before": plan.bytes_before,
+            "bytes_after": plan.bytes_after,
+            # Compressed layers are counted at 16 bits a weight on both sides; the rest in the model's own dtype.
+            "file_bytes_before": plan.bytes_before + plan.other_bytes,
+            "parameters": plan.bytes_before // 2 + plan.other_bytes // model.dtype.itemsize,
+            "seconds": {key: round(value, 3) for key, value in self.seconds.items()},
+            "seed": self.recipe.seed,
+            "recipe": self.recipe.model_dump(mode="json", exclude_none=True),
+            "calibration": blocks.report | {"sha256": blocks.sha256},
+            "groups": [group.row() | info for group, info in zip(plan.groups, found.groups, strict=True)],
+        }
+        report |= environment(context.device) | self.outputs.facts()
+        report |= {"layers": found.layers} if found.layers else {}
+        report |= {"predictions": found.predictions} if found.predictions else {}
+        return report | self._of_the_whole(plan)
+
+    def _of_the_whole(self, plan: Plan) -> dict[str, Any]:
+        """What a report says otherwise where blocks were removed first: shares count against the original model."""
+        if not self.pruned:
+            return {}
+        before = self.pruned["bytes_before"]
+        return {
+            "prune": self.pruned,
+            "keep_requested": self.asked.keep or plan.keep_requested * self.pruned["bytes_after"] / before,
+            "keep_actual": plan.bytes_after / before,
+            "bytes_before": before,
+            "other_bytes": plan.other_bytes,
+            "file_bytes_before": self.pruned["file_bytes_before"],
+            "parameters": self.pruned["parameters"],
+            "recipe": self.asked.model_dump(mode="json", exclude_none=True),
+        }

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cospadi.checkpoint import register
-from cospadi.engine.factorise import output_error, pack_factors, rebuild
+from cospadi.engine.factorise import output_error
 from cospadi.methods import GroupShape, Problem, get_method
 from cospadi.runtime.devices import device_name
 from cospadi.runtime.fingerprints import versions
@@ -58,7 +58,7 @@ def _tiny_run() -> dict[str, Any]:
     method, shape = get_method("pursuit"), GroupShape(("tiny",), 48, (64,))
     spec = method.spec(shape, int(0.8 * shape.dense_bytes), {})
     factors = method.factorise(Problem("tiny", (weight,), (gram,)), spec, {"rounds": 5})
-    missed, energy = output_error(weight, rebuild(pack_factors(factors, spec, torch.bfloat16), spec), gram)
+    missed, energy = output_error(weight, spec.weight(factors.pack(spec, torch.bfloat16)), gram)
     return _check(
         "a tiny factorisation", missed < 0.5 * energy, f"relative squared error {missed / energy:.4f} at keep 0.8"
     )

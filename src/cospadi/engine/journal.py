@@ -1,13 +1,13 @@
 """The journal: every finished group is durable, and the same command goes on where it stopped.
 
 A run's directory holds ``.cospadi/`` while it works: ``fingerprint.json`` (what the run is), ``statistics/`` (Grams),
-``groups/NNNN.safetensors`` with the packed factors and, as metadata, what the report says of them. Every file is
+``plan.json`` (the plan after calibration) and sections of numbered entries: ``groups/NNNN.safetensors`` with the packed
+factors and, as metadata, what the report says of them; ``layers/`` and ``predictions/`` for tuning. Every file is
 written under another name, flushed to disk and renamed, so a file that is there is whole.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -23,53 +23,18 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from cospadi.checkpoint import validate
-from cospadi.checkpoint.formats.shared import is_shared, validate_shared
-from cospadi.checkpoint.headers import read_json
 from cospadi.errors import CheckpointError, CospadiError, OutputError, ResourceError
+from cospadi.io import disk_errors, write_durably
 
 FOLDER = ".cospadi"
 ROWS = "rows.jsonl"
 """Where a comparison keeps its finished rows."""
 MARKER = "fingerprint.json"
+PLAN = "plan.json"
+SECTIONS = ("groups", "layers", "predictions")
+"""Folders of numbered entries: groups of linear layers; tuned decoder layers; all groups tuned together."""
 REPORT = "report.json"
 _CHECKPOINT = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or a missing permission into one clear line.
-
-    Raises:
-        OutputError: in place of what the system or safetensors raised.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        number = error.errno if isinstance(error, OSError) else None
-        if number is None:  # safetensors gives the number in its text only
-            found = re.search(r"os error (\d+)", str(error))
-            number = int(found[1]) if found else None
-        if number in _FULL:
-            raise OutputError(
-                f"no space left on the disk of {path}: free some and run the same command again; it goes on from here"
-            ) from None
-        reason = os.strerror(number) if number else str(error)
-        raise OutputError(f"{path} cannot be written: {reason}; check it or choose another directory") from None
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a file that is either whole or absent."""
-    with disk_errors(path):
-        temporary = path.with_name(path.name + ".part")
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
@@ -87,6 +52,58 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else "unset" if value is None else json.dumps(value)
     return text if len(text) <= 24 else text[:10] + "…" + text[-6:]
+
+
+class Section:
+    """Numbered entries of a journal, each a file of tensors with a JSON object beside them.
+
+    Args:
+        folder: of the entries.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __bool__(self) -> bool:
+        return any(self.folder.glob("*.safetensors"))
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"{index:04d}.safetensors"
+
+    def has(self, index: int) -> bool:
+        """Whether the entry of this number is finished."""
+        return self._path(index).exists()
+
+    def write(self, index: int, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+        """Make a finished entry durable."""
+        with disk_errors(self.folder):
+            self.folder.mkdir(exist_ok=True)
+        data = to_bytes({k: v.contiguous().cpu() for k, v in tensors.items()}, {"info": json.dumps(info)})
+        write_durably(self._path(index), data)
+
+    def read(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """A finished entry.
+
+        Raises:
+            OutputError: if the file was altered.
+        """
+        with self.checked(index), safe_open(self._path(index), "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, json.loads((file.metadata() or {})["info"])
+
+    @contextmanager
+    def checked(self, index: int) -> Iterator[None]:
+        """Reading an entry, or making use of what was read: whatever does not fit is the file's fault.
+
+        Raises:
+            OutputError: naming the file.
+        """
+        try:
+            yield
+        except (SafetensorError, ValueError, KeyError, OSError) as error:
+            raise OutputError(
+                f"{self._path(index)} is damaged ({error}): delete it and run the command again"
+            ) from None
 
 
 class Journal:
@@ -107,6 +124,7 @@ class Journal:
 
     def __init__(self, out: Path, fingerprint: dict[str, Any], *, fresh: bool = False) -> None:
         self.out, self.folder = out, out / FOLDER
+        self.groups, self.layers, self.predictions = (Section(self.folder / name) for name in SECTIONS)
         self._lock: IO[str] | None = None
         check_output(out)
         self._made = [path for path in (self.folder, out, *out.parents) if not path.exists()]
@@ -116,7 +134,6 @@ class Journal:
                 self._take_lock()
                 if fresh:
                     self._forget()
-                (self.folder / "groups").mkdir(exist_ok=True)
             self._claim(json.loads(json.dumps(fingerprint)))
         except BaseException:
             self.close()
@@ -142,10 +159,7 @@ class Journal:
         write_durably(marker, json.dumps(fingerprint, indent=1, sort_keys=True).encode())
 
     def _worth_keeping(self) -> bool:
-        return any(self.statistics.glob("*.safetensors")) or self._groups()
-
-    def _groups(self) -> bool:
-        return any((self.folder / "groups").glob("*.safetensors"))
+        return any(self.statistics.glob("*.safetensors")) or bool(self.groups)
 
     def _take_lock(self) -> None:
         self._lock = (self.folder / "lock").open("w")
@@ -162,7 +176,7 @@ class Journal:
         for path in [self.out / REPORT, self.out / "config.json", *self.out.iterdir()]:
             if path.name in (REPORT, "config.json") or _CHECKPOINT.fullmatch(path.name):
                 path.unlink(missing_ok=True)
-        for name in ("groups", "statistics"):
+        for name in (*SECTIONS, "statistics"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         others = [path for path in self.folder.iterdir() if path.is_file() and path.name not in (MARKER, "lock")]
         for path in [*others, self.folder / MARKER]:
@@ -173,41 +187,22 @@ class Journal:
         """Directory of the cached statistics."""
         return self.folder / "statistics"
 
-    def _path(self, index: int) -> Path:
-        return self.folder / "groups" / f"{index:04d}.safetensors"
+    def plan(self, asked: dict[str, Any]) -> list[dict[str, Any]] | None:
+        """The groups of the plan that an interrupted run decided on, or None.
 
-    def has(self, index: int) -> bool:
-        """Whether the group of this number is finished."""
-        return self._path(index).exists()
-
-    def write(self, index: int, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
-        """Make a finished group durable."""
-        data = to_bytes({k: v.contiguous().cpu() for k, v in tensors.items()}, {"info": json.dumps(info)})
-        write_durably(self._path(index), data)
-
-    def read(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """A finished group.
-
-        Raises:
-            OutputError: if the file was altered.
+        Args:
+            asked: what the plan depends on; a plan for something else does not count.
         """
-        with self.checked(index), safe_open(self._path(index), "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return tensors, json.loads((file.metadata() or {})["info"])
+        path = self.folder / PLAN
+        if not path.exists():
+            return None
+        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: list[dict[str, Any]] = kept["groups"]
+        return found if kept["asked"] == asked else None
 
-    @contextmanager
-    def checked(self, index: int) -> Iterator[None]:
-        """Reading a group, or making use of what was read: whatever does not fit is the file's fault.
-
-        Raises:
-            OutputError: naming the file.
-        """
-        try:
-            yield
-        except (SafetensorError, ValueError, KeyError, OSError) as error:
-            raise OutputError(
-                f"{self._path(index)} is damaged ({error}): delete it and run the command again"
-            ) from None
+    def keep_plan(self, asked: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+        """Make a plan durable."""
+        write_durably(self.folder / PLAN, json.dumps({"asked": asked, "groups": groups}, indent=1).encode())
 
     def report(self) -> dict[str, Any] | None:
         """The report of the finished run in `out`, or None if it is not finished.
@@ -221,12 +216,12 @@ class Journal:
         try:
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise OutputError(f"{path} is damaged ({error}): compress anew with --fresh") from None
+            raise OutputError(f"{path} is damaged ({error}): compress again with --fresh") from None
         return found
 
     def finish(self) -> None:
         """Forget what only the run needed; the fingerprint stays, so that the same command knows it is done."""
-        for name in ("groups", "statistics"):
+        for name in (*SECTIONS, "statistics"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def close(self) -> None:
@@ -240,7 +235,7 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         hopeless = isinstance(error, CospadiError) and not isinstance(error, (OutputError, ResourceError))
-        if hopeless and not self._groups() and not (self.out / REPORT).exists():
+        if hopeless and not self.groups and not (self.out / REPORT).exists():
             shutil.rmtree(self.folder, ignore_errors=True)
             for path in self._made:
                 with suppress(OSError):  # not empty: someone else put something there meanwhile
@@ -280,9 +275,8 @@ def check_complete(out: Path) -> None:
         OutputError: naming what is wrong with it.
     """
     try:
-        shared = is_shared(read_json(out / "config.json").get("quantization_config"))
-        (validate_shared if shared else validate)(out, deep=False)
+        validate(out, deep=False)
     except CheckpointError as error:
         raise OutputError(
-            f"the run is finished, but its checkpoint is damaged ({error}): compress anew with --fresh"
+            f"the run is finished, but its checkpoint is damaged ({error}): compress again with --fresh"
         ) from None

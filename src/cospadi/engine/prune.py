@@ -1,8 +1,7 @@
-"""Prune a model: statistics, the cut, a checkpoint, a report; and pruning as the first step of a compression."""
+"""Prune a model: statistics, the cut, a checkpoint, a report."""
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from dataclasses import dataclass
@@ -11,23 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cospadi.calibration import TokenBlocks
-from cospadi.checkpoint import file_bytes
-from cospadi.checkpoint.checksums import write_checksums
+from cospadi.checkpoint import is_compressed
 from cospadi.checkpoint.headers import read_directory
-from cospadi.checkpoint.publish import staged
-from cospadi.engine.journal import Journal, check_output, disk_errors, write_durably
+from cospadi.engine.inputs import Inputs
+from cospadi.engine.journal import Journal, check_output
+from cospadi.engine.outputs import PrunedCheckpoint, environment, write_report
 from cospadi.engine.plan.pruning import check_section, decide
-from cospadi.engine.run import Progress, Run, silent
-from cospadi.errors import CalibrationError, CheckpointError, ModelError, NumericalError, OutputError
-from cospadi.model_view import ModelView, check_length, discover_layers, is_compressed, open_model, source_name
-from cospadi.pruning import Evidence, Tokens, block_bytes
-from cospadi.recipe import Prune, Recipe, with_prune
-from cospadi.runtime.devices import device_name, resolve_device, widened
+from cospadi.errors import CheckpointError, NumericalError, OutputError
+from cospadi.model_view import ModelView, discover_layers, source_name
+from cospadi.progress import Progress, silent
+from cospadi.pruning import block_bytes
+from cospadi.recipe import Recipe, with_prune
+from cospadi.runtime.devices import resolve_device, widened
 from cospadi.runtime.fingerprints import versions
-from cospadi.runtime.memory import memory_errors, peak_memory
+from cospadi.runtime.memory import memory_errors
 
 _RECIPE_KEYS = {"prune", "calibration", "device", "seed"}
 
@@ -104,9 +104,10 @@ def prune(
         changes["calibration"] = {"source": "a list of texts" if texts is not None else str(calibration)} | dict(
             changes.get("calibration", {})
         )
-    merged = with_prune(base.merged(changes), method, blocks, keep_blocks, options)
+    merged, progress = with_prune(base.merged(changes), method, blocks, keep_blocks, options), progress or silent
+    inputs = Inputs(source_name(model), merged, texts, progress)
     with memory_errors():
-        return PruneRun(source_name(model), Path(out), merged, texts, progress or silent, command).prune(fresh)
+        return PruneRun(inputs, PrunedCheckpoint(Path(out), progress), merged, progress, command).go(fresh)
 
 
 def check_matrices(view: ModelView) -> None:
@@ -125,130 +126,107 @@ def check_matrices(view: ModelView) -> None:
                 )
 
 
-class PruneRun(Run):
-    """A run that only prunes.
+class PruneRun:
+    """The steps of a run that only prunes.
 
-    What subclasses may replace is `read_model`, `read_tokens`, `make_evidence` and `write_checkpoint`.
+    Args:
+        inputs: where model and text come from.
+        outputs: what becomes of the pruned model.
+        recipe: with a section ``prune``.
+        progress: called as progress(phase, done, total, detail, error).
+        command: the command line, for the report.
     """
 
-    def prune(self, fresh: bool) -> PruneResult:
+    def __init__(
+        self, inputs: Inputs, outputs: PrunedCheckpoint, recipe: Recipe, progress: Progress, command: str
+    ) -> None:
+        assert recipe.prune is not None
+        self.inputs, self.outputs, self.recipe, self.section = inputs, outputs, recipe, recipe.prune
+        self.progress, self.command = progress, command
+        self.seconds: dict[str, float] = {}
+
+    def go(self, fresh: bool) -> PruneResult:
         """Everything from reading the model to writing the report."""
-        begun = time.perf_counter()
-        section = self.recipe.prune
-        assert section is not None
-        check_section(section)
-        check_output(self.out)
+        begun, out = time.perf_counter(), self.outputs.out
+        check_section(self.section)
+        check_output(out)
         device = resolve_device(self.recipe.device)
-        if self.recipe.calibration.source is None:
-            raise CalibrationError(
-                "no calibration text: name a .txt, .json, .jsonl or .parquet file, or a hub data set, "
-                "with --calibration"
-            )
+        self.inputs.require_text()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             self.progress("read", 0, 1, "text and model")
-            model, tokenizer, view = self.read_model()
-            blocks = self.read_tokens(tokenizer)
+            model, tokenizer = self.inputs.open("prune")
+            view = discover_layers(model)
+            check_matrices(view)
+            blocks = self.inputs.tokens(tokenizer)
             self.progress("read", 1, 1)
-            fingerprint = self._fingerprint(model, blocks, device) | {"prune": True}
-            with Journal(self.out, fingerprint, fresh=fresh) as journal:
+            fingerprint = self.inputs.fingerprint(model, blocks, device, self.recipe) | {"prune": True}
+            with Journal(out, fingerprint, fresh=fresh) as journal:
                 finished = journal.report()
-                if finished is not None and (self.out / "config.json").exists():
-                    _check_whole(self.out)
+                if finished is not None and (out / "config.json").exists():
+                    _check_whole(out)
                     journal.finish()
-                    return PruneResult(self.out, finished, complete=True)
+                    return PruneResult(out, finished, complete=True)
                 self.seconds["read"] = time.perf_counter() - begun
-                report = self._cut(model, tokenizer, view, blocks, device, section)
+                report = self._cut(view, tokenizer, blocks, device)
                 self.seconds["total"] = time.perf_counter() - begun
                 report["seconds"] = {key: round(value, 3) for key, value in self.seconds.items()}
                 report["warnings"] = list(dict.fromkeys(str(w.message) for w in caught if w.category is UserWarning))
-                write_durably(self.out / "recipe.yaml", _recipe_yaml(self.recipe))
-                # The report is last: where it is, the run is done.
-                write_durably(self.out / "report.json", (json.dumps(report, indent=2, sort_keys=True) + "\n").encode())
+                write_report(out, _recipe_yaml(self.recipe), report)
                 journal.finish()
-        return PruneResult(self.out, report)
-
-    def read_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelView]:
-        """The dense model, its tokenizer, and a view of its decoder layers; errors as in a compression."""
-        self.documents  # noqa: B018 - read first: that is quick, and it is where most mistakes are
-        model, tokenizer = open_model(self.source)
-        if is_compressed(model.config):
-            raise ModelError(f"{self.source} is already compressed by cospadi: prune the dense model instead")
-        check_length(model, self.recipe.calibration.seq_len)
-        view = discover_layers(model)
-        check_matrices(view)
-        return model, tokenizer, view
+        return PruneResult(out, report)
 
     def _cut(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        view: ModelView,
-        blocks: TokenBlocks,
-        device: torch.device,
-        section: Prune,
+        self, view: ModelView, tokenizer: PreTrainedTokenizerBase, blocks: TokenBlocks, device: torch.device
     ) -> dict[str, Any]:
         """Decide, cut, save; what the report says of it."""
         before = _sizes(view)
-        evidence = self.make_evidence(view, blocks, device)
+        evidence = self.inputs.evidence(view, blocks, device)
         begun = time.perf_counter()
         with widened(evidence.view.model, device):
             # The decision comes first: what cannot be is refused before any text is run.
-            edit = decide(section, evidence)
+            edit = decide(self.section, evidence)
             pairs = evidence.pairs
         self.seconds["calibrate"] = evidence.seconds_since(begun)
         model = edit.apply(view)
         self.seconds["prune"] = time.perf_counter() - begun - self.seconds["calibrate"]
         after = _sizes(ModelView(model, view.layers_name, (), view.extra_outputs))
         saving = time.perf_counter()
-        files = self.write_checkpoint(model, tokenizer)
+        self.outputs.save(model, tokenizer)
         self.seconds["save"] = time.perf_counter() - saving
-        memory, found = peak_memory(), versions()
+        return self._report(model, before, after, blocks) | {
+            "blocks_after": before["blocks"] - len(edit.facts()["removed"]),
+            "prune": edit.facts(),
+            "distances": {"cosine": _rounded(pairs.cosine), "angular": _rounded(pairs.angular)},
+            **environment(device),
+            **self.outputs.facts(),
+        }
+
+    def _report(
+        self, model: PreTrainedModel, before: dict[str, int], after: dict[str, int], blocks: TokenBlocks
+    ) -> dict[str, Any]:
+        """What the report says of model, sizes and text."""
         return {
-            "cospadi_version": found["cospadi"],
+            "cospadi_version": versions()["cospadi"],
             "created": datetime.now(UTC).replace(microsecond=0).isoformat(),
             "command": self.command,
-            "model": self.name,
+            "model": self.inputs.name,
             "architecture": (model.config.architectures or [type(model).__name__])[0],
-            "method": section.method,
+            "method": self.section.method,
             "stock": not is_compressed(model.config),
-            "keep_requested": section.keep_blocks,
+            "keep_requested": self.section.keep_blocks,
             "keep_actual": after["bytes"] / before["bytes"],
             "blocks_before": before["blocks"],
-            "blocks_after": before["blocks"] - len(edit.facts()["removed"]),
             "bytes_before": before["bytes"],
             "bytes_after": after["bytes"],
             "parameters_before": before["parameters"],
             "parameters": after["parameters"],
             "file_bytes_before": before["file_bytes"],
-            "file_bytes": files,
             "other_bytes": after["file_bytes"] - after["block_bytes"],
-            "prune": edit.facts(),
-            "distances": {"cosine": _rounded(pairs.cosine), "angular": _rounded(pairs.angular)},
-            "peak_memory_bytes": memory["host"],
-            "peak_device_bytes": memory.get("device"),
-            "device": device_name(device),
-            "threads": torch.get_num_threads(),
-            "versions": found,
             "seed": self.recipe.seed,
             "recipe": self.recipe.model_dump(mode="json", exclude_none=True, include=_RECIPE_KEYS),
             "calibration": blocks.report | {"sha256": blocks.sha256},
         }
-
-    def make_evidence(self, view: ModelView, blocks: TokenBlocks, device: torch.device) -> Evidence:
-        """What pruning methods may ask of the model and the text."""
-        return Evidence(view, Tokens(blocks.ids), device, self.recipe.seed, self.progress)
-
-    def write_checkpoint(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-        """Save the checkpoint; its weight files' bytes."""
-        self.progress("save", 0, 1, self.out.name)
-        with disk_errors(self.out), staged(self.out) as staging:
-            model.save_pretrained(staging)
-            tokenizer.save_pretrained(staging)
-            write_checksums(staging)
-            read_directory(staging)
-        self.progress("save", 1, 1)
-        return file_bytes(self.out)
 
 
 def _sizes(view: ModelView) -> dict[str, int]:
@@ -267,11 +245,10 @@ def _rounded(distances: torch.Tensor) -> list[list[float]]:
     return [[round(value, 6) for value in row] for row in distances.tolist()]
 
 
-def _recipe_yaml(recipe: Recipe) -> bytes:
-    import yaml
-
+def _recipe_yaml(recipe: Recipe) -> str:
     data = recipe.model_dump(exclude_none=True, include=_RECIPE_KEYS)
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True).encode()
+    text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return text
 
 
 def _check_whole(out: Path) -> None:
@@ -279,5 +256,5 @@ def _check_whole(out: Path) -> None:
         read_directory(out)
     except CheckpointError as error:
         raise OutputError(
-            f"the run is finished, but its checkpoint is damaged ({error}): prune anew with --fresh"
+            f"the run is finished, but its checkpoint is damaged ({error}): prune again with --fresh"
         ) from None

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from cospadi.calibration import read_texts, token_blocks
-from cospadi.engine.journal import FOLDER, ROWS, check_output, disk_errors
+from cospadi.checkpoint import is_compressed
+from cospadi.engine.journal import FOLDER, ROWS, check_output
 from cospadi.engine.plan.plan import other_bytes
 from cospadi.engine.plan.selection import chosen_modules, narrowed, restricted
 from cospadi.errors import (
@@ -35,26 +36,26 @@ from cospadi.errors import (
     RecipeError,
     ResourceError,
 )
-from cospadi.evaluation.comparison_row import PruneRow, RowRun, Shared, workplace
+from cospadi.evaluation.comparison_row import Shared, compressed_row, pruned_row, workplace
 from cospadi.evaluation.entries import Entry, make_entries
 from cospadi.evaluation.tasks import find_tasks, require_lm_eval
 from cospadi.evaluation.yardstick import ARITHMETIC, Yardstick
+from cospadi.io import disk_errors
 from cospadi.model_view import (
     LinearGroup,
     check_length,
     check_weights,
     discover,
-    is_compressed,
     model_name,
     open_model,
     source_name,
 )
+from cospadi.progress import Progress, labelled, silent
 from cospadi.recipe import Recipe
 from cospadi.runtime.devices import device_name, resolve_device
 from cospadi.runtime.fingerprints import versions, weights_sha256
 from cospadi.runtime.memory import memory_errors
 
-Progress = Callable[..., None]
 UNSOLVED = (BudgetError, ModelError, NumericalError, RecipeError, ResourceError)
 """What may befall one row and leaves the others as they are."""
 
@@ -141,14 +142,10 @@ def compare(
     if tasks:
         find_tasks(tasks, limit)
         require_lm_eval()
-    comparison = _Comparison(Path(out), yardstick, save, progress or _silent, command)
+    comparison = _Comparison(Path(out), yardstick, save, progress or silent, command)
     with memory_errors(), comparison.opened(fresh):
         shared = _shared(source_name(model), base, entries, calibration, Path(out), comparison.progress)
         return comparison.go(shared, base, entries)
-
-
-def _silent(*_: object) -> None:
-    """Report nothing."""
 
 
 def _name(text: str | Path | list[str]) -> str:
@@ -289,7 +286,7 @@ class _Comparison:
         begun = time.perf_counter()
         before = sum(group.dense_bytes for group in groups)
         figures = self.yardstick.measure(
-            shared.model, shared.tokenizer, shared.device, partial(_labelled, self.progress, "dense")
+            shared.model, shared.tokenizer, shared.device, labelled(self.progress, "dense")
         )
         return figures | {
             "bytes": before,
@@ -307,18 +304,21 @@ class _Comparison:
         if save and not (directory / "report.json").exists():
             self.found.pop(_digest(fingerprint), None)  # measured, but never written
         scratch = self.out / FOLDER / "rows" / f"{entry.slug}-{_digest(fingerprint)[:12]}"
-        run = (PruneRow if entry.only_prunes else RowRun)(
+        make = pruned_row if entry.only_prunes else compressed_row
+        run = partial(
+            make,
             shared,
             self.yardstick,
             entry.recipe,
             directory if save else scratch,
-            save=save,
-            progress=partial(_labelled, self.progress, label),
+            keep=save,
+            fresh=self.fresh,
             command=self.command,
+            progress=labelled(self.progress, label),
         )
         try:
             with workplace(scratch):
-                row = head | self._once(fingerprint, lambda: run.measured(self.fresh))
+                row = head | self._once(fingerprint, run)
         except UNSOLVED as error:
             return head | {"perplexity": None, "bytes": None, "seconds": None, "reason": str(error)}
         if entry.keep is None:
@@ -341,12 +341,6 @@ def _different(chosen: Mapping[str, Sequence[str]], count: int) -> str:
         f"not all rows compress the same linear layers ({told}), and keep counts against those of its row: "
         "give --only, such as --only self_attn, or compare the bytes of the whole model"
     )
-
-
-def _labelled(
-    progress: Progress, label: str, phase: str, done: int, total: int, detail: str = "", error: float | None = None
-) -> None:
-    progress(phase, done, total, f"{label}: {detail}" if detail else label, error)
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cospadi.calibration import StatisticsStore, Texts, TokenBlocks, collect
-from cospadi.checkpoint import load, replace_by_dense
-from cospadi.checkpoint.formats.shared_hf import load_shared
-from cospadi.engine.factorise import rebuild
+from cospadi.calibration import StatisticsStore, TokenBlocks, collect
+from cospadi.checkpoint import load
+from cospadi.engine.compress import CompressRun
+from cospadi.engine.inputs import Inputs
 from cospadi.engine.journal import Journal
+from cospadi.engine.outputs import Checkpoint, PrunedCheckpoint
 from cospadi.engine.plan.plan import Plan
-from cospadi.engine.plan.shared import shared_weights
 from cospadi.engine.prune import PruneRun
-from cospadi.engine.run import Run
 from cospadi.evaluation.yardstick import Yardstick, peak, reset_peak
-from cospadi.layers.shared_linear import METHOD as MASA
 from cospadi.model_view import ModelView
+from cospadi.progress import Progress
 from cospadi.pruning import Evidence, Tokens
 from cospadi.recipe import Recipe
-from cospadi.runtime.devices import device_name, widened
-from cospadi.runtime.fingerprints import versions
+from cospadi.runtime.devices import widened
 
-Progress = Callable[..., None]
+Weights = Callable[[torch.device], dict[str, Tensor]]
+"""Weights that stand in for some of a model's own, made on a device when they are needed."""
 
 
 @dataclass
@@ -87,205 +86,201 @@ class Shared:
         return store
 
 
-class RowRun(Run):
-    """A run whose model, tokens and statistics are lent, and whose result is measured before (or without) saving.
+class LentInputs(Inputs):
+    """Model, tokens and statistics that all rows share.
 
-    It works on a copy of the model, so whatever the engine does to its weights, the next row begins with the dense
-    ones, bit by bit.
+    A run works on a copy of the model, so whatever it does to the weights, the next row begins with the dense ones, bit
+    by bit.
+
+    Args:
+        shared: what all rows share.
+        recipe: of the row.
+        progress: called as progress(phase, done, total, detail, error).
+    """
+
+    def __init__(self, shared: Shared, recipe: Recipe, progress: Progress) -> None:
+        super().__init__(shared.source, recipe, None, progress)
+        self.shared = shared
+
+    def open(self, verb: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """A copy of the shared model, whose peak memory counts from here on."""
+        reset_peak(self.shared.device)
+        return copy.deepcopy(self.shared.model), self.shared.tokenizer
+
+    def tokens(self, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
+        """The shared text."""
+        return self.shared.blocks
+
+    def statistics(
+        self, view: ModelView, blocks: TokenBlocks, device: torch.device, folder: Path, *, whole: bool
+    ) -> StatisticsStore:
+        """The shared statistics, or those of a model that was pruned first."""
+        if whole:
+            return self.shared.store(self.progress)
+        return super().statistics(view, blocks, device, folder, whole=whole)
+
+    def evidence(self, view: ModelView, blocks: TokenBlocks, device: torch.device) -> Evidence:
+        """The evidence that all pruning rows share."""
+        return self.shared.evidence(self.recipe.seed, self.progress)
+
+
+class Measured:
+    """Measures a model as a row of the comparison does.
+
+    Args:
+        shared: what all rows share.
+        yardstick: how to measure.
+        progress: called as progress(phase, done, total, detail, error).
+    """
+
+    def __init__(self, shared: Shared, yardstick: Yardstick, progress: Progress) -> None:
+        self.shared, self.yardstick, self.progress = shared, yardstick, progress
+        self.peak: dict[str, int] = {}
+        self.row: dict[str, Any] = {}
+
+    def made(self, model: PreTrainedModel, weights: Weights | None = None) -> None:
+        """A model that was made just now: what making it took is known, too."""
+        self.peak = peak(self.shared.device)
+        self.stored(model, weights)
+
+    def stored(self, model: PreTrainedModel, weights: Weights | None = None) -> None:
+        """A model, or the weights that stand in for some of its own."""
+        begun = time.perf_counter()
+        self.row = self.yardstick.measure(model, self.shared.tokenizer, self.shared.device, self.progress, weights)
+        self.row["evaluate_seconds"] = time.perf_counter() - begun
+
+
+class RowCheckpoint(Checkpoint):
+    """Measures what a run made; writes it only if the comparison keeps its checkpoints.
+
+    Args:
+        out: where the checkpoint would lie.
+        measured: the measurement.
+        keep: whether to write a checkpoint.
+    """
+
+    def __init__(self, out: Path, measured: Measured, *, keep: bool) -> None:
+        super().__init__(out, measured.progress)
+        self.measured, self.keep = measured, keep
+
+    def save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, journal: Journal) -> None:
+        """Measure what the journal's groups stand for; write them if the comparison keeps its checkpoints."""
+        dtype = self.measured.yardstick.dtype or self.measured.shared.model.dtype
+        self.measured.made(model, partial(dense_weights, plan, journal, dtype=dtype))
+        if self.keep:
+            super().save(model, tokenizer, plan, journal)
+
+    def facts(self) -> dict[str, Any]:
+        """Peak memory of the factorisation, and the size of the files, if there are any."""
+        return (super().facts() if self.keep else {}) | self.measured.peak
+
+
+class RowPrunedCheckpoint(PrunedCheckpoint):
+    """The same for a run that only prunes."""
+
+    def __init__(self, out: Path, measured: Measured, *, keep: bool) -> None:
+        super().__init__(out, measured.progress)
+        self.measured, self.keep = measured, keep
+
+    def save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Measure the pruned model; write it if the comparison keeps its checkpoints."""
+        self.measured.made(model)
+        if self.keep:
+            super().save(model, tokenizer)
+
+    def facts(self) -> dict[str, Any]:
+        """The size of the files, if there are any."""
+        return super().facts() if self.keep else {"file_bytes": None}
+
+
+def dense_weights(plan: Plan, journal: Journal, device: torch.device, *, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights that a finished run's packed groups stand for, by parameter name, as ``nn.Linear`` holds them."""
+    found: dict[str, Tensor] = {}
+    for index, group in enumerate(plan.groups):
+        packed = {key: tensor.to(device) for key, tensor in journal.groups.read(index)[0].items()}
+        weights = group.spec.rebuild(packed)
+        found |= {f"{name}.weight": w.T.to(dtype) for name, w in zip(group.spec.modules, weights, strict=True)}
+    return found
+
+
+def compressed_row(
+    shared: Shared,
+    yardstick: Yardstick,
+    recipe: Recipe,
+    out: Path,
+    *,
+    keep: bool,
+    fresh: bool,
+    command: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Run one row and return its figures; see :func:`cospadi.evaluation.compare.compare`.
 
     Args:
         shared: what all rows share.
         yardstick: how to measure.
         recipe: of the row.
-        out: where the journal lies and, if `save`, the checkpoint.
-        save: whether to write a checkpoint.
+        out: where the journal lies and, if `keep`, the checkpoint.
+        keep: whether to write a checkpoint.
+        fresh: forget an earlier run in `out`.
+        command: the command line, for the report.
         progress: called as progress(phase, done, total, detail, error).
-        command: for the report.
     """
-
-    def __init__(
-        self,
-        shared: Shared,
-        yardstick: Yardstick,
-        recipe: Recipe,
-        out: Path,
-        *,
-        save: bool,
-        progress: Progress,
-        command: str,
-    ) -> None:
-        super().__init__(shared.source, out, recipe, None, progress, command)
-        self.shared, self.yardstick, self.write = shared, yardstick, save
-        self.documents = Texts((), str(recipe.calibration.source))
-        self.row: dict[str, Any] = {}
-
-    def measured(self, fresh: bool) -> dict[str, Any]:
-        """Run, and give the figures of the row; see :func:`cospadi.evaluation.compare.compare`."""
-        report = self.go(fresh).report
-        if not self.row:  # the checkpoint was written by an earlier comparison, perhaps with another yardstick
-            self.row = self._stored()
-        seconds = report["seconds"]
-        # After an interruption the phase holds what was left to do, the groups' own times hold all of it.
-        factorise = max(seconds.get("factorise", 0.0), sum(group["seconds"] for group in report["groups"]))
-        energy = sum(group["energy"] for group in report["groups"])
-        return {
-            "keep_actual": report["keep_actual"],
-            "bytes": report["bytes_after"],
-            "bytes_before": report["bytes_before"],
-            "total_bytes": report["bytes_after"]
-            + report.get("other_bytes", report["file_bytes_before"] - report["bytes_before"]),
-            "error": sum(group["missed"] for group in report["groups"]) / energy if energy else 0.0,
-            "seconds": factorise + sum(seconds.get(phase, 0.0) for phase in ("prune", "allocate", "refine")),
-            "peak_memory_bytes": report["peak_memory_bytes"],
-            "peak_device_bytes": report.get("peak_device_bytes"),
-            "warnings": report["warnings"],
-            **self.row,
-        }
-
-    def read_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelView]:
-        """A copy of the shared model, whose peak memory counts from here on."""
-        reset_peak(self.shared.device)
-        model = copy.deepcopy(self.shared.model)
-        return model, self.shared.tokenizer, replace(self.shared.view, model=model)
-
-    def read_tokens(self, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
-        """The shared text."""
-        return self.shared.blocks
-
-    def collect_statistics(self, view: ModelView, blocks: TokenBlocks, device: torch.device, journal: Journal) -> None:
-        """The shared statistics, or those of a model that was pruned first."""
-        if self.pruned:  # the shared statistics are those of the whole model
-            super().collect_statistics(view, blocks, device, journal)
-        else:
-            self.store = self.shared.store(self.progress)
-
-    def save_checkpoint(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, journal: Journal
-    ) -> None:
-        """Measure what the journal's groups stand for; write them if the comparison keeps its checkpoints."""
-        self.peak = peak(self.shared.device)
-        begun = time.perf_counter()
-        self.row = self.yardstick.measure(
-            model, tokenizer, self.shared.device, self.progress, partial(self._weights, plan, journal)
-        )
-        self.row["evaluate_seconds"] = time.perf_counter() - begun
-        if self.write:
-            super().save_checkpoint(model, tokenizer, plan, journal)
-
-    def _weights(self, plan: Plan, journal: Journal, device: torch.device) -> dict[str, Tensor]:
-        """The weights that the packed factors of a finished run stand for, as ``nn.Linear`` holds them."""
-        found: dict[str, Tensor] = {}
-        dtype = self.yardstick.dtype or self.shared.model.dtype
-        for index, group in enumerate(plan.groups):
-            tensors = {key: tensor.to(device) for key, tensor in journal.read(index)[0].items()}
-            weight = rebuild(tensors, group.spec).T.to(dtype)
-            parts = torch.split(weight, list(group.spec.d_out))
-            found |= {f"{name}.weight": part for name, part in zip(group.spec.modules, parts, strict=True)}
-        return found | shared_weights(plan, journal, device, dtype)
-
-    def _stored(self) -> dict[str, Any]:
-        """Figures of a checkpoint that was written earlier."""
-        begun = time.perf_counter()
-        if self.recipe.method == MASA:
-            model = load_shared(self.out, compose=True, dtype=self.yardstick.dtype or "auto")
-        else:
-            model = load(self.out)
-            replace_by_dense(model, self.yardstick.dtype)
-        row = self.yardstick.measure(model, self.shared.tokenizer, self.shared.device, self.progress)
-        return row | {"evaluate_seconds": time.perf_counter() - begun}
-
-    def make_report(
-        self,
-        model: PreTrainedModel,
-        plan: Plan,
-        rows: list[dict[str, Any]],
-        blocks: TokenBlocks,
-        device: torch.device,
-    ) -> dict[str, Any]:
-        """The report of a run, or as much of it as the row needs where nothing is written."""
-        if self.write:
-            return super().make_report(model, plan, rows, blocks, device) | self.peak
-        return {
-            "keep_actual": plan.keep_actual,
-            "bytes_before": plan.bytes_before,
-            "bytes_after": plan.bytes_after,
-            "file_bytes_before": plan.bytes_before + plan.other_bytes,
-            "seconds": dict(self.seconds),
-            "device": device_name(device),
-            "versions": versions(),
-            "groups": rows,
-            "warnings": self.notes,
-            **self.peak,
-        }
+    measured = Measured(shared, yardstick, progress)
+    outputs = RowCheckpoint(out, measured, keep=keep)
+    report = CompressRun(LentInputs(shared, recipe, progress), outputs, recipe, progress, command).go(fresh).report
+    if not measured.row:  # the checkpoint was written by an earlier comparison, perhaps with another yardstick
+        measured.stored(load(out, compose=True, dtype=yardstick.dtype or "auto"))
+    seconds = report["seconds"]
+    # After an interruption the phase holds what was left to do, the groups' own times hold all of it.
+    factorise = max(seconds.get("factorise", 0.0), sum(group["seconds"] for group in report["groups"]))
+    energy = sum(group["energy"] for group in report["groups"])
+    return {
+        "keep_actual": report["keep_actual"],
+        "bytes": report["bytes_after"],
+        "bytes_before": report["bytes_before"],
+        "total_bytes": report["bytes_after"]
+        + report.get("other_bytes", report["file_bytes_before"] - report["bytes_before"]),
+        "error": sum(group["missed"] for group in report["groups"]) / energy if energy else 0.0,
+        "seconds": factorise + sum(seconds.get(phase, 0.0) for phase in ("prune", "allocate", "refine")),
+        "peak_memory_bytes": report["peak_memory_bytes"],
+        "peak_device_bytes": report.get("peak_device_bytes"),
+        "warnings": report["warnings"],
+        **measured.row,
+    }
 
 
-class PruneRow(PruneRun):
-    """A row of a pruning method: model, tokens and distances are lent, the result is measured.
-
-    Args: see :class:`RowRun`.
-    """
-
-    def __init__(
-        self,
-        shared: Shared,
-        yardstick: Yardstick,
-        recipe: Recipe,
-        out: Path,
-        *,
-        save: bool,
-        progress: Progress,
-        command: str,
-    ) -> None:
-        super().__init__(shared.source, out, recipe, None, progress, command)
-        self.shared, self.yardstick, self.save = shared, yardstick, save
-        self.documents = Texts((), str(recipe.calibration.source))
-        self.row: dict[str, Any] = {}
-        self.peak: dict[str, int] = {}
-
-    def measured(self, fresh: bool) -> dict[str, Any]:
-        """Run, and give the figures of the row; see :func:`cospadi.evaluation.compare.compare`."""
-        report = self.prune(fresh).report
-        if not self.row:  # the checkpoint was written by an earlier comparison, perhaps with another yardstick
-            self._measure(load(self.out))
-        return {
-            "keep_actual": report["keep_actual"],
-            "bytes": report["bytes_after"],
-            "bytes_before": report["bytes_before"],
-            "total_bytes": report["bytes_after"] + report["other_bytes"],
-            "error": None,
-            "seconds": report["seconds"]["prune"],
-            "peak_memory_bytes": report["peak_memory_bytes"],
-            "peak_device_bytes": report.get("peak_device_bytes"),
-            "warnings": report["warnings"],
-            "removed": report["prune"]["removed"],
-            **self.peak,
-            **self.row,
-        }
-
-    def read_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelView]:
-        """A copy of the shared model, whose peak memory counts from here on."""
-        reset_peak(self.shared.device)
-        model = copy.deepcopy(self.shared.model)
-        return model, self.shared.tokenizer, replace(self.shared.view, model=model)
-
-    def read_tokens(self, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
-        """The shared text."""
-        return self.shared.blocks
-
-    def make_evidence(self, view: ModelView, blocks: TokenBlocks, device: torch.device) -> Evidence:
-        """The evidence that all pruning rows share."""
-        return self.shared.evidence(self.recipe.seed, self.progress)
-
-    def write_checkpoint(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-        """Measure the pruned model; write it if the comparison keeps its checkpoints."""
-        self.peak = peak(self.shared.device)
-        self._measure(model)
-        return super().write_checkpoint(model, tokenizer) if self.save else None
-
-    def _measure(self, model: PreTrainedModel) -> None:
-        begun = time.perf_counter()
-        self.row = self.yardstick.measure(model, self.shared.tokenizer, self.shared.device, self.progress)
-        self.row["evaluate_seconds"] = time.perf_counter() - begun
+def pruned_row(
+    shared: Shared,
+    yardstick: Yardstick,
+    recipe: Recipe,
+    out: Path,
+    *,
+    keep: bool,
+    fresh: bool,
+    command: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The same for a recipe that only prunes; see :func:`compressed_row`."""
+    measured = Measured(shared, yardstick, progress)
+    outputs = RowPrunedCheckpoint(out, measured, keep=keep)
+    report = PruneRun(LentInputs(shared, recipe, progress), outputs, recipe, progress, command).go(fresh).report
+    if not measured.row:
+        measured.stored(load(out))
+    return {
+        "keep_actual": report["keep_actual"],
+        "bytes": report["bytes_after"],
+        "bytes_before": report["bytes_before"],
+        "total_bytes": report["bytes_after"] + report["other_bytes"],
+        "error": None,
+        "seconds": report["seconds"]["prune"],
+        "peak_memory_bytes": report["peak_memory_bytes"],
+        "peak_device_bytes": report.get("peak_device_bytes"),
+        "warnings": report["warnings"],
+        "removed": report["prune"]["removed"],
+        **measured.peak,
+        **measured.row,
+    }
 
 
 @contextmanager

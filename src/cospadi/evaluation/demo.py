@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cospadi.embedded import model_path, stdlib_texts
 from cospadi.engine.compress import compress
-from cospadi.engine.journal import check_output, write_durably
+from cospadi.engine.journal import check_output
 from cospadi.evaluation.models import load, stored_bytes
 from cospadi.evaluation.perplexity import perplexity
+from cospadi.io import write_durably
+from cospadi.progress import Progress, labelled
 from cospadi.recipe import DEFAULT_METHOD, Calibration, Recipe
 
-Progress = Callable[..., None]
 SAMPLES, LENGTH, BLOCKS = 64, 512, 24
 KEEPS = (0.4, 0.2)
 METHODS = (DEFAULT_METHOD, "rtn", "svd")
@@ -39,7 +40,7 @@ class _Yardstick:
             self.texts,
             seq_len=LENGTH,
             max_blocks=BLOCKS,
-            progress=lambda done, total, _: self.progress(f"{name}, evaluate", done, total),
+            progress=partial(labelled(self.progress, name), "evaluate"),
         )
         return {
             "text": "standard library modules that the model never saw",
@@ -60,7 +61,7 @@ def run_demo(
 
     Args:
         out: output directory; one checkpoint per method and size below it.
-        progress: called with (phase, done, total, detail, error); the phase begins with the run's name.
+        progress: called as progress(phase, done, total, detail, error); the detail begins with the run's name.
         keeps: shares of bytes to keep.
         methods: by name.
 
@@ -91,7 +92,7 @@ def run_demo(
             folder,
             calibration=texts,
             recipe=recipe,
-            progress=partial(_named, progress, name),
+            progress=labelled(progress, name),
             command="cospadi demo",
         )
         found: dict[str, Any] = (result.report.get("evaluation") if result.complete else None) or {}
@@ -128,7 +129,3 @@ def run_demo(
 
 def _folder(recipe: Recipe) -> str:
     return f"{recipe.method}-{recipe.keep:g}"
-
-
-def _named(progress: Progress, name: str, phase: str, *rest: Any) -> None:
-    progress(f"{name}, {phase}", *rest)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cospadi.aliases import canonical
 from cospadi.engine.plan.pruning import check_section
 from cospadi.errors import RecipeError
 from cospadi.methods import get_method
@@ -69,7 +70,7 @@ def make_entries(
             if name in pruning:
                 entries.append(Entry(name, keep, _pruning(bare, name, keep, options.get(name, {})), only_prunes=True))
                 continue
-            chosen = (base.options if name == base.method else {}) | dict(options.get(name, {}))
+            chosen = (base.options if name == base.method else {}) | canonical(options.get(name, {}))
             entries.append(Entry(name, keep, bare.merged({"method": name, "keep": keep, "options": chosen})))
     common = {"calibration": base.calibration.model_dump(), "device": base.device, "seed": base.seed}
     common |= {"only": base.only} if base.only is not None else {}

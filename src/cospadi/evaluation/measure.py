@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,10 @@ from cospadi.evaluation.models import load, stored_bytes
 from cospadi.evaluation.perplexity import perplexity
 from cospadi.evaluation.tasks import find_tasks, require_lm_eval, run_tasks
 from cospadi.model_view import model_name
+from cospadi.progress import Progress, silent
 from cospadi.runtime.devices import device_name, resolve_device
 from cospadi.runtime.fingerprints import versions
 from cospadi.runtime.memory import memory_errors
-
-Progress = Callable[..., None]
 
 
 def evaluate(
@@ -73,8 +72,8 @@ def evaluate(
         with memory_errors():
             found = _figures(model, tokenizer, text, seq_len, max_blocks, batch, progress)
             if tasks:
-                at = progress and partial(progress, "tasks")
-                found |= run_tasks(model, tokenizer, tasks, limit=limit, progress=at)
+                report = partial(progress or silent, "tasks")
+                found |= run_tasks(model, tokenizer, tasks, limit=limit, progress=report)
         found |= {"model": model_name(which), "bytes": stored_bytes(which, model)}
         shared = {key: found.pop(key) for key in ("blocks", "seq_len", "harness") if key in found}
         result |= shared | {f"{prefix}{key}": value for key, value in found.items()}
@@ -101,7 +100,7 @@ def _figures(
         max_blocks=max_blocks,
         batch=batch,
         device=str(model.device),
-        progress=progress and partial(progress, "evaluate"),
+        progress=partial(progress or silent, "evaluate"),
     )
     return {
         "perplexity": measured.perplexity,

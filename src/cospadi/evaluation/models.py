@@ -1,10 +1,9 @@
-"""Loading, inspecting and running any checkpoint that transformers can load."""
+"""Load, inspect and run any checkpoint that transformers can load."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,8 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from cospadi import checkpoint
-from cospadi.checkpoint.formats.shared import is_shared, validate_shared
-from cospadi.checkpoint.formats.shared_hf import export_shared, load_shared
 from cospadi.errors import CheckpointError, NumericalError
-from cospadi.format import GroupSpec
-from cospadi.layers.shared_linear import SharedSpec
-from cospadi.model_view import is_compressed, open_config, open_model, open_tokenizer, where_not_finite
+from cospadi.model_view import open_config, open_model, open_tokenizer, where_not_finite
 from cospadi.runtime.devices import compute_dtype, resolve_device
 from cospadi.runtime.memory import memory_errors
 
@@ -33,8 +28,8 @@ def load(
         source: local directory or hub id.
         dtype: ``"auto"`` (the checkpoint's; float32 on processors that compute faster in it) or a torch dtype.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        compose: of a checkpoint with shared atoms (MASA): compose every weight once, which is fast and takes the memory
-            of the original; otherwise at every call, which is small.
+        compose: compute the weights of a compressed checkpoint once, which makes an ordinary dense model: fast, and as
+            large as the original. Otherwise the model stays small.
 
     Returns:
         an ordinary transformers model in evaluation mode, and its tokenizer.
@@ -46,10 +41,8 @@ def load(
     target = resolve_device(device)
     with memory_errors():
         config = open_config(source)
-        if is_shared(getattr(config, "quantization_config", None)):
-            model, tokenizer = load_shared(source, compose=compose, dtype=dtype), open_tokenizer(source)
-        elif is_compressed(config):
-            model, tokenizer = checkpoint.load(source, dtype=dtype), open_tokenizer(source)
+        if checkpoint.is_compressed(config):
+            model, tokenizer = checkpoint.load(source, dtype=dtype, compose=compose), open_tokenizer(source)
         else:
             model, tokenizer = open_model(source)
         module: torch.nn.Module = model
@@ -61,7 +54,7 @@ def load(
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of all parameters in memory; tied ones counted once."""
+    """Bytes of all parameters in memory; tied parameters count once."""
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
@@ -74,79 +67,49 @@ def inspect(directory: str | Path) -> dict[str, Any]:
     """What is in a compressed checkpoint; every file is checked.
 
     Args:
-        directory: a local compressed checkpoint.
+        directory: a local checkpoint of any registered format.
 
     Returns:
-        groups with their specs, bytes and (from ``report.json``, if it is there) errors.
+        ``groups``: a row for each stored group, with its error if ``report.json`` is there; ``bytes_before``,
+        ``bytes_after`` and ``keep_actual`` of all groups, or of the whole pruned part as the report says it where the
+        format does not know the original sizes (None without a report).
 
     Raises:
         CheckpointError: if it is damaged or not compressed by cospadi.
     """
     path = Path(directory)
     config = open_config(path)
-    if not is_compressed(config):
+    if not checkpoint.is_compressed(config):
         raise CheckpointError(f"{path} is not compressed by cospadi: its config.json has no such quantization_config")
-    groups: Sequence[GroupSpec] | Sequence[SharedSpec]
-    if is_shared(getattr(config, "quantization_config", None)):
-        shared = groups = validate_shared(path)
-        described = [spec.row() for spec in shared]
-    else:
-        plain = groups = checkpoint.validate(path, deep=True)
-        described = [_row(group) for group in plain]
-    told, rows = _told(path / "report.json")
-    for row in described:
-        row |= {key: rows.get(row["name"], {}).get(key) for key in ("layer", "error")}
+    rows = checkpoint.read_format(path)[0].rows(checkpoint.validate(path))
+    told, reported = _told(path / "report.json")
+    sizes = {key: told.get(key) for key in ("bytes_before", "bytes_after", "keep_actual")}
+    if all(row["bytes_before"] is not None for row in rows):
+        before, after = (sum(row[key] for row in rows) for key in ("bytes_before", "bytes"))
+        sizes = {"bytes_before": before, "bytes_after": after, "keep_actual": after / before}
+    for row in rows:
+        row |= {key: reported.get(row["name"], {}).get(key) for key in ("layer", "error")}
     return {
         "directory": path.name,
         "model": told.get("model"),
         "method": told.get("method"),
-        "bytes_before": sum(g.dense_bytes for g in groups),
-        "bytes_after": sum(g.bytes for g in groups),
-        "keep_actual": sum(g.bytes for g in groups) / sum(g.dense_bytes for g in groups),
+        **sizes,
         "file_bytes": checkpoint.file_bytes(path),
-        "groups": described,
+        "groups": rows,
     }
 
 
 def _told(report: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """What a report says, and its groups by name; nothing where there is none."""
+    """A report, and its groups by name; both empty if there is none."""
     if not report.exists():
         return {}, {}
     try:
         told = json.loads(report.read_text(encoding="utf-8"))
         return told, {row["name"]: row for row in told.get("groups", [])}
     except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{report}: is not the report of a run ({error}); delete it to go on without") from None
-
-
-def _row(group: GroupSpec) -> dict[str, Any]:
-    return {
-        "name": group.name,
-        "modules": list(group.modules),
-        "method": group.method,
-        "atoms": group.atoms if group.dictionary else None,
-        "nonzeros": group.codes.nonzeros if group.codes.sparse else None,
-        "pattern": group.codes.pattern,
-        "bits": {"dictionary": group.dictionary.bits if group.dictionary else None, "values": group.codes.bits},
-        "bytes": group.bytes,
-        "bytes_before": group.dense_bytes,
-    }
-
-
-def export_dense(source: str | Path, out: str | Path, dtype: str = "auto") -> None:
-    """Write a compressed checkpoint as a stock one that loads without this package.
-
-    Args:
-        source: a local compressed checkpoint.
-        out: directory to write, another than `source`.
-        dtype: of the weights written; ``"auto"`` for that of the checkpoint.
-
-    Raises:
-        CheckpointError: if `source` is damaged or not compressed.
-        OutputError: if `out` cannot be written.
-    """
-    shared = Path(source).is_dir() and is_shared(getattr(open_config(source), "quantization_config", None))
-    (export_shared if shared else checkpoint.export_dense)(source, out, dtype=dtype)
+        raise CheckpointError(
+            f"{report}: is not the report of a run ({error}); delete it to inspect without it"
+        ) from None
 
 
 def _refuse_nan(model: PreTrainedModel, _ids: Tensor, scores: Tensor) -> Tensor:
@@ -164,21 +127,21 @@ def generate(
     seed: int = 0,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Go on from a prompt.
+    """Continue a prompt.
 
     Args:
         source: local directory or hub id.
-        prompt: the beginning; may be empty (then the model begins at its begin token).
-        max_new_tokens: at most so many.
+        prompt: the text to continue; if empty, generation starts at the model's begin token.
+        max_new_tokens: upper limit.
         temperature: 0 for greedy decoding.
         seed: of the sampling.
-        device: where.
+        device: where to run.
 
     Returns:
         ``{"prompt", "text", "tokens", "seconds", "tokens_per_second"}``.
 
     Raises:
-        NumericalError: if the model gives NaN or Inf, from which any token would follow.
+        NumericalError: if the logits are NaN, from which any token would follow.
     """
     model, tokenizer = load(source, device=device)
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids.long()

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cospadi.calibration.blocks import encode, join
-from cospadi.calibration.texts import Progress, Texts, read_texts
+from cospadi.calibration.texts import Texts, read_texts
 from cospadi.errors import CalibrationError, NumericalError
 from cospadi.model_view import check_length, embedding_weight, where_not_finite
+from cospadi.progress import PhaseProgress
 from cospadi.runtime.devices import placed
 from cospadi.runtime.memory import guard_memory
 
@@ -54,7 +55,7 @@ def perplexity(
     max_blocks: int | None = None,
     device: torch.device | str = "cpu",
     batch: int | None = None,
-    progress: Progress | None = None,
+    progress: PhaseProgress | None = None,
 ) -> Perplexity:
     """Measure the perplexity of any causal language model, compressed or not.
 

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cospadi.errors import CalibrationError, ResourceError
+from cospadi.progress import PhaseProgress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Progress = Callable[..., None]
 Record = dict[str, Any]
 BATCHES = 16, 128
 """Smallest and largest batch."""
@@ -256,7 +256,7 @@ def run_tasks(
     limit: int | None = None,
     batch: int | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: PhaseProgress | None = None,
 ) -> dict[str, Any]:
     """Score a model with lm-eval on its current device.
 
@@ -335,7 +335,7 @@ def require_lm_eval() -> str:
 
 
 def _language_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int, progress: Progress | None
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int, progress: PhaseProgress | None
 ) -> Any:
     """The model as an lm-eval model, with our progress callback instead of its bars."""
     from lm_eval.models.huggingface import HFLM

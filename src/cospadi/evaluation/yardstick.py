@@ -17,10 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cospadi.calibration import Texts
 from cospadi.evaluation.perplexity import perplexity
 from cospadi.evaluation.tasks import find_tasks, run_tasks
+from cospadi.progress import Progress
 from cospadi.runtime.devices import placed
 from cospadi.runtime.memory import memory_errors, peak_memory
 
-Progress = Callable[..., None]
 ARITHMETIC = {
     "float32": "in float32, with every compressed weight reconstructed in float64 and rounded to float32",
     "model": "in the model's data type, with every compressed weight reconstructed and rounded to it",

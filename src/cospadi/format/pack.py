@@ -1,14 +1,15 @@
-"""Bits in, bits out: from float matrices to the stored tensors and back.
+"""Packing: from float matrices to the stored tensors and back.
 
-Bit order: stored value i of a row occupies bits [i·b, (i+1)·b) of the row's little-endian bit stream, cut into 32-bit
-words; mask bit c of a row is bit c % 32 of word c // 32. Values of a sparse row stand in ascending column order.
+Bit order: stored value i of a row occupies bits [i·b, (i+1)·b) of the row's little-endian bit stream, which is cut into
+32-bit words. Mask bit c of a row is bit c % 32 of word c // 32. The values of a sparse row are stored in ascending
+column order.
 """
 
 import torch
 from torch import Tensor
 
+from cospadi.format.patterns import keep_largest
 from cospadi.format.schema import MatrixSpec, Stored
-from cospadi.solvers.projection import support as project_support
 
 Packed = dict[str, Tensor]
 
@@ -25,7 +26,7 @@ def pack_bits(levels: Tensor, bits: int) -> Tensor:
     """
     rows, n = levels.shape
     words = -(-n * bits // 32)
-    if 32 % bits == 0:  # values never straddle two words
+    if 32 % bits == 0:  # no value straddles two words
         per = 32 // bits
         padded = torch.zeros(rows, words * per, dtype=torch.int64, device=levels.device)
         padded[:, :n] = levels
@@ -75,7 +76,7 @@ def unpack_mask(words: Tensor, columns: int) -> Tensor:
 
 
 def spread(per_group: Tensor, spec: MatrixSpec) -> Tensor:
-    """Repeat per-group numbers (rows, groups) to one per stored value (rows, nonzeros)."""
+    """Expand one number per group (rows, groups) to one per stored value (rows, nonzeros)."""
     size = spec.group or spec.nonzeros
     return per_group.repeat_interleave(size, dim=1)[:, : spec.nonzeros]
 
@@ -85,13 +86,12 @@ def _encode(values: Tensor, spec: MatrixSpec, stored: Stored, dtype: torch.dtype
         return {"values": values.to(dtype)}
     if spec.bits == 14:
         pattern = values.to(torch.bfloat16).view(torch.int16).to(torch.int32)
-        return {
-            "values": pack_bits(((pattern + 2) >> 2) & 0x3FFF, 14)
-        }  # to nearest; a carry into the exponent is right
+        rounded = (pattern + 2) >> 2  # to nearest; a carry into the exponent is correct
+        return {"values": pack_bits(rounded & 0x3FFF, 14)}
     if stored.scales is None:
         raise ValueError(f"{spec.bits}-bit values need scales")
     scales = spread(stored.scales.float(), spec)
-    low, high = integer_range(spec)
+    low, high = integer_range(spec.bits, spec.symmetric)
     levels = torch.where(scales != 0, values.float() / scales, 0.0).round()
     packed: Packed = {"scales": stored.scales.to(dtype)}
     if spec.symmetric:
@@ -106,16 +106,14 @@ def _encode(values: Tensor, spec: MatrixSpec, stored: Stored, dtype: torch.dtype
     return packed
 
 
-def integer_range(spec: MatrixSpec) -> tuple[int, int]:
-    """Smallest and largest level: ±(2^(b-1) − 1) around zero, or 0 … 2^b − 1 with a zero point."""
-    if spec.symmetric:
-        top = 2 ** (spec.bits - 1) - 1
-        return -top, top
-    return 0, 2**spec.bits - 1
+def integer_range(bits: int, symmetric: bool) -> tuple[int, int]:
+    """Smallest and largest level: ±(2^(b−1) − 1) around zero, or 0 … 2^b − 1 with a zero point."""
+    top = 2 ** (bits - 1) - 1
+    return (-top, top) if symmetric else (0, 2**bits - 1)
 
 
 def decode_values(packed: Packed, spec: MatrixSpec, dtype: torch.dtype) -> Tensor:
-    """Stored values as floats, (rows, nonzeros), in column order."""
+    """Stored values as floats (rows, nonzeros), in column order."""
     if spec.bits == 16:
         return packed["values"].to(dtype)
     if spec.bits == 14:
@@ -127,7 +125,7 @@ def decode_values(packed: Packed, spec: MatrixSpec, dtype: torch.dtype) -> Tenso
     else:
         levels = unpack_bits(packed["values"], spec.bits, spec.nonzeros)
     if spec.symmetric:
-        low = 0 if spec.bits == 8 else integer_range(spec)[0]
+        low = 0 if spec.bits == 8 else integer_range(spec.bits, spec.symmetric)[0]
         shifted = levels.to(dtype) + low
     else:
         zeros = unpack_bits(packed["zeros"], spec.bits, spec.groups)
@@ -139,15 +137,16 @@ def pack(stored: Stored, spec: MatrixSpec, dtype: torch.dtype = torch.bfloat16) 
     """Pack a matrix into its stored tensors.
 
     Args:
-        stored: the matrix (rows, columns) with scales where the spec asks for integers.
+        stored: the matrix (rows, columns), with scales if the spec asks for integers.
         spec: how to store it.
-        dtype: the 16-bit float of the model, for values and scales.
+        dtype: the model's 16-bit float type, used for values and scales.
 
     Returns:
-        tensors by role (values, mask, scales, zeros), shapes and dtypes as `spec.tensors(dtype)` says.
+        tensors by role (values, mask, scales, zeros) with the shapes and dtypes of `spec.tensors(dtype)`.
 
     Raises:
-        ValueError: if the matrix has another shape than the spec, or more non-zeros than it allows.
+        ValueError: if the shape differs from the spec's, the rows do not have the number of non-zeros that the spec
+            demands, or scales or zero points are missing.
     """
     matrix = stored.matrix
     if tuple(matrix.shape) != (spec.rows, spec.columns):
@@ -156,7 +155,7 @@ def pack(stored: Stored, spec: MatrixSpec, dtype: torch.dtype = torch.bfloat16) 
         return _encode(matrix, spec, stored, dtype)
     mask = stored.support
     if mask is None:
-        mask = project_support(matrix.T, spec.nonzeros, spec.pattern).T
+        mask = keep_largest(matrix, spec.nonzeros, spec.pattern, dim=1)
     if bool((mask.sum(1) != spec.nonzeros).any()) or bool((matrix[~mask] != 0).any()):
         raise ValueError(f"the matrix does not have {spec.nonzeros} non-zeros in every row under {spec.pattern}")
     packed = _encode(matrix[mask].view(spec.rows, spec.nonzeros), spec, stored, dtype)
@@ -164,7 +163,7 @@ def pack(stored: Stored, spec: MatrixSpec, dtype: torch.dtype = torch.bfloat16) 
 
 
 def unpack(packed: Packed, spec: MatrixSpec, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rebuild the matrix (rows, columns) from its stored tensors, in `dtype`."""
+    """Reconstruct the matrix (rows, columns) from its stored tensors, in `dtype`."""
     values = decode_values(packed, spec, dtype)
     if not spec.sparse:
         return values

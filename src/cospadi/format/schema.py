@@ -1,23 +1,22 @@
-"""Specifications of stored matrices and groups, and the one function that counts their bytes.
+"""How one matrix is stored, and the one function that counts its bytes.
 
 A compressed linear layer computes ``y = (x D) S + b``. Both factors are stored like ``nn.Linear`` weights, outputs
 in rows: the dictionary as Dᵀ (atoms, d_in), the codes as Sᵀ (d_out, atoms). Each is described by a
-:class:`MatrixSpec`; a group of layers that share a dictionary by a :class:`GroupSpec`.
+:class:`MatrixSpec`; a group of layers that share a dictionary by a `cospadi.format.group.GroupSpec`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cospadi.solvers.projection import balanced_nonzeros, parse_pattern
+from cospadi.format.patterns import balanced_nonzeros, parse_pattern
 
 FORMAT_VERSION = 1
 BITS = (2, 3, 4, 8, 14, 16)
-SCALE_BYTES = 2
 
 
 def _words(values: int, bits: int) -> int:
@@ -133,94 +132,6 @@ class MatrixSpec:
 
 
 @dataclass(frozen=True)
-class GroupSpec:
-    """How one group of linear layers is stored.
-
-    Attributes:
-        modules: dotted names in the model; the first one holds the dictionary.
-        d_in: inputs, the same for all.
-        d_out: outputs of each module.
-        codes: the codes of all modules together: rows = sum of `d_out`.
-        dictionary: None for an identity dictionary.
-        method: the method that made it (for reports).
-    """
-
-    modules: tuple[str, ...]
-    d_in: int
-    d_out: tuple[int, ...]
-    codes: MatrixSpec
-    dictionary: MatrixSpec | None = None
-    method: str = ""
-
-    def __post_init__(self) -> None:
-        if len(self.modules) != len(self.d_out):
-            raise ValueError(f"{len(self.modules)} modules but {len(self.d_out)} output sizes")
-        if self.codes.rows != sum(self.d_out):
-            raise ValueError(f"codes have {self.codes.rows} rows, the modules {sum(self.d_out)}")
-        if self.dictionary is not None and self.dictionary.columns != self.d_in:
-            raise ValueError(f"dictionary reads {self.dictionary.columns} inputs, the modules {self.d_in}")
-        if self.codes.columns != self.atoms:
-            raise ValueError(f"codes read {self.codes.columns} atoms, the dictionary has {self.atoms}")
-
-    @property
-    def atoms(self) -> int:
-        """Atoms of the dictionary; d_in for the identity."""
-        return self.d_in if self.dictionary is None else self.dictionary.rows
-
-    @property
-    def name(self) -> str:
-        """Readable name: the first module, and the last parts of the others."""
-        return "+".join([self.modules[0], *(m.rsplit(".", 1)[-1] for m in self.modules[1:])])
-
-    @property
-    def bytes(self) -> int:
-        """Exact bytes of all stored tensors of the group (biases excluded)."""
-        return self.codes.bytes + (self.dictionary.bytes if self.dictionary else 0)
-
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes of the same layers at 16 bits a weight."""
-        return 2 * self.d_in * sum(self.d_out)
-
-    def module_codes(self, index: int) -> MatrixSpec:
-        """Codes of one module."""
-        return replace(self.codes, rows=self.d_out[index])
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form, as it stands in ``config.json``."""
-        return {
-            "modules": list(self.modules),
-            "d_in": self.d_in,
-            "d_out": list(self.d_out),
-            "atoms": self.atoms,
-            "dictionary": None if self.dictionary is None else self.dictionary.to_dict(),
-            "codes": self.codes.to_dict(),
-            "method": self.method,
-        }
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> GroupSpec:
-        """Inverse of :meth:`to_dict`.
-
-        Raises:
-            ValueError: if the description is not one of a group.
-        """
-        try:
-            atoms, d_in, d_out = int(data["atoms"]), int(data["d_in"]), tuple(int(n) for n in data["d_out"])
-            dictionary = data["dictionary"]
-            return cls(
-                modules=tuple(str(m) for m in data["modules"]),
-                d_in=d_in,
-                d_out=d_out,
-                codes=MatrixSpec.from_dict(sum(d_out), atoms, data["codes"]),
-                dictionary=None if dictionary is None else MatrixSpec.from_dict(atoms, d_in, dictionary),
-                method=str(data.get("method", "")),
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not the description of a group: {error}") from error
-
-
-@dataclass(frozen=True)
 class Stored:
     """A matrix as a solver leaves it, before packing.
 
@@ -235,18 +146,3 @@ class Stored:
     scales: Tensor | None = None
     zeros: Tensor | None = None
     support: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Factors:
-    """What a method gives for a group: the dictionary (None: identity) and the codes of all modules, rows in order.
-
-    Attributes:
-        codes: Sᵀ, (sum of d_out, atoms).
-        dictionary: Dᵀ, (atoms, d_in), or None.
-        info: numbers for the report (rounds, losses …).
-    """
-
-    codes: Stored
-    dictionary: Stored | None = None
-    info: dict[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The operation beneath a compressed layer: ``y = (x D) S`` straight from the stored tensors."""
+"""The operation of a compressed layer, ``y = (x D) S``, computed directly from the stored tensors."""
 
 from cospadi.kernels.group_op import factored_group
 from cospadi.kernels.op import describe, factored_linear, is_traced, parse

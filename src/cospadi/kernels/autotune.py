@@ -1,11 +1,11 @@
-"""Choosing the fastest of a few ways to do the same thing, once per shape, in memory.
+"""Autotuning: choose the fastest of several kernels that compute the same, once per shape and process.
 
-The first call of a shape times every candidate on the real tensors and remembers the winner for the process. While a
-CUDA graph is captured, or with tuning switched off, the first candidate that is known to run is taken: put the most
-reasonable one first. A caller keeps its candidates in a :class:`Way`, so that once a choice is made a call costs the
-host one look at it. Before every timing a buffer larger than the second-level cache is filled: that empties the cache
-of weights, as the other layers of a model do, and keeps the device busy while the host prepares the launch, which would
-otherwise be what is timed.
+The first call of a shape times every candidate on the real tensors and remembers the winner. While a CUDA graph is
+being captured, or with tuning switched off, the first candidate that runs is used, so put the most promising one first.
+A caller keeps its candidates in a :class:`Way`; after the choice a call costs the host one attribute lookup.
+
+Before each timing a buffer larger than the L2 cache is filled. This evicts the weights, as the other layers of a model
+would, and keeps the device busy while the host prepares the launch; otherwise the launch would be timed.
 """
 
 import logging
@@ -22,24 +22,24 @@ logger = logging.getLogger(__name__)
 
 Run = Callable[..., Tensor]
 REPEATS = 5
-FILLS = 8  # some 0.2 ms on an H200, longer than a launch takes the host
+FILLS = 8  # about 0.2 ms on an H200, longer than the host needs for a launch
 _enabled = True
 _choices: dict[Hashable, str] = {}
 _failed: dict[tuple[Hashable, str], str] = {}
 ways: dict[Hashable, Run] = {}
-"""What callers have made, by keys of their own, to do the same again; :func:`clear` empties it."""
+"""Prepared products by the callers' keys, to be used again; :func:`clear` empties it."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to do it: `name` is the same for the same way from call to call."""
+    """One implementation. The same implementation has the same `name` at every call."""
 
     name: str
     run: Run
 
 
 class Way:
-    """:func:`choose` among the same candidates at every call, until there is a choice; from then on that one."""
+    """Calls :func:`choose` with the same candidates until one has been chosen, and that one from then on."""
 
     __slots__ = ("_candidates", "_key", "_resort", "_settled")
 
@@ -48,56 +48,56 @@ class Way:
         self._settled: Run | None = None
 
     def __call__(self, *arguments: Any) -> Tensor:
-        """Do it, with the arguments that all candidates and the resort take."""
+        """Run with the arguments that all candidates and the last resort take."""
         if self._settled is not None:
             return self._settled(*arguments)
         out = choose(self._key, self._candidates, self._resort, arguments)
-        # only what was timed is final: without timing, or in a capture, the next call may still choose another
+        # only a timed choice is final: without tuning, or during a capture, the next call may choose another
         chosen = _choices.get(self._key)
         self._settled = next((c.run for c in self._candidates if c.name == chosen), None)
         return out
 
 
 def set_tuning(enabled: bool) -> None:
-    """Switch timing of candidates on or off; off, the first candidate is taken."""
+    """Switch tuning on or off. While it is off, the first candidate that runs is used."""
     global _enabled
     _enabled = enabled
 
 
 def choices() -> dict[Hashable, str]:
-    """What has been chosen so far, by key (a copy)."""
+    """The choices so far: names of candidates by key (a copy)."""
     return dict(_choices)
 
 
 def clear() -> None:
-    """Forget all choices and failures."""
+    """Forget all prepared products, choices and failures."""
     ways.clear()
     _choices.clear()
     _failed.clear()
 
 
 def failures() -> dict[tuple[Hashable, str], str]:
-    """Candidates that did not run, by key and name, and why (a copy)."""
+    """The errors of candidates that did not run, by key and name (a copy)."""
     return dict(_failed)
 
 
 def choose(
     key: Hashable, candidates: Sequence[Candidate], resort: Run | None = None, arguments: Sequence[Any] = ()
 ) -> Tensor:
-    """Run the best candidate. One that does not compile, or asks for more than the device has, is ruled out, aloud.
+    """Run the best candidate. One that does not compile or exceeds the device's limits is ruled out with a warning.
 
     Args:
         key: the shape and whatever else the choice depends on.
-        candidates: all give the same tensor; the likely best first.
-        resort: what to run if none of them does, and only then.
-        arguments: for whichever runs.
+        candidates: all compute the same tensor; the most promising one first.
+        resort: the last resort, run only if no candidate runs.
+        arguments: of the candidate.
 
     Returns:
-        the result of the chosen candidate.
+        The result of the chosen candidate.
 
     Raises:
-        RuntimeError: if every candidate failed and there is no other resort.
-        torch.OutOfMemoryError: as it comes.
+        RuntimeError: if every candidate failed and there is no last resort.
+        torch.OutOfMemoryError: if a candidate raised it.
     """
     chosen = _choices.get(key)
     for candidate in candidates:
@@ -122,7 +122,7 @@ def _ranked(key: Hashable, candidates: Sequence[Candidate], arguments: Sequence[
     timed: list[tuple[float, int, Candidate]] = []
     for candidate in candidates:
         try:
-            timed.append((_seconds(partial(candidate.run, *arguments)), len(timed), candidate))
+            timed.append((milliseconds(partial(candidate.run, *arguments)), len(timed), candidate))
         except Exception as error:
             _rule_out(key, candidate, error)
     return [candidate for _, _, candidate in sorted(timed, key=lambda entry: entry[:2])]
@@ -131,8 +131,8 @@ def _ranked(key: Hashable, candidates: Sequence[Candidate], arguments: Sequence[
 def _rule_out(key: Hashable, candidate: Candidate, error: Exception) -> None:
     """Remember that a candidate does not run.
 
-    Compilers fail in ways of their own, from memory that does not suffice to an assertion, so any error counts, except
-    that the device has no memory left, which says nothing about the candidate.
+    Any error counts, because compilers fail in many ways, from a lack of shared memory to an assertion. The exception
+    is a device that is out of memory, which says nothing about the candidate.
     """
     if isinstance(error, torch.OutOfMemoryError):
         raise error
@@ -142,7 +142,8 @@ def _rule_out(key: Hashable, candidate: Candidate, error: Exception) -> None:
         logger.warning("kernel %s does not run on this device (%s); using another", candidate.name, error)
 
 
-def _seconds(run: Run) -> float:
+def milliseconds(run: Run) -> float:
+    """Median time of a call on the current CUDA device, in milliseconds, with a cold L2 cache."""
     run()  # compiles and loads
     cache = torch.cuda.get_device_properties().L2_cache_size
     filler = torch.empty(2 * cache, dtype=torch.uint8, device="cuda")

@@ -1,12 +1,12 @@
-"""Which order of products costs least: a model in floating-point operations.
+"""Which order of the two products is cheaper, counted in floating-point operations.
 
-With T tokens the two orders of ``x D S`` cost, in multiply-adds,
+For T tokens the two orders of ``x D S`` cost, in multiply-adds,
 
 * two steps, ``(x D) S``:   T · atoms · (d_in + rows);
 * rebuilt, ``x (D S)``:     rows · atoms · d_in + T · d_in · rows.
 
-Unpacking the factors is the same in both. Rebuilding pays only for very many tokens, and only where the two
-factors together hold more numbers than W.
+Unpacking the factors costs the same in both. Rebuilding pays only for very many tokens, and only where the two factors
+together hold more numbers than W.
 """
 
 from cospadi.format import MatrixSpec
@@ -17,7 +17,7 @@ def rebuild_pays(tokens: int, dictionary: MatrixSpec | None, codes: MatrixSpec) 
 
     Args:
         tokens: rows of x.
-        dictionary: spec of Dᵀ, None for the identity (there is nothing to rebuild).
+        dictionary: spec of Dᵀ; None for the identity, with which there is nothing to rebuild.
         codes: spec of Sᵀ.
     """
     if dictionary is None:

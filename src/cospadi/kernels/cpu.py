@@ -1,7 +1,7 @@
-"""The operation on CPU, and on any device that has no kernels of its own.
+"""The operation on CPU, and on any device without kernels of its own.
 
-Rows of a stored matrix are made dense a block at a time and multiplied at once, so the scratch stays small
-whatever the layer's size. The order of the two products follows `cospadi.kernels.cost`.
+A stored matrix is unpacked and multiplied one block of rows at a time, so the scratch memory stays small whatever the
+size of the layer. `cospadi.kernels.cost` decides the order of the two products.
 """
 
 from torch import Tensor
@@ -11,15 +11,15 @@ from cospadi.format import MatrixSpec, Packed
 from cospadi.kernels.cost import rebuild_pays
 from cospadi.kernels.decode import as_levels, block, dense_rows
 
-# Numbers of a block: about 1 MB in bfloat16, within the second-level cache, and enough work per torch call.
+# Numbers in a block: about 1 MB in bfloat16, which fits into the L2 cache and is enough work per torch call.
 BLOCK_ELEMENTS = 1 << 19
-# With many tokens the products rule, and larger blocks feed them better.
+# With many tokens the products dominate, and they are faster on larger blocks.
 BLOCK_ELEMENTS_MANY = 1 << 21
 MANY_TOKENS = 32
 
 
 def block_rows(tokens: int, columns: int) -> int:
-    """Rows of a block of a matrix of `columns` columns that multiplies `tokens` tokens."""
+    """Rows per block of a matrix with `columns` columns that multiplies `tokens` tokens."""
     elements = BLOCK_ELEMENTS_MANY if tokens >= MANY_TOKENS else BLOCK_ELEMENTS
     return max(1, elements // columns)
 
@@ -53,7 +53,7 @@ def packed_linear(x: Tensor, packed: Packed, spec: MatrixSpec) -> Tensor:
 def rebuilt_linear(
     x: Tensor, dictionary: Packed, dictionary_spec: MatrixSpec, codes: Packed, codes_spec: MatrixSpec
 ) -> Tensor:
-    """``x (D S)``: W rebuilt a block of outputs at a time. Arguments as in :func:`cpu_forward`."""
+    """``x (D S)``, with W rebuilt one block of outputs at a time. Arguments as in :func:`cpu_forward`."""
     atoms = dense_rows(dictionary, dictionary_spec, x.dtype)
     step = block_rows(x.shape[0], dictionary_spec.columns)
     out = x.new_empty(x.shape[0], codes_spec.rows)

@@ -1,17 +1,18 @@
-"""The operation on CUDA: decode kernels for a few tokens, dense scratch and cuBLAS for many.
+"""The operation on CUDA: decode kernels for few tokens, unpacking and cuBLAS for many.
 
-The two products are chosen apart, each per shape and number of tokens, by `cospadi.kernels.autotune`. For one token x D
-stays in float32 between them. Specs without a kernel (3 and 14 bits, sparse with zero points), layers in other dtypes
-than 16-bit floats, and machines without Triton take the dense path: factors unpacked into a scratch, then cuBLAS. So do
-products whose kernels all fail to compile or to run.
+`cospadi.kernels.autotune` chooses the kernel of each of the two products separately, per shape and number of tokens.
+For one token, x D stays in float32 between them. The dense path, which unpacks the factors into scratch memory and
+calls cuBLAS, serves specs without a kernel (3 and 14 bits, sparse with zero points), layers that are not in 16-bit
+floats, machines without Triton, and products whose kernels all fail to compile or to run.
 
-In eager mode the host is what a decode step waits for, so all that follows from the spec is worked out at the first
-call and found again by one key (`tuning.ways`).
+In eager mode a decode step waits for the host. Everything that follows from the spec is therefore prepared at the first
+call and looked up by one key later (`autotune.ways`).
 """
 
 import logging
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -24,32 +25,35 @@ from cospadi.kernels.autotune import Candidate, Run, Way, ways
 from cospadi.kernels.cost import rebuild_pays
 
 launch: ModuleType | None
+no_triton = ""
+"""Why Triton cannot be imported; empty if it can."""
 try:
     from cospadi.kernels.triton import launch
 except ImportError as _error:
     launch = None
-    _reason = str(_error)
+    no_triton = str(_error)
 
 logger = logging.getLogger(__name__)
-_said = False
 
-SCRATCH_TOKENS = 4  # from here on, small matrices may be faster unpacked, which the cache then holds
-MANY_TOKENS = 65  # from here on all numbers of tokens are alike: no decode kernel takes so many
+SCRATCH_TOKENS = 4  # from here on small matrices may be faster unpacked, since the unpacked ones fit into the cache
+MANY_TOKENS = 65  # from here on the number of tokens makes no difference: no decode kernel takes so many
 
 
 def _kernels_run(dtype: torch.dtype) -> bool:
-    """Whether there are kernels for layers of this dtype; says once if Triton is missing."""
-    global _said
+    """Whether there are kernels for layers of this dtype; warns once if Triton is missing."""
     if launch is None:
-        if not _said:
-            _said = True
-            logger.warning(
-                "Triton cannot be imported (%s): compressed layers unpack their weights at every call, which is slow; "
-                "install triton",
-                _reason,
-            )
+        _warn_of_missing_triton(no_triton)
         return False
     return dtype in (torch.bfloat16, torch.float16)
+
+
+@cache
+def _warn_of_missing_triton(reason: str) -> None:
+    logger.warning(
+        "Triton cannot be imported (%s): compressed layers unpack their weights at every call, which is slow; "
+        "install triton",
+        reason,
+    )
 
 
 def cuda_forward(
@@ -74,18 +78,20 @@ def cuda_forward(
 
 
 def scratch(packed: Packed, spec: MatrixSpec, dtype: torch.dtype) -> Tensor:
-    """A stored matrix made dense, (rows, columns) `dtype`; 16-bit dense ones as they are."""
+    """The dense form (rows, columns) of a stored matrix in `dtype`; a dense 16-bit matrix is returned as it is."""
     values = packed["values"]
     if not spec.sparse and spec.bits == 16:
         return values.to(dtype)
     key = (values.device.index, dtype, spec, "unpacked")
     way = ways.get(key)
     if way is None:
-        way = ways[key] = _unpacking(key, spec, dtype)
+        way = ways[key] = prepared_unpacking(key, spec, dtype)
     return way(packed)
 
 
-def _unpacking(key: Hashable, spec: MatrixSpec, dtype: torch.dtype) -> Run:
+def prepared_unpacking(key: Hashable, spec: MatrixSpec, dtype: torch.dtype) -> Run:
+    """The function that :func:`scratch` calls for this key, from the stored tensors to the dense matrix."""
+
     def by_torch(packed: Packed) -> Tensor:
         return unpack(packed, spec, dtype)
 
@@ -101,28 +107,28 @@ def packed_linear(
     """``x Mᵀ`` for a stored matrix M.
 
     Args:
-        x: (tokens, columns), contiguous, in `dtype`; or what this function gave for these codes.
+        x: (tokens, columns), contiguous, in `dtype`; or the result of this function for these codes.
         packed: stored tensors of M.
         spec: how M is stored.
         dtype: of the layer.
-        codes: the matrix that will read the result: for one token that may be in float32 then, and spaced as its
-            kernel likes it.
+        codes: the matrix that will read the result, if any. For one token the result may then be in float32, and laid
+            out as the kernel of the codes reads it.
 
     Returns:
-        (tokens, rows) in `dtype`, or as said.
+        (tokens, rows) in `dtype`, unless `codes` says otherwise.
     """
     tokens = x.shape[0]
     key = (x.device.index, dtype, spec, codes, min(tokens, MANY_TOKENS))
     way = ways.get(key)
     if way is None:
-        way = ways[key] = _multiplying(x.device.index, spec, tokens, dtype, codes)
+        way = ways[key] = prepared_product(x.device.index, spec, tokens, dtype, codes)
     return way(x, packed)
 
 
-def _multiplying(
+def prepared_product(
     device: int | None, spec: MatrixSpec, tokens: int, dtype: torch.dtype, codes: MatrixSpec | None
 ) -> Run:
-    """What :func:`packed_linear` does with all that it knows before it sees the tensors."""
+    """The function (x, packed) → y that :func:`packed_linear` calls: all that can be prepared without the tensors."""
 
     def by_scratch(x: Tensor, packed: Packed) -> Tensor:
         plain_x = x if x.dim() == 2 else x[:, :, :32].reshape(1, -1)

@@ -1,10 +1,10 @@
-"""From stored tensors to dense rows, a block of rows at a time.
+"""Unpacking stored tensors into dense rows, one block of rows at a time.
 
-`cospadi.format.unpack` is the definition; the functions here give the same numbers faster. On CPU the mask is expanded
-by a table (eight bools a byte at once), its positions are found by NumPy's `flatnonzero`, some seven times faster there
-than `torch.nonzero` or `masked_scatter`, whose branches a random mask defeats, and the values are put there by NumPy,
-twice as fast as `scatter_` (measured, one core). Two or four values of a byte come from a table too, already as floats.
-Blocks of rows keep the scratch in the second-level cache and the memory bounded. Nothing is kept between calls.
+`cospadi.format.unpack` is the definition; the functions here compute the same numbers faster. On CPU a table expands
+the mask, eight bools per byte. NumPy's `flatnonzero` finds their positions, about seven times faster than
+`torch.nonzero` or `masked_scatter`, whose branches mispredict on a random mask, and NumPy writes the values, twice as
+fast as `scatter_` (measured on one core). The two or four values in a byte also come from a table, as floats. Blocks of
+rows keep the scratch memory bounded and within the L2 cache. Nothing is kept between calls.
 """
 
 import sys
@@ -18,7 +18,7 @@ from torch import Tensor
 from cospadi.format import MatrixSpec, Packed, unpack
 from cospadi.format.pack import decode_values, integer_range, unpack_bits, unpack_mask
 
-# Entry b: the bits of the byte b, lowest first, as eight bools seen as one int64 (in memory order on any machine).
+# Entry b: the bits of the byte b, lowest first, as eight bools viewed as one int64 (in memory order on any machine).
 _BOOLS = ((torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1).to(torch.uint8).view(torch.int64).view(-1)
 
 _WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -31,9 +31,9 @@ def block(packed: Packed, spec: MatrixSpec, start: int, stop: int) -> tuple[Pack
 
 
 def as_levels(packed: Packed, spec: MatrixSpec) -> tuple[Packed, MatrixSpec] | None:
-    """The matrix of levels, where the stored one is that times one scale per row; else None.
+    """The matrix of levels, if the stored matrix is those levels times one scale per row; otherwise None.
 
-    The scale may then multiply the outputs, once per row instead of once per value. Only for bytes, whose levels
+    The scale can then multiply the outputs, once per row instead of once per value. Only for 8-bit values, whose levels
     need no unpacking.
     """
     if not (spec.bits == 8 and spec.symmetric and spec.groups == 1):
@@ -43,10 +43,10 @@ def as_levels(packed: Packed, spec: MatrixSpec) -> tuple[Packed, MatrixSpec] | N
 
 
 def dense_rows(packed: Packed, spec: MatrixSpec, dtype: torch.dtype) -> Tensor:
-    """All rows of a stored matrix as a dense one.
+    """All rows of a stored matrix as a dense matrix.
 
     Args:
-        packed: stored tensors (a block's, as a rule).
+        packed: stored tensors, usually of one block.
         spec: how they are stored.
         dtype: of the result.
 
@@ -62,7 +62,7 @@ def dense_rows(packed: Packed, spec: MatrixSpec, dtype: torch.dtype) -> Tensor:
     width = mask.shape[1] * 32
     chosen = torch.index_select(_BOOLS, 0, mask.view(torch.uint8).view(-1).int()).view(torch.bool)
     dense = torch.zeros(spec.rows * width, dtype=dtype)
-    whole = _WHOLE[dtype.itemsize]  # NumPy has no bfloat16: numbers move as integers of the same size
+    whole = _WHOLE[dtype.itemsize]  # NumPy has no bfloat16, so numbers are moved as integers of the same size
     dense.view(whole).numpy()[np.flatnonzero(chosen.numpy())] = decoded.reshape(-1).view(whole).numpy()
     return dense.view(spec.rows, width)[:, : spec.columns]
 
@@ -81,7 +81,7 @@ def _values(packed: Packed, spec: MatrixSpec, dtype: torch.dtype) -> Tensor:
         found = torch.index_select(table, 0, values.contiguous().view(torch.uint8).view(-1).int())
         levels = found.view(dtype).view(spec.rows, values.shape[1] * 4 * per_byte)[:, : spec.nonzeros]
     else:
-        levels = unpack_bits(values, spec.bits, spec.nonzeros).to(dtype) + integer_range(spec)[0]
+        levels = unpack_bits(values, spec.bits, spec.nonzeros).to(dtype) + integer_range(spec.bits, spec.symmetric)[0]
     return _scaled(levels, packed["scales"].detach().to(dtype), spec)
 
 
@@ -97,7 +97,7 @@ def _scaled(levels: Tensor, scales: Tensor, spec: MatrixSpec) -> Tensor:
 
 @lru_cache
 def _level_table(bits: int, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """Entry b: the symmetric levels of the byte b, lowest first, as floats seen as one integer; how many these are."""
+    """Entry b: the symmetric levels in the byte b, lowest first, as floats viewed as one integer; and their number."""
     per_byte = 8 // bits
     levels = (torch.arange(256).unsqueeze(1) >> (torch.arange(per_byte) * bits)) & ((1 << bits) - 1)
     floats = (levels - (2 ** (bits - 1) - 1)).to(dtype)
@@ -105,7 +105,7 @@ def _level_table(bits: int, dtype: torch.dtype) -> tuple[Tensor, int]:
 
 
 def mask_of(packed: Packed, spec: MatrixSpec) -> Tensor:
-    """Support as bool (rows, columns); all true for a dense pattern."""
+    """The support as bool (rows, columns); all True for a dense pattern."""
     if spec.sparse:
         return unpack_mask(packed["mask"], spec.columns)
     return torch.ones(spec.rows, spec.columns, dtype=torch.bool, device=packed["values"].device)

@@ -1,4 +1,4 @@
-"""Gradients of the operation: to x, to 16-bit values and to scales, for healing. Plain torch, any device."""
+"""Gradients of the operation with respect to x, 16-bit values and scales. Plain torch, on any device."""
 
 import torch
 from torch import Tensor
@@ -21,17 +21,17 @@ def backward(
     """Gradients of ``y = (x D) S``.
 
     Args:
-        gradient: of y, (tokens, rows).
+        gradient: with respect to y, (tokens, rows).
         x: (tokens, d_in).
         dictionary: stored tensors of Dᵀ, or None.
         dictionary_spec: how Dᵀ is stored.
         codes: stored tensors of Sᵀ.
         codes_spec: how Sᵀ is stored.
-        needs: which gradients: ``"x"``, ``"dictionary_values"``, ``"dictionary_scales"``, ``"codes_values"``,
-            ``"codes_scales"``.
+        needs: which gradients to compute: ``"x"``, ``"dictionary_values"``, ``"dictionary_scales"``,
+            ``"codes_values"``, ``"codes_scales"``.
 
     Returns:
-        the gradients asked for, by the same names.
+        The gradients in `needs`, by the same names.
     """
     out: dict[str, Tensor] = {}
     atoms = None if dictionary is None else dense_rows(dictionary, _known(dictionary_spec), x.dtype)
@@ -62,20 +62,20 @@ def _known(spec: MatrixSpec | None) -> MatrixSpec:
 def stored_gradients(
     gradient: Tensor, packed: Packed, spec: MatrixSpec, prefix: str, needs: frozenset[str] | set[str]
 ) -> dict[str, Tensor]:
-    """From the gradient of a matrix to those of its stored values and scales.
+    """Gradients of the stored values and scales of a matrix, from that of the dense matrix.
 
-    A stored integer matrix is ``(level − zero) · scale``, so a scale collects the gradients of its values times their
-    levels; the levels themselves have no gradient.
+    A stored integer matrix is ``(level − zero) · scale``: the gradient of a scale is the sum, over its values, of the
+    gradient times the level. The levels themselves have no gradient.
 
     Args:
-        gradient: (rows, columns), of the dense matrix.
+        gradient: (rows, columns), with respect to the dense matrix.
         packed: its stored tensors.
         spec: how it is stored.
         prefix: of the names in `needs` and in the result.
         needs: ``prefix + "values"`` (16-bit specs) and ``prefix + "scales"`` (integer specs).
 
     Returns:
-        the gradients asked for, by name.
+        The gradients in `needs`, by name.
     """
     picked = gradient[mask_of(packed, spec)].view(spec.rows, spec.nonzeros) if spec.sparse else gradient
     out: dict[str, Tensor] = {}

@@ -1,8 +1,8 @@
-"""All outputs of a group of layers at once: ``torch.ops.cospadi.factored_group``.
+"""The outputs of a whole group of layers in one operation, ``torch.ops.cospadi.factored_group``, for compiled programs.
 
-For a compiler: a program gets the codes of every layer as tensors of their own, and whether they lie behind each
-other in one storage (`cospadi.layers.siblings`) is seen when it runs. Then one product serves the whole group; if
-they do not, or no longer, each layer's product is computed by itself.
+A program receives the codes of each layer as separate tensors. When it runs, the operation checks whether they lie
+behind each other in one storage (`cospadi.layers.siblings.joined`). If so, one product computes the whole group;
+otherwise the product of each layer is computed separately.
 """
 
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ def factored_group(
     codes: Sequence[Packed],
     codes_spec: MatrixSpec,
 ) -> Tensor:
-    """``y = (x D) S`` of all layers of a group side by side, without gradients.
+    """``y = (x D) S`` for all layers of a group side by side, without gradients.
 
     Args:
         x: (..., d_in), as `factored_linear` takes it.
         dictionary: stored tensors of Dᵀ, None for the identity.
         dictionary_spec: how Dᵀ is stored; None with `dictionary`.
-        codes: stored tensors of every layer's rows of Sᵀ.
-        codes_spec: how all rows of Sᵀ together are stored.
+        codes: stored tensors of each layer's rows of Sᵀ.
+        codes_spec: how all these rows together are stored.
 
     Returns:
         (..., rows of all layers) in the dtype of x.
@@ -50,7 +50,7 @@ def factored_group(
 
 
 def as_one_matrix(parts: Sequence[Packed]) -> Packed | None:
-    """Stored rows of several layers as those of one matrix, if they lie behind each other in one storage; else None."""
+    """The stored rows of several layers as one matrix, if they lie behind each other in one storage; otherwise None."""
     joined: Packed = {}
     for role, first in parts[0].items():
         begin, row = first.data_ptr(), first.stride(0) * first.element_size()
@@ -61,7 +61,7 @@ def as_one_matrix(parts: Sequence[Packed]) -> Packed | None:
                 return None
             rows += tensor.shape[0]
         storage = first.untyped_storage()
-        if begin + rows * row > storage.data_ptr() + storage.nbytes():  # neighbours by chance
+        if begin + rows * row > storage.data_ptr() + storage.nbytes():  # separate storages that happen to be adjacent
             return None
         joined[role] = first.as_strided((rows, *first.shape[1:]), first.stride())
     return joined

@@ -1,8 +1,8 @@
-"""The operation as PyTorch sees it: ``torch.ops.cospadi.factored_linear``, for eager, compiled and exported programs.
+"""The operation of one layer, ``torch.ops.cospadi.factored_linear``, for eager, compiled and exported programs.
 
-An operation takes tensors, numbers and strings only, so a `MatrixSpec` travels as a short string
-(:func:`describe`, :func:`parse`). One custom op with a kernel per device, rather than a `triton_op`: that one cannot be
-compiled or exported without a GPU driver.
+An operator takes only tensors, numbers and strings, so a `MatrixSpec` is passed as a short string (:func:`describe`,
+:func:`parse`). It is a custom op with one kernel per device, not a `triton_op`, which cannot be compiled or exported
+without a GPU driver.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from cospadi.format import MatrixSpec, Packed
+from cospadi.kernels import _torch_private as hooks
 from cospadi.kernels.cpu import cpu_forward
 from cospadi.kernels.gradients import backward as stored_backward
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ROLES = ("values", "mask", "scales", "zeros")
-"""Of stored tensors, in the order in which the operations take them."""
+"""Roles of stored tensors, in the order in which the operators take them."""
 _GRADIENTS = ("x", "dictionary_values", "dictionary_scales", "codes_values", "codes_scales")
 
 
@@ -27,7 +28,7 @@ def describe(spec: MatrixSpec | None) -> str:
     """A spec as a short string, empty for None; :func:`parse` reads it."""
     if spec is None:
         return ""
-    # Dynamo looks through the cache, once while it compiles, but warns of it
+    # Dynamo traces through the cache, but warns about it
     return _description(spec) if torch.compiler.is_compiling() else _described(spec)
 
 
@@ -65,7 +66,7 @@ def factored_linear(
 
     Args:
         x: (..., d_in) float, of the dtype of the stored floats (values or scales); any strides, also empty.
-        dictionary: stored tensors of Dᵀ (atoms, d_in), by role as `cospadi.format.pack` gives them; None: identity.
+        dictionary: stored tensors of Dᵀ (atoms, d_in) by role, as `cospadi.format.pack` returns them; None: identity.
         dictionary_spec: how Dᵀ is stored; None with `dictionary`.
         codes: stored tensors of Sᵀ (rows, atoms).
         codes_spec: how Sᵀ is stored.
@@ -79,7 +80,7 @@ def factored_linear(
     """
     x = checked(x, dictionary, dictionary_spec, [codes], codes_spec)
     atoms = dictionary or {}
-    if x.device.type in _FORWARDS and not _observed(x, atoms, codes):
+    if x.device.type in FORWARDS and not _observed(x, atoms, codes):
         return _run(x, dictionary, dictionary_spec, codes, codes_spec)
     y: Tensor = torch.ops.cospadi.factored_linear(
         x,
@@ -98,7 +99,7 @@ def checked(
     codes: Sequence[Packed],
     codes_spec: MatrixSpec,
 ) -> Tensor:
-    """The input as the operations take it, cast where autocast says so. Errors are those of `factored_linear`."""
+    """The input x as the operators take it, cast if autocast is on. Raises the errors of `factored_linear`."""
     if (dictionary is None) != (dictionary_spec is None):
         raise ValueError("a dictionary needs its spec, and a spec its dictionary: give both or neither")
     first = codes_spec if dictionary_spec is None else dictionary_spec
@@ -122,7 +123,7 @@ def checked(
 
 
 def by_role(*tensors: Tensor | None) -> Packed | None:
-    """Stored tensors in the order of `ROLES` by role, as far as there are any; None without values."""
+    """Stored tensors, given in the order of `ROLES`, by role; None if there are no values."""
     if tensors[0] is None:
         return None
     return {role: stored for role, stored in zip(ROLES, tensors, strict=True) if stored is not None}
@@ -159,32 +160,33 @@ def _run(
     codes: Packed | None,
     codes_spec: MatrixSpec,
 ) -> Tensor:
-    y = _FORWARDS[x.device.type](_flat(x), dictionary, dictionary_spec, codes, codes_spec)
+    y = FORWARDS[x.device.type](_flat(x), dictionary, dictionary_spec, codes, codes_spec)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _cuda_forward(*arguments: Any) -> Tensor:
-    from cospadi.kernels.cuda import cuda_forward  # imports Triton, which nothing on CPU needs
+    from cospadi.kernels.cuda import cuda_forward  # imports Triton, which is not needed on CPU
 
     return cuda_forward(*arguments)
 
 
-_FORWARDS: dict[str, Callable[..., Tensor]] = {"cpu": cpu_forward, "cuda": _cuda_forward}
+FORWARDS: dict[str, Callable[..., Tensor]] = {"cpu": cpu_forward, "cuda": _cuda_forward}
+"""The implementation by device type."""
 
 
 def is_traced() -> bool:
-    """Whether a compiler or an exporter is looking."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    """Whether `torch.compile`, `torch.export` or `torch.jit.trace` is tracing."""
+    return torch.compiler.is_compiling() or hooks.tracing_state() is not None
 
 
 def _observed(x: Tensor, dictionary: Packed, codes: Packed) -> bool:
-    """Whether autograd, a compiler, an exporter, a transform or a mode has to see the operation.
+    """Whether autograd, a compiler, an exporter, a transform or a dispatch mode has to see the operation.
 
-    If not, it need not go through PyTorch's dispatcher, which takes some 35 µs a call.
+    If not, it bypasses PyTorch's dispatcher, which costs about 35 µs per call.
     """
     if is_traced() or type(x) not in (Tensor, torch.nn.Parameter):
         return True
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+    if hooks.dispatch_modes() or hooks.functorch_active():
         return True
     if not torch.is_grad_enabled():
         return False
@@ -252,7 +254,7 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, 
 
 
 def _autograd(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    places = (0, 1, 3, 5, 7)  # of the differentiable inputs among the op's
+    places = (0, 1, 3, 5, 7)  # of the differentiable inputs among those of the operator
     needs = [n for n, place in zip(_GRADIENTS, places, strict=True) if ctx.needs_input_grad[place]]  # type: ignore[attr-defined]
     out: list[Tensor | None] = [None] * 11
     if needs:

@@ -1,7 +1,7 @@
-"""Compiling the kernels of many layers at once, in processes of their own, before they are needed.
+"""Compile the kernels of many layers ahead of time, in parallel processes.
 
-Triton compiles a kernel at its first launch, seconds each, one after the other. Whatever is compiled here lies in
-Triton's cache on disk afterwards, where this process finds it.
+Triton compiles a kernel at its first launch, one after the other, each in seconds. The kernels compiled here end up in
+Triton's cache on disk, where this process finds them.
 """
 
 import logging
@@ -17,23 +17,23 @@ from cospadi.format import MatrixSpec
 logger = logging.getLogger(__name__)
 
 MOST_JOBS = 14
-ROWS = 64  # of the matrices that stand for the real ones: no kernel depends on how many there are
+ROWS = 64  # of the matrices that stand in for the real ones: no kernel depends on the number of rows
 Product = tuple[MatrixSpec, int, MatrixSpec | None]
-"""A stored matrix, rows of x, and the codes that read the result if there are any."""
+"""A stored matrix, the rows of x, and the codes that read the result, if any."""
 Task = tuple[MatrixSpec, int, torch.dtype, bool, int]
-"""A stored matrix, rows of x (0: it is only unpacked), dtype of the outputs, whether spaced, and which option."""
+"""A stored matrix, rows of x (0: only unpack), dtype of the outputs, whether they are spaced, index of the option."""
 
 
 def compile_ahead(products: Iterable[Product], dtype: torch.dtype, *, jobs: int = 0, patience: float = 120.0) -> None:
     """Compile every kernel that may be chosen for some products on the current CUDA device.
 
-    Whatever goes wrong is left to the first real launch to say; only that there was something is logged.
+    Errors are only logged; the first real launch reports them.
 
     Args:
-        products: what will be multiplied.
+        products: the products to compile for.
         dtype: of the layers.
-        jobs: processes; 0: one a core, at most MOST_JOBS.
-        patience: seconds to wait for any one kernel.
+        jobs: number of processes; 0 for one per core, at most MOST_JOBS.
+        patience: seconds to wait for a single kernel.
     """
     from cospadi.kernels.triton import launch
 
@@ -57,7 +57,7 @@ def compile_ahead(products: Iterable[Product], dtype: torch.dtype, *, jobs: int 
             for _ in tasks:
                 done.next(patience)
     except (multiprocessing.TimeoutError, OSError, RuntimeError) as error:
-        logger.warning("kernels could not be compiled ahead (%s): they will be when they are needed", error)
+        logger.warning("kernels could not be compiled ahead of time (%s): each will be at its first launch", error)
 
 
 def _compile(task: tuple[Task, torch.dtype, int]) -> None:

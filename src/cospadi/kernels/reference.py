@@ -1,4 +1,4 @@
-"""What every path of the operation is tested against: both factors unpacked, products in float64."""
+"""The reference that every path of the operation is tested against: unpacked factors, products in float64."""
 
 import torch
 from torch import Tensor

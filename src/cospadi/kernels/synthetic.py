@@ -1,13 +1,13 @@
-"""Random stored matrices of any spec, made on the device they are for: tests, benchmarks, speed estimates."""
+"""Random stored matrices of any spec, created on their device, for tests, benchmarks and speed estimates."""
 
 import torch
 from torch import Tensor
 
 from cospadi.format import MatrixSpec, Packed
 from cospadi.format.pack import integer_range, pack_bits, pack_mask
-from cospadi.solvers.projection import support
+from cospadi.format.patterns import keep_largest
 
-_CHUNK = 1 << 24  # matrix entries made at a time
+_CHUNK = 1 << 24  # matrix entries created at a time
 
 
 def random_packed(
@@ -16,16 +16,16 @@ def random_packed(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Packed:
-    """Stored tensors of a random matrix whose products keep the size of their input.
+    """Stored tensors of a random matrix whose products have about the norm of their input.
 
     Args:
         spec: how the matrix is stored.
         dtype: of 16-bit values and scales.
-        device: where to make it.
+        device: of the tensors.
         seed: of the random numbers.
 
     Returns:
-        tensors by role, as `cospadi.format.pack` would give them.
+        Tensors by role, as `cospadi.format.pack` returns them.
     """
     generator = torch.Generator(device).manual_seed(seed)
     step = max(1, _CHUNK // spec.columns)
@@ -39,12 +39,12 @@ def _random_rows(spec: MatrixSpec, rows: int, dtype: torch.dtype, generator: tor
     packed: Packed = {}
     if spec.sparse:
         scores = torch.rand(spec.columns, rows, generator=generator, device=device)
-        packed["mask"] = pack_mask(support(scores, spec.nonzeros, spec.pattern).T)
+        packed["mask"] = pack_mask(keep_largest(scores, spec.nonzeros, spec.pattern).T)
     if not spec.integer:
         normal = torch.randn(rows, spec.nonzeros, generator=generator, device=device) * size
         packed["values"] = normal.to(dtype) if spec.bits == 16 else _fourteen(normal)
         return packed
-    low, high = integer_range(spec)
+    low, high = integer_range(spec.bits, spec.symmetric)
     levels = torch.randint(low, high + 1, (rows, spec.nonzeros), generator=generator, device=device)
     bytes_ = spec.bits == 8 and spec.symmetric
     packed["values"] = levels.to(torch.int8) if bytes_ else pack_bits(levels - low, spec.bits)

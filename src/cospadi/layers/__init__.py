@@ -1,7 +1,10 @@
-"""The ``nn.Module`` of a compressed model."""
+"""The ``nn.Module``s of compressed and pruned models."""
 
+from cospadi.layers.counting import WeightCount, count_weights
 from cospadi.layers.factored_linear import FactoredLinear
 from cospadi.layers.siblings import Siblings
-from cospadi.layers.tensors import module_tensors
+from cospadi.layers.stored_layer import IntegerParameter, StoredLayer
 
-__all__ = ["FactoredLinear", "Siblings", "module_tensors"]
+__all__ = [
+    "FactoredLinear", "IntegerParameter", "Siblings", "StoredLayer", "WeightCount", "count_weights",
+]  # fmt: skip

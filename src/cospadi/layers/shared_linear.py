@@ -1,158 +1,35 @@
 """A linear layer whose weight is a combination of matrices shared with other layers, plus a low-rank part of its own.
 
 MASA (arXiv 2508.04581): W_l ≈ Σ_s c_ls A_s + U_l V_l. The atoms A_s are stored once, in the first layer of their group.
-With as many atoms as layers nothing would be gained by sharing: every layer then keeps its own matrix, exactly.
+With as many atoms as layers sharing would save nothing; every layer then keeps its own matrix exactly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cospadi.errors import ModelError
-from cospadi.layers.tensors import GUARD, GUARD_DTYPE, GUARD_SHAPE, TensorTable
-
-METHOD = "masa"
-
-
-@dataclass(frozen=True)
-class SharedSpec:
-    """How one projection of several layers is stored. All numbers are 16-bit floats.
-
-    Attributes:
-        modules: dotted names in the model, in the order of the layers; the first one holds the atoms.
-        d_in: inputs, the same for all.
-        d_out: outputs, the same for all.
-        atoms: S, full-size matrices that all of them share; 0 for none; as many as modules: each keeps its own.
-        ranks: of each module's own low-rank part; 0 for none.
-        method: the method that made it (for reports).
-    """
-
-    modules: tuple[str, ...]
-    d_in: int
-    d_out: int
-    atoms: int
-    ranks: tuple[int, ...]
-    method: str = METHOD
-
-    def __post_init__(self) -> None:
-        if not self.modules or len(self.modules) != len(self.ranks):
-            raise ValueError(f"{len(self.modules)} modules but {len(self.ranks)} ranks")
-        if self.d_in < 1 or self.d_out < 1:
-            raise ValueError(f"a matrix of {self.d_out}x{self.d_in} cannot be stored")
-        if not 0 <= self.atoms <= len(self.modules):
-            raise ValueError(f"{self.atoms} atoms for {len(self.modules)} modules")
-        for module, rank in zip(self.modules, self.ranks, strict=True):
-            if not 0 <= rank <= min(self.d_in, self.d_out):
-                raise ValueError(f"{module}: a rank of {rank} is not possible for {self.d_out}x{self.d_in}")
-            if rank and self.whole:
-                raise ValueError(f"{module}: a layer that keeps its matrix has no low-rank part, but rank {rank}")
-
-    @property
-    def name(self) -> str:
-        """Readable name: that of the modules, with the layers from first to last."""
-        first, last = self.modules[0].split("."), self.modules[-1].split(".")
-        if len(first) != len(last):
-            return f"{self.modules[0]}-{self.modules[-1]}"
-        return ".".join(a if a == b else f"{a}-{b}" for a, b in zip(first, last, strict=True))
-
-    @property
-    def whole(self) -> bool:
-        """Whether every layer keeps its own matrix."""
-        return self.atoms == len(self.modules)
-
-    @property
-    def bytes(self) -> int:
-        """Exact bytes of atoms, coefficients and low-rank parts (biases excluded)."""
-        if self.whole:
-            return self.dense_bytes
-        shared = self.atoms * (self.d_in * self.d_out + len(self.modules))
-        return 2 * (shared + sum(self.ranks) * (self.d_in + self.d_out))
-
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes of the same layers at 16 bits a weight."""
-        return 2 * self.d_in * self.d_out * len(self.modules)
-
-    def tensors(self, index: int, dtype: torch.dtype = torch.bfloat16) -> TensorTable:
-        """Shape and dtype of one module's tensors by parameter name, bias and guard excluded."""
-        if self.whole:
-            return {"matrix": ((self.d_out, self.d_in), dtype)}
-        table: TensorTable = {}
-        if self.atoms:
-            if index == 0:
-                table["atoms"] = ((self.atoms, self.d_out, self.d_in), dtype)
-            table["coefficients"] = ((self.atoms,), dtype)
-        if self.ranks[index]:
-            table["down"] = ((self.ranks[index], self.d_in), dtype)
-            table["up"] = ((self.d_out, self.ranks[index]), dtype)
-        return table
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form, as it stands in ``config.json``."""
-        return {
-            "modules": list(self.modules),
-            "d_in": self.d_in,
-            "d_out": self.d_out,
-            "atoms": self.atoms,
-            "ranks": list(self.ranks),
-        }
-
-    def row(self, layer: int | None = None) -> dict[str, Any]:
-        """The group as it stands in reports.
-
-        Args:
-            layer: index of the first of its decoder layers.
-        """
-        return {
-            "name": self.name,
-            "layer": layer,
-            "modules": list(self.modules),
-            "method": self.method,
-            "atoms": None if self.whole else self.atoms,
-            "ranks": list(self.ranks),
-            "nonzeros": None,
-            "pattern": "dense",
-            "bits": {"dictionary": 16 if self.atoms and not self.whole else None, "values": 16},
-            "bytes": self.bytes,
-            "bytes_before": self.dense_bytes,
-        }
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> SharedSpec:
-        """Inverse of :meth:`to_dict`.
-
-        Raises:
-            ValueError: if the description is not one of a group of shared layers.
-        """
-        try:
-            numbers = [data["d_in"], data["d_out"], data["atoms"], *data["ranks"]]
-            modules = tuple(data["modules"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not the description of a group of shared layers: {error}") from error
-        if any(type(n) is not int for n in numbers) or any(type(name) is not str for name in modules):
-            raise ValueError("sizes, atoms and ranks must be whole numbers, modules names")
-        return cls(modules, data["d_in"], data["d_out"], data["atoms"], tuple(data["ranks"]))
+from cospadi.format import SharedSpec
+from cospadi.layers.stored_layer import StoredLayer
 
 
 class _Owner:
-    """A reference to the layer that holds the atoms, which does not make it a submodule of the others."""
+    """A reference to the layer that holds the atoms, without making it a submodule of the others."""
 
     def __init__(self, layer: SharedLinear) -> None:
         self.layer = layer
 
 
-class SharedLinear(nn.Module):
-    """``y = x (Σ_s c_s A_s + U V)ᵀ + b``, the weight composed anew at every call.
+class SharedLinear(StoredLayer):
+    """``y = x (Σ_s c_s A_s + U V)ᵀ + b``, the weight composed at every call.
 
     Parameters, all frozen when built: ``atoms`` (S, d_out, d_in) in the first layer of a group, ``coefficients`` (S,),
-    ``down`` V (r, d_in) and ``up`` U (d_out, r). Those of size zero do not exist. Where every layer keeps its own
-    matrix there is only that: ``matrix`` (d_out, d_in).
+    ``down`` V (r, d_in) and ``up`` U (d_out, r). Those of size zero do not exist. A layer that keeps its own matrix has
+    only ``matrix`` (d_out, d_in).
     """
 
     bias: nn.Parameter | None
@@ -165,11 +42,11 @@ class SharedLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        """Build a layer with unset tensors. Layers of a group must then be joined by :meth:`link`.
+        """Build a layer with unset tensors. The layers of a group must then be joined by :meth:`link`.
 
         Args:
             spec: how the group is stored.
-            index: which of its modules this is.
+            index: of this module in `spec.modules`.
             bias: whether there is a bias (d_out,).
             device: of the parameters, ``"meta"`` included.
             dtype: of the parameters.
@@ -206,17 +83,8 @@ class SharedLinear(nn.Module):
         """Dotted name of the module in the model."""
         return self.spec.modules[self.index]
 
-    def add_guard(self) -> None:
-        """Hold the tensor that makes readers without this package stop (see `cospadi.layers.tensors.GUARD`)."""
-        device = next(self.parameters()).device
-        self.register_parameter(GUARD, nn.Parameter(torch.zeros(GUARD_SHAPE, dtype=GUARD_DTYPE, device=device), False))
-
-    def drop_guard(self) -> None:
-        """Hold no such tensor."""
-        self._parameters.pop(GUARD, None)
-
     def factors(self) -> dict[str, nn.Parameter]:
-        """Atoms, coefficients and low-rank parts that lie in this layer, by name."""
+        """The atoms, coefficients and low-rank parts that this layer holds, by name."""
         held = {name: self._parameters[name] for name in self.spec.tensors(self.index)}
         return {name: parameter for name, parameter in held.items() if parameter is not None}
 
@@ -225,7 +93,8 @@ class SharedLinear(nn.Module):
 
         Args:
             x: (…, d_in).
-            mixture: give x (Σ_s mixture_s A_s)ᵀ instead; layers of the group ask an offloaded owner for it.
+            mixture: compute x (Σ_s mixture_s A_s)ᵀ instead. Other layers of the group ask for it while accelerate's
+                hooks, which run at this call, have the atoms offloaded.
 
         Returns:
             (…, d_out).
@@ -271,10 +140,10 @@ class SharedLinear(nn.Module):
 
     @torch.no_grad()
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight as ``nn.Linear`` would hold it, composed in at least float32 and rounded once.
+        """The dense weight as ``nn.Linear`` would hold it, composed in at least float32 and rounded once.
 
         Args:
-            dtype: of the result; None for that of the parameters.
+            dtype: of the result; None for the dtype of the parameters.
 
         Returns:
             (d_out, d_in), on the device of the layer.

@@ -1,4 +1,4 @@
-"""Decoder layers whose residual stream changes its basis and width between sublayers (SliceGPT, arXiv 2401.15024)."""
+"""Decoder layers whose residual stream changes basis and width between sublayers (SliceGPT, arXiv 2401.15024)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cospadi.layers.tensors import GUARD, GUARD_DTYPE, GUARD_SHAPE
+from cospadi.layers.stored_layer import StoredLayer
+from cospadi.layers.tensors import GUARD
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,11 @@ class BlockParts:
     mlp: str
 
 
-class SlicedNorm(nn.Module):
+class SlicedNorm(StoredLayer):
     """RMS normalisation of a vector that was wider: ``y = x / sqrt(Σx²/full_width + eps)``, without a weight.
 
-    What was cut away counts as zero in the mean (SliceGPT, section 3). The weight lies in the matrices that read y.
-    Sums are float32, or float64 for float64 inputs.
+    The entries cut away count as zero in the mean (SliceGPT, section 3). The weight is folded into the matrices that
+    read y. Sums are in float32, or in float64 for float64 inputs.
     """
 
     def __init__(self, width: int, full_width: int, eps: float) -> None:
@@ -41,26 +42,23 @@ class SlicedNorm(nn.Module):
         self.width, self.full_width, self.eps = width, full_width, eps
         self.register_parameter(GUARD, None)
 
-    def add_guard(self, device: torch.device | str | None = None) -> None:
-        """Hold one byte under the name of the weight: readers that do not know the format stop at its shape."""
-        self.register_parameter(GUARD, nn.Parameter(torch.zeros(GUARD_SHAPE, dtype=GUARD_DTYPE, device=device), False))
-
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension (…, width); the dtype stays."""
+        """Normalise the last dimension of x (…, width) in the dtype of x."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = wide.square().sum(-1, keepdim=True) / self.full_width
         return (wide * torch.rsqrt(mean + self.eps)).to(x.dtype)
 
     def extra_repr(self) -> str:
-        """Width, width before, eps."""
+        """Width, original width and eps in one line."""
         return f"{self.width} of {self.full_width}, eps={self.eps}"
 
 
 class SlicedBlock(nn.Module):
     """A decoder layer with linear maps on its residual paths.
 
-    Never built by itself: :func:`make_sliced` gives an existing decoder layer a subclass of this class and of its own,
-    so that whatever looks for its class (hidden states, device maps, gradient checkpointing) finds it.
+    Never instantiated directly: :func:`make_sliced` changes the class of an existing decoder layer to a subclass of
+    both this class and its own, so that code that looks for the original class (hidden states, device maps, gradient
+    checkpointing) still finds it.
     """
 
     parts: BlockParts
@@ -86,7 +84,7 @@ class SlicedBlock(nn.Module):
         return result
 
     def __reduce_ex__(self, protocol: object) -> Any:
-        # classes made at run time cannot be found by name: pickles and copies make them again
+        # a class created at run time cannot be found by name, so pickles and copies create it again
         return _bare, (type(self).__mro__[2],), self.__dict__
 
 
@@ -103,15 +101,15 @@ def _subclass(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def make_sliced(block: nn.Module, parts: BlockParts, norms: tuple[SlicedNorm, SlicedNorm], width_out: int) -> None:
-    """Turn a decoder layer into a sliced one, in place; the shortcuts' weights are unset.
+    """Turn a decoder layer into a sliced one, in place. The weights of the shortcuts are unset.
 
-    Its linear layers must be replaced separately.
+    The layer's linear layers must be replaced separately.
 
     Args:
         block: a decoder layer.
-        parts: its children.
-        norms: they take the place of its norms; their widths are those of the residual stream.
-        width_out: of its output.
+        parts: names of its children.
+        norms: replace its two norms; their widths are those of the residual stream.
+        width_out: width of its output.
     """
     like = next(p for p in block.parameters() if p.is_floating_point())
     setattr(block, parts.mixer_norm, norms[0])

@@ -1,5 +1,15 @@
-"""One file per published method: citation, formula, options; the mathematics is in `cospadi.solvers`."""
+"""One file per published method: citation, formula, options. The mathematics is in `cospadi.solvers`."""
 
-from cospadi.methods.base import GroupShape, Method, Problem, all_methods, get_method, method
+from cospadi.format import GroupShape
+from cospadi.methods.base import METHODS, Method, Problem, all_methods, get_method, method, refuse_decided
 
-__all__ = ["GroupShape", "Method", "Problem", "all_methods", "get_method", "method"]
+__all__ = [
+    "METHODS",
+    "GroupShape",
+    "Method",
+    "Problem",
+    "all_methods",
+    "get_method",
+    "method",
+    "refuse_decided",
+]

@@ -1,4 +1,4 @@
-"""What the methods with an identity dictionary have in common: plans and the way from weights to stored codes."""
+"""Shared by methods with an identity dictionary: plans, and the conversion of weights to stored codes."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -6,21 +6,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cospadi.format import Factors, GroupSpec, MatrixSpec, Stored
-from cospadi.methods.base import GroupShape, Problem
+from cospadi.format import Factors, GroupShape, GroupSpec, MatrixSpec, Stored
+from cospadi.methods.base import Problem
+from cospadi.methods.cost import Sizes, Work, grid, own_support
 from cospadi.methods.ranges import FactorBits, Natural, PruningPattern
 from cospadi.methods.sizing import largest
-from cospadi.solvers.quantise import Quantised, quantise_rows
+from cospadi.solvers.quantise import quantise_rows
 
 
 def identity_spec(shape: GroupShape, **codes: object) -> GroupSpec:
-    """A group whose codes are the weights themselves, stored as the keywords of `MatrixSpec` say."""
+    """A group whose codes are the weights themselves, stored as the keywords for `MatrixSpec` specify."""
     spec = MatrixSpec(sum(shape.d_out), shape.d_in, **codes)  # type: ignore[arg-type]
     return GroupSpec(shape.modules, shape.d_in, shape.d_out, spec)
 
 
 def group_sizes(group: int, columns: int) -> list[int]:
-    """The group size asked for, then coarser ones by doubling, then the whole row (0)."""
+    """The requested group size, then coarser ones by doubling, then the whole row (0)."""
     sizes = []
     while 0 < group < columns:
         sizes.append(group)
@@ -36,14 +37,14 @@ def integer_plan(
     group: Natural = 64,
     symmetric: bool | None = None,
 ) -> GroupSpec:
-    """The most bits a weight within the budget, and for these the smallest groups.
+    """The most bits per weight within the budget and, for that many bits, the smallest groups.
 
     Args:
         shape: the layers.
         budget: bytes.
-        bits: 8, 4, 3 or 2; 0: the most of these that fits.
-        group: weights per scale; where it does not fit, coarser groups are taken before fewer bits. 0: the whole row.
-        symmetric: no zero points; None: at 8 bits only, since fewer levels are too few to waste.
+        bits: 8, 4, 3 or 2; 0: the most that fit.
+        group: weights per scale; 0: one scale per row. If it does not fit, coarser groups are tried before fewer bits.
+        symmetric: no zero points. None: at 8 bits only, since with few levels none should be wasted.
     """
     spec = None
     for width in [bits] if bits else [8, 4, 3, 2]:
@@ -59,14 +60,14 @@ def integer_plan(
 def pruning_plan(
     shape: GroupShape, budget: int, *, pattern: PruningPattern = "", bits: FactorBits = 16, group: Natural = 64
 ) -> GroupSpec:
-    """The densest pattern n:32 within the budget, or the pattern asked for.
+    """The densest pattern n:32 within the budget, or the requested pattern.
 
     Args:
         shape: the layers.
         budget: bytes.
-        pattern: ``"n:m"`` as ``"2:4"``; empty: n of every 32, n from the budget.
+        pattern: ``"n:m"`` such as ``"2:4"``; empty: n of every 32, with n from the budget.
         bits: of the surviving weights: 16, 8, 4, 3 or 2.
-        group: surviving weights per scale, for integers; 0: the whole row.
+        group: surviving weights per scale, for integers; 0: one scale per row.
     """
 
     def make(n: int) -> GroupSpec:
@@ -77,7 +78,7 @@ def pruning_plan(
 
 
 def module_rows(problem: Problem) -> Iterator[tuple[Tensor, Tensor]]:
-    """Weights with outputs in rows (d_out, d_in) and the Gram of their inputs; modules that share a Gram at once."""
+    """Weights with outputs in rows (d_out, d_in) and their inputs' Gram; modules that share a Gram come as one."""
     if len(problem.grams) == 1:
         yield torch.cat([weight.T for weight in problem.weights]), problem.grams[0]
     else:
@@ -85,10 +86,10 @@ def module_rows(problem: Problem) -> Iterator[tuple[Tensor, Tensor]]:
             yield weight.T, gram
 
 
-def pruned_rows(rows: Tensor, support: Tensor, codes: MatrixSpec, hessian: Tensor | None = None) -> Quantised:
-    """Pruned rows as they are stored: 16-bit floats, or integers rounded with error feedback on each row's support."""
+def pruned_rows(rows: Tensor, support: Tensor, codes: MatrixSpec, hessian: Tensor | None = None) -> Stored:
+    """Pruned rows as they are stored: 16-bit floats, or integers, with error feedback if a Hessian is given."""
     if not codes.integer:
-        return Quantised(rows, support=support)
+        return Stored(rows, support=support)
     return quantise_rows(
         rows,
         bits=codes.bits,
@@ -101,8 +102,8 @@ def pruned_rows(rows: Tensor, support: Tensor, codes: MatrixSpec, hessian: Tenso
     )
 
 
-def stacked_rows(parts: list[Quantised], problem: Problem) -> Factors:
-    """Identity-dictionary factors of the modules' rows, one below the other, in the dtype of the weights."""
+def stacked_rows(parts: list[Stored], problem: Problem) -> Factors:
+    """Factors with an identity dictionary: the modules' rows stacked, in the dtype of the weights."""
 
     def stack(tensors: list[Tensor | None]) -> Tensor | None:
         present = [tensor for tensor in tensors if tensor is not None]
@@ -116,3 +117,10 @@ def stacked_rows(parts: list[Quantised], problem: Problem) -> Factors:
             stack([part.support for part in parts]),
         )
     )
+
+
+def survivors(z: Sizes, hessian: bool) -> Work:
+    """Rounding what pruning left; with a Hessian on each row's own support."""
+    if not z.codes_integer:
+        return Work()
+    return grid(z.n, z.d, 30) + (own_support(z, sweeps=2) if hessian else Work())

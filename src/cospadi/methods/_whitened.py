@@ -1,35 +1,23 @@
-"""What the sparse-dictionary methods have in common around their solvers."""
+"""Shared by the sparse-dictionary methods: plans, and factors in storage orientation."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from cospadi.format import Factors, GroupSpec, Stored
-from cospadi.methods.base import GroupShape, Problem
+from cospadi.format import Factors, GroupShape, GroupSpec, Stored
 from cospadi.methods.ranges import AtomsPerNonzero
 from cospadi.methods.sizing import largest, sparse_dictionary_plan
 
 
-def stacked(problem: Problem) -> Tensor:
-    """The group's weights side by side, (d_in, sum of d_out)."""
-    return torch.cat(problem.weights, dim=1)
-
-
-def mean_gram(problem: Problem) -> Tensor:
-    """The Gram, or the mean of several (d_in, d_in): CoSpaDi's shared metric, appendix A.4."""
-    return torch.stack(problem.grams).mean(0) if len(problem.grams) > 1 else problem.grams[0]
-
-
 def stored(dictionary: Tensor, codes: Tensor, losses: Sequence[float], scale: float = 1.0) -> Factors:
-    """Factors in storage orientation, with a short account of the run.
+    """Factors in storage orientation, with the numbers that the report shows.
 
     Args:
-        dictionary: D (d_in, k), de-whitened.
+        dictionary: D (d_in, k), no longer whitened.
         codes: S (k, d_out).
         losses: squared error after each round.
-        scale: squared norm of what they are the error of.
+        scale: squared norm of the target, to which the errors are relative.
     """
     info: dict[str, object] = {"rounds": len(losses)}
     if losses:
@@ -38,10 +26,10 @@ def stored(dictionary: Tensor, codes: Tensor, losses: Sequence[float], scale: fl
 
 
 def complete_dictionary_plan(shape: GroupShape, budget: int, *, rho: AtomsPerNonzero = 2.0) -> GroupSpec:
-    """Like CoSpaDi's plan, for methods whose dictionary has at most d_in atoms.
+    """CoSpaDi's plan for methods whose dictionary has at most d_in atoms.
 
-    Where s = k/rho asks for more than d_in atoms, there are d_in of them and the rest of the budget goes to
-    non-zeros, so that rho falls below what was asked for.
+    If s = k/rho would take more than d_in atoms, the dictionary has d_in atoms and the rest of the budget goes to
+    non-zeros, so the actual rho is smaller than requested.
 
     Args:
         shape: the layers.

@@ -1,49 +1,41 @@
-"""What a method is: a plan (shape and bytes → spec) and a solve (weights and statistics → factors).
+"""What a method is: a plan (shape and bytes → spec) and a solve (weights and statistics → numbers).
 
 A method is one decorated function; its keyword-only arguments, and those of its plan, are its options::
 
-    @method("svd_llm", paper="arXiv 2403.07378", plan=low_rank_plan)
+    @method("svd_llm", paper="arXiv 2403.07378", plan=low_rank_plan, cost=low_rank_cost)
     def svd_llm(problem: Problem, spec: GroupSpec, *, ridge: NonNegative = 1e-6) -> Factors: ...
 
 The type of an option says what values it may have, see `cospadi.methods.ranges`; other values are refused before
-anything is read.
+anything is read. The decorator also declares what the engine needs to know: how layers are grouped, how bytes are
+allocated, which statistics are collected, and what a solve costs.
 
 Third parties register theirs through the entry-point group ``cospadi.methods``: an entry names a module whose import
 runs the decorators.
 """
 
-import difflib
+from __future__ import annotations
+
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from importlib.metadata import entry_points
-from pkgutil import iter_modules
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, create_model
 from torch import Tensor
 
 from cospadi.errors import BudgetError, NumericalError, RecipeError
-from cospadi.format import Factors, GroupSpec
+from cospadi.format import GroupShape, GroupSpec, Solution, Spec
+from cospadi.methods.cost import Work, factored_memory
 from cospadi.methods.options import checked_options
+from cospadi.registry import Registry
 
-Grouping = Literal["matrix", "siblings", "cross_layer", "pairs"]
-
-
-@dataclass(frozen=True)
-class GroupShape:
-    """Names and sizes of the layers of a group, all that a plan may know."""
-
-    modules: tuple[str, ...]
-    d_in: int
-    d_out: tuple[int, ...]
-
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes at 16 bits a weight."""
-        return 2 * self.d_in * sum(self.d_out)
+Grouping = Literal["matrix", "siblings", "cross_layer", "pairs", "projection"]
+"""Which layers form a group: one matrix alone; ``siblings`` (the same input); ``cross_layer`` (the same projection of
+two neighbouring decoder layers); ``pairs`` (any two weights that look alike); ``projection`` (the same projection of
+all decoder layers)."""
+Allocation = Literal["uniform", "pooled", "truncation", "rocket", "knapsack", "atoms"]
+"""Who gets how many bytes; the rules are in `cospadi.engine.allocate.rules`."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +49,7 @@ class Problem:
         mean_abs: mean |x| per input channel (d_in,), aligned with `grams`; empty if not collected.
         fisher: mean squared gradient of the loss per weight, shaped as `weights`; empty if not collected.
         seed: for every random choice.
+        dtype: 16-bit float in which numbers are stored, for methods that fit to what rounding leaves.
     """
 
     name: str
@@ -65,29 +58,38 @@ class Problem:
     mean_abs: tuple[Tensor, ...] = ()
     fisher: tuple[Tensor, ...] = ()
     seed: int = 0
+    dtype: torch.dtype = torch.bfloat16
 
     def gram_of(self, index: int) -> Tensor:
         """Gram of one module's input."""
         return self.grams[0 if len(self.grams) == 1 else index]
 
 
-Plan = Callable[..., GroupSpec]
-Solve = Callable[..., Factors]
+Plan = Callable[..., Spec]
+Solve = Callable[..., Solution]
+Cost = Callable[[Any, Mapping[str, Any]], Work | None]
+Memory = Callable[[Any], float]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method."""
+    """A registered method; see :func:`method` for the fields."""
 
     name: str
     summary: str
     paper: str
     grouping: Grouping
+    allocation: Allocation
     plan: Plan
     solve: Solve
     options: type[BaseModel]
+    spec_type: type[Spec]
     needs: frozenset[str]
-    compresses: bool
+    covers: Literal["all", "attention"]
+    decides: frozenset[str]
+    cost: Cost | None
+    memory: Memory
+    offers: Callable[[Mapping[str, Any]], list[Any]] | None
 
     def check(self, options: dict[str, Any]) -> dict[str, Any]:
         """Validate options and fill in defaults.
@@ -99,13 +101,13 @@ class Method:
             self.name, self.options, options, {name: other.options for name, other in all_methods().items()}
         )
 
-    def spec(self, shape: GroupShape, budget: int, options: dict[str, Any]) -> GroupSpec:
+    def spec(self, shape: GroupShape, budget: int, options: dict[str, Any]) -> Spec:
         """The largest spec of this method within `budget` bytes.
 
         Raises:
             BudgetError: if even the least needs more bytes.
         """
-        spec = self.plan(shape, budget, **_pick(self.plan, self.check(options)))
+        spec = self.least(shape, options, budget)
         if spec.bytes > budget:
             raise BudgetError(
                 f"{shape.modules[0]}: method {self.name!r} needs at least {spec.bytes:,} bytes "
@@ -113,20 +115,28 @@ class Method:
             )
         return spec
 
-    def factorise(self, problem: Problem, spec: GroupSpec, options: dict[str, Any]) -> Factors:
+    def least(self, shape: GroupShape, options: dict[str, Any], budget: int = 0) -> Spec:
+        """The largest spec within `budget` bytes, or the least possible one where the budget is too small."""
+        spec = self.plan(shape, budget, **_pick(self.plan, self.check(options)))
+        return spec.solved_by(self.name)
+
+    def factorise(self, problem: Problem, spec: Spec, options: dict[str, Any]) -> Solution:
         """Solve a problem under a spec.
 
         Raises:
-            NumericalError: if the factors hold NaN or Inf.
+            NumericalError: if a number is NaN or Inf.
         """
-        factors = self.solve(problem, spec, **_pick(self.solve, self.check(options)))
-        for stored in (factors.dictionary, factors.codes):
-            if stored is not None and not bool(stored.matrix.isfinite().all()):
-                raise NumericalError(f"{problem.name}: method {self.name!r} gave factors with NaN or Inf")
-        return factors
+        found = self.solve(problem, spec, **_pick(self.solve, self.check(options)))
+        if not found.finite:
+            raise NumericalError(f"{problem.name}: method {self.name!r} returned NaN or Inf")
+        return found
+
+    def work(self, spec: Spec, options: dict[str, Any]) -> Work | None:
+        """What a solve takes; None: no honest guess."""
+        return None if self.cost is None else self.cost(spec, self.check(options))
 
 
-_METHODS: dict[str, Method] = {}
+METHODS: Registry[Method] = Registry("method", "cospadi.methods", "cospadi.methods")
 
 
 def method(
@@ -135,42 +145,74 @@ def method(
     plan: Plan,
     paper: str = "",
     grouping: Grouping = "matrix",
+    allocation: Allocation = "uniform",
+    spec: type[Spec] = GroupSpec,
+    options: type[BaseModel] | None = None,
     needs: Iterable[str] = (),
-    compresses: bool = True,
+    covers: Literal["all", "attention"] = "all",
+    decides: Iterable[str] = (),
+    cost: Cost | None = None,
+    memory: Memory = factored_memory,
+    offers: Callable[[Mapping[str, Any]], list[Any]] | None = None,
 ) -> Callable[[Solve], Solve]:
     """Register a method.
 
     Args:
         name: as it stands in recipes and on the command line.
-        plan: ``plan(shape, budget, *, options…) -> GroupSpec``, the largest spec within `budget` bytes, or the least
+        plan: ``plan(shape, budget, *, options…) -> spec``, the largest spec within `budget` bytes, or the least
             possible spec where the budget is too small.
         paper: citation.
-        grouping: ``"matrix"``, ``"siblings"`` (layers with the same input share a dictionary), ``"cross_layer"`` (the
-            same projection of two neighbouring decoder layers) or ``"pairs"`` (any two weights that look alike).
+        grouping: which layers form a group, unless the recipe says otherwise.
+        allocation: who gets how many bytes, unless the recipe says otherwise.
+        spec: the type of its specs.
+        options: a model of its options; left out: built from the keyword-only arguments of plan and solve.
         needs: statistics beyond the Gram: ``"mean_abs"``, ``"fisher"``.
-        compresses: False for a method whose size does not follow the budget (reports say so).
+        covers: which linear layers it compresses where the recipe names none.
+        decides: fields of the recipe that it decides itself and that users therefore must not set.
+        cost: ``cost(spec, options) -> Work`` of one solve; None: no honest guess.
+        memory: ``memory(spec) -> bytes`` that one solve holds on the device.
+        offers: ``offers(options) -> representations`` that an allocation may choose from; None: the method itself.
 
     Returns:
-        A decorator for ``solve(problem, spec, *, options…) -> Factors``; its docstring's first line is the summary.
+        A decorator for ``solve(problem, spec, *, options…) -> solution``; its docstring's first line is the summary.
     """
 
     def register(solve: Solve) -> Solve:
-        fields: dict[str, Any] = {}
-        for function in (plan, solve):
-            for key, parameter in inspect.signature(function, eval_str=True).parameters.items():
-                if parameter.kind is parameter.KEYWORD_ONLY:
-                    fields[key] = (parameter.annotation, parameter.default)
-        options = create_model(f"{name}_options", __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
-        summary = (inspect.getdoc(solve) or "").split("\n", 1)[0]
-        _METHODS[name] = Method(name, summary, paper, grouping, plan, solve, options, frozenset(needs), compresses)
+        METHODS.add(
+            name,
+            Method(
+                name=name,
+                summary=(inspect.getdoc(solve) or "").split("\n", 1)[0],
+                paper=paper,
+                grouping=grouping,
+                allocation=allocation,
+                plan=plan,
+                solve=solve,
+                options=options or _options_of(name, plan, solve),
+                spec_type=spec,
+                needs=frozenset(needs),
+                covers=covers,
+                decides=frozenset(decides),
+                cost=cost,
+                memory=memory,
+                offers=offers,
+            ),
+        )
         return solve
 
     return register
 
 
-def add_method(item: Method) -> None:
-    """Register a method whose plan and solve are not those of a :class:`~cospadi.format.GroupSpec`."""
-    _METHODS[item.name] = item
+def _options_of(name: str, *functions: Callable[..., Any]) -> type[BaseModel]:
+    fields: dict[str, Any] = {}
+    for function in functions:
+        for key, parameter in inspect.signature(function, eval_str=True).parameters.items():
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                fields[key] = (parameter.annotation, parameter.default)
+    model: type[BaseModel] = create_model(
+        f"{name}_options", __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields
+    )
+    return model
 
 
 def _pick(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
@@ -178,30 +220,30 @@ def _pick(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, An
     return {key: value for key, value in options.items() if key in wanted}
 
 
-@cache
-def _load_all() -> None:
-    package = import_module("cospadi.methods")
-    for module in iter_modules(package.__path__):
-        import_module(f"cospadi.methods.{module.name}")
-    for entry in entry_points(group="cospadi.methods"):
-        entry.load()
-
-
 def all_methods() -> dict[str, Method]:
     """Every method by name: the package's own and those of installed plug-ins."""
-    _load_all()
-    return dict(sorted(_METHODS.items()))
+    return METHODS.all()
 
 
 def get_method(name: str) -> Method:
     """A method by name.
 
     Raises:
-        RecipeError: if there is none of that name (names the nearest).
+        RecipeError: if there is none of that name (suggests the nearest).
     """
-    known = all_methods()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise RecipeError(f"there is no method {name!r}{hint} (known: {', '.join(known)})")
-    return known[name]
+    return METHODS.get(name)
+
+
+def refuse_decided(method: Method, given: Iterable[str]) -> None:
+    """Refuse fields of a recipe that the method decides itself.
+
+    Args:
+        method: of the recipe.
+        given: names of the fields that the user set.
+
+    Raises:
+        RecipeError: naming the first such field.
+    """
+    for name in given:
+        if name in method.decides:
+            raise RecipeError(f"{name} does not go with method {method.name!r}, which decides it itself: leave it out")

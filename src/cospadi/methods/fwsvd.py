@@ -4,21 +4,22 @@ import torch
 
 from cospadi.errors import CalibrationError
 from cospadi.format import Factors, GroupSpec
-from cospadi.methods._low_rank import dense_factors, stacked
+from cospadi.methods._low_rank import dense_factors, low_rank_cost
+from cospadi.methods._problem import stacked
 from cospadi.methods.base import Problem, method
 from cospadi.methods.sizing import low_rank_plan
 from cospadi.solvers.low_rank import weighted
 
 
-@method("fwsvd", paper="arXiv 2207.00112", plan=low_rank_plan, needs=("fisher",))
+@method("fwsvd", paper="arXiv 2207.00112", plan=low_rank_plan, needs=("fisher",), cost=low_rank_cost)
 def fwsvd(problem: Problem, spec: GroupSpec) -> Factors:
-    """SVD with every input row weighted by the root of its summed Fisher information.
+    """SVD with each input row weighted by the root of its summed Fisher information.
 
-    A closed form exists only for weights shared by a whole row, so the paper sums the empirical Fisher information
-    (the mean squared gradient) of a row: Î_i = Σ_j F_ij, and minimises ‖diag(√Î) (W − D S)‖_F.
+    A closed form exists only if all entries of a row have the same weight. The paper therefore sums the empirical
+    Fisher information (the mean squared gradient) over a row, Î_i = Σ_j F_ij, and minimises ‖diag(√Î) (W − D S)‖_F.
 
     Raises:
-        CalibrationError: if the problem brings no Fisher information.
+        CalibrationError: if the problem has no Fisher information.
     """
     if len(problem.fisher) != len(problem.weights):
         raise CalibrationError(f"{problem.name}: fwsvd needs the Fisher information of every weight; collect it first")

@@ -1,41 +1,46 @@
-"""GeoPair: one dictionary for two weights, each in the metric of its own inputs (arXiv 2609.25963)."""
+"""GeoPair: one dictionary for two weights, each under the Gram of its own inputs (arXiv 2609.25963)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cospadi.format import Factors, GroupSpec
-from cospadi.methods._whitened import mean_gram, stacked, stored
-from cospadi.methods.base import GroupShape, Problem, method
+from cospadi.format import Factors, GroupShape, GroupSpec
+from cospadi.methods._problem import mean_gram, stacked
+from cospadi.methods._whitened import stored
+from cospadi.methods.base import Problem, method
+from cospadi.methods.cost import Sizes, Work, eigen, numbers, product
 from cospadi.methods.ranges import AtomsPerNonzero, Below1, Count, Natural, NonNegative
 from cospadi.methods.sizing import sparse_dictionary_plan
 from cospadi.solvers.htp import dense_codes, htp
 from cospadi.solvers.ksvd import random_atoms
-from cospadi.solvers.mod import mod_update, unit_atoms
+from cospadi.solvers.mod import least_squares_dictionary, unit_atoms
 from cospadi.solvers.procrustes import leading_directions
 from cospadi.solvers.sylvester import Pencil, diagonalise, shared_update, sylvester_update
+from cospadi.solvers.whitening import positive_definite
 
 Part = tuple[Tensor, Tensor]  # W_i and G_i
 
 
 def geopair_plan(shape: GroupShape, budget: int, *, rho: AtomsPerNonzero = 2.5) -> GroupSpec:
-    """16-bit dictionary and values, one mask bit per code; k atoms and s = k/rho non-zeros."""
+    """16-bit dictionary and values, one mask bit per code, k atoms and s = k/rho non-zeros per column."""
     return sparse_dictionary_plan(shape, budget, rho=rho)
 
 
 def _parts(problem: Problem, ridge: float) -> list[Part]:
-    """Weights with their Grams G + ηI, η a share of the mean diagonal; weights of one input together."""
+    """Weights and their positive definite Grams G + ηI, η a share of the mean diagonal; siblings count as one."""
     weights = [stacked(problem)] if len(problem.grams) == 1 else list(problem.weights)
     parts = []
     for weight, gram in zip(weights, problem.grams, strict=True):
         level = ridge * float(gram.diagonal().mean()) or 1.0
-        parts.append((weight, gram.double() + level * torch.eye(len(gram), dtype=torch.float64, device=gram.device)))
+        ridged = gram.double() + level * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+        parts.append((weight, positive_definite(ridged)[0]))
     return parts
 
 
 def _initial(weights: Tensor, atoms: int, seed: int) -> Tensor:
-    """Leading left singular vectors in the original space, and random columns beyond d_in; (d_in, atoms) float64."""
+    """Leading left singular vectors of the unwhitened weights, then random columns; (d_in, atoms) float64."""
     weights = weights.double()
     leading = leading_directions(weights, min(atoms, weights.shape[0]))
     if atoms == leading.shape[1]:
@@ -46,9 +51,9 @@ def _initial(weights: Tensor, atoms: int, seed: int) -> Tensor:
 def _dictionary(
     parts: Sequence[Part], codes: Sequence[Tensor], old: Tensor, metrics: Pencil | None, ridge: float
 ) -> Tensor:
-    """The best dictionary for given codes, (d_in, k) float64; in closed form for one or two Grams."""
-    if len(parts) == 1:  # the Gram cancels
-        return mod_update(parts[0][0].double(), codes[0], old, ridge)
+    """The best dictionary (d_in, k) float64 for given codes, in closed form for one or two Grams."""
+    if len(parts) == 1:  # the Gram cancels out
+        return least_squares_dictionary(parts[0][0].double(), codes[0], ridge=ridge, fallback=old)
     moments, right = [], torch.zeros_like(old)
     for (weight, gram), code in zip(parts, codes, strict=True):
         wide = code.double()
@@ -67,7 +72,7 @@ def _dictionary(
 def _codes(
     part: Part, dictionary: Tensor, codes: Tensor | None, nonzeros: int, ridge: float, options: dict[str, float]
 ) -> tuple[Tensor, float]:
-    """Codes of one weight by hard-thresholding pursuit from `codes` (None: the dense ones), and their squared error."""
+    """Codes of one weight by hard-thresholding pursuit from `codes` (None: dense codes), and their squared error."""
     weight, gram = part
     wide = weight.double()
     image = gram @ dictionary
@@ -81,7 +86,18 @@ def _codes(
     return codes, float((error * (gram @ error)).sum())
 
 
-@method("geopair", paper="GeoPair, arXiv 2609.25963", plan=geopair_plan, grouping="pairs")
+def geopair_cost(spec: GroupSpec, options: Mapping[str, Any]) -> Work:
+    """Hard-thresholding pursuit and Sylvester updates."""
+    z = Sizes.of(spec)
+    rounds, steps, iterations = numbers(options, "rounds", "htp_steps", "cg_iterations")
+    inside = steps * (1 + iterations)
+    code = (product(z.k, z.k, z.n) + Work(moved=60.0 * z.n * z.k, kernels=12)) * inside
+    code = code + product(z.d, z.d, z.k, wide=True) + 3 * product(z.d, z.k, z.n, wide=True)
+    update = 2 * product(z.n, z.k, z.k, wide=True) + 2 * eigen(z.k) + 4 * product(z.d, z.d, z.k, wide=True)
+    return 2 * eigen(z.d) + (code + update + product(z.d, z.d, z.n, wide=True)) * (1 + rounds)
+
+
+@method("geopair", paper="GeoPair, arXiv 2609.25963", plan=geopair_plan, grouping="pairs", cost=geopair_cost)
 def geopair(
     problem: Problem,
     spec: GroupSpec,
@@ -92,23 +108,23 @@ def geopair(
     cg_tolerance: Below1 = 1e-5,
     ridge: NonNegative = 1e-6,
 ) -> Factors:
-    """Shared dictionary under distinct Grams: codes by hard-thresholding pursuit, dictionary by a Sylvester equation.
+    """One dictionary under several Grams: codes by hard-thresholding pursuit, dictionary by a Sylvester equation.
 
-    Starts from the singular vectors of the weights side by side, not whitened, and the dense codes for them. The
-    dictionary update is exact for one Gram and for two; for more, which the paper leaves open, the same equation is
-    solved by conjugate gradients.
+    Starts from the singular vectors of the unwhitened weights side by side and their dense codes. The dictionary update
+    is exact for one and two Grams. For more, which the paper leaves open, the same equation is solved by conjugate
+    gradients.
 
     Args:
         problem: weights and Grams.
         spec: atoms and non-zeros.
-        rounds: of codes and dictionary; the paper's number is not known to us.
-        htp_steps: of hard-thresholding pursuit in a round.
-        cg_iterations: of each restricted least squares.
-        cg_tolerance: of each restricted least squares.
-        ridge: of Grams, of DᵀGD and of the codes' moments, as a share of their mean diagonal entries.
+        rounds: of codes and dictionary; the paper does not state its number.
+        htp_steps: steps of hard-thresholding pursuit per round.
+        cg_iterations: conjugate-gradient steps of each least-squares problem.
+        cg_tolerance: relative residual at which they stop.
+        ridge: added to the Grams, to DᵀGD and to the codes' moments, as a share of their mean diagonal.
 
     Returns:
-        Factors; `info` has the relative squared output errors of the first and the last codes.
+        the factors; `info` has the relative squared output errors of the first and the last codes.
     """
     parts = _parts(problem, ridge)
     metrics = diagonalise(parts[0][1], parts[1][1]) if len(parts) == 2 else None
@@ -129,7 +145,7 @@ def geopair(
         codes = [code for code, _ in coded]
         losses.append(sum(error for _, error in coded))
     scale = sum(float((w.double() * (g @ w.double())).sum()) for w, g in parts)
-    # unit variance of every coordinate on calibration text, as in every dictionary of the format
-    energy = (dictionary * (mean_gram(problem).double() @ dictionary)).sum(0)
+    # Coordinates get unit variance on calibration text, as with every dictionary of the format.
+    energy = (dictionary * (mean_gram(problem) @ dictionary)).sum(0)
     dictionary, joined = unit_atoms(dictionary, torch.cat(codes, dim=1).double(), energy.clamp_min(0).sqrt())
     return stored(dictionary.to(codes[0].dtype), joined.to(codes[0].dtype), losses, scale)

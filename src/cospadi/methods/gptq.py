@@ -1,14 +1,35 @@
 """GPTQ: rounding with second-order error feedback (Frantar et al., arXiv 2210.17323)."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from cospadi.format import Factors, GroupSpec
 from cospadi.methods._identity import integer_plan, module_rows, stacked_rows
 from cospadi.methods.base import Problem, method
+from cospadi.methods.cost import Sizes, Work, feedback, grid, numbers, product, sweep
 from cospadi.methods.ranges import Natural, NonNegative
 from cospadi.solvers.quantise import quantise_rows
-from cospadi.solvers.rescale import rescaled
+from cospadi.solvers.rescale import MEMORY, rescaled
 
 
-@method("gptq", paper="arXiv 2210.17323", plan=integer_plan)
+def gptq_cost(spec: GroupSpec, options: Mapping[str, Any]) -> Work:
+    """The search for scales, error feedback, sweeps, rescaling."""
+    z = Sizes.of(spec)
+    (rescalings,) = numbers(options, "rescale")
+    rounding = feedback(z.n, z.d, options["sweeps"])
+    return grid(z.n, z.d, options["search"], options["shifts"]) + rounding + _rescaling(z) * rescalings
+
+
+def _rescaling(z: Sizes) -> Work:
+    """Scales of a row from a system of equations over its groups, then a sweep of coordinate descent."""
+    groups = z.d / (z.group or z.d)
+    system = Work(moved=12.0 * z.n * z.d * groups + 60.0 * z.n * groups**2, products=4.0 * z.n * groups**3 / 3)
+    batches = max(1.0, z.n * (8 * groups**2 + 16 * z.d) / MEMORY)
+    fit = system + batches * Work(kernels=10 * groups + 60)
+    return 5 * product(z.n, z.d, z.d) + fit + sweep(z.n, z.d, 128)
+
+
+@method("gptq", paper="arXiv 2210.17323", plan=integer_plan, cost=gptq_cost)
 def gptq(
     problem: Problem,
     spec: GroupSpec,
@@ -19,18 +40,18 @@ def gptq(
     sweeps: Natural = 2,
     rescale: Natural = 0,
 ) -> Factors:
-    """Integers with group scales, each rounding error made good by the weights not yet rounded.
+    """Integers with group scales; weights not yet rounded compensate for each rounding error.
 
-    Inputs are processed by falling energy, with scales fixed beforehand so that no order is stored.
+    Inputs are processed by decreasing energy. Scales are fixed beforehand, so no order is stored.
 
     Args:
         problem: weights and Grams.
         spec: bits, group and symmetry.
         damping: of the Gram, as a share of its mean diagonal.
-        search: clipping ranges to try per group; 0: span all weights, as in the paper.
-        shifts: zero points to try on either side of that which spans the weights.
+        search: clipping ranges to try per group; 0: the grid spans all weights, as in the paper.
+        shifts: zero points to try on either side of the one that spans the weights.
         sweeps: passes of coordinate descent afterwards, which never raise the error; 0: none, as in the paper.
-        rescale: rounds in which scales are fitted to the integers and integers to the scales; 0: none, as in the paper.
+        rescale: rounds of refitting scales to integers and integers to scales; 0: none, as in the paper.
     """
     codes, parts = spec.codes, []
     for rows, gram in module_rows(problem):

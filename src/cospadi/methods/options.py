@@ -1,4 +1,4 @@
-"""Options of methods, checked before anything is read: one line that names option, value and what is allowed."""
+"""Options of methods, validated before anything is read. Messages name the option, its value and what is allowed."""
 
 import difflib
 from collections.abc import Mapping
@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from cospadi.aliases import canonical
 from cospadi.errors import RecipeError
 from cospadi.methods.ranges import range_text
 
@@ -14,18 +15,23 @@ from cospadi.methods.ranges import range_text
 def checked_options(
     method: str, options: type[BaseModel], given: dict[str, Any], others: Mapping[str, type[BaseModel]] | None = None
 ) -> dict[str, Any]:
-    """Validate the options of a method, of compression or of pruning, and fill in defaults.
+    """Validate the options of a compression or pruning method and fill in defaults.
 
     Args:
         method: its name.
-        options: what it takes.
-        given: what the user gives.
-        others: what other methods take, by name, to say which of them knows an option that this one does not.
+        options: the options it takes.
+        given: what the user set, canonical names or the aliases of `cospadi.aliases`.
+        others: the options that other methods take, by name, so that the message can point to a method that knows an
+            option which this one does not.
+
+    Returns:
+        the options under their canonical names, with defaults.
 
     Raises:
-        RecipeError: on an unknown option (naming the nearest) or a wrong value.
+        RecipeError: on an unknown option (suggests the nearest), a wrong value, or an option given twice.
     """
     known = list(options.model_fields)
+    given = canonical(given, known)
     for key, value in given.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -43,7 +49,7 @@ def checked_options(
 
 
 def _problem(error: ValidationError, options: type[BaseModel]) -> str:
-    """Option, value and what is allowed instead."""
+    """What is wrong with which option, and what is allowed."""
     first = error.errors()[0]
     key, value = str(first["loc"][0]), first["input"]
     # of a type such as `Annotated[int, …] | None` the field itself has no bounds: then the one that was crossed

@@ -1,17 +1,17 @@
-"""What values options may have. A method's signature says it with these types; `Method.check` refuses the others."""
+"""The values that options may have. A method's signature uses these types; `Method.check` refuses all other values."""
 
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from cospadi.solvers.projection import parse_pattern
+from cospadi.format.patterns import parse_pattern
 
 Count = Annotated[int, Field(ge=1)]
-"""Rounds and steps without which there is no result."""
+"""Rounds and steps of which at least one is needed."""
 
 Natural = Annotated[int, Field(ge=0)]
-"""Rounds and steps that may be left out."""
+"""Rounds and steps that may be omitted."""
 
 NonNegative = Annotated[float, Field(ge=0)]
 """Ridges and damping, as shares of a mean; powers."""
@@ -26,10 +26,10 @@ AtomsPerNonzero = Annotated[float, Field(ge=1)]
 """rho = k/s: a column cannot have more non-zeros than there are atoms."""
 
 FactorBits = Literal[2, 3, 4, 8, 16]
-"""Bits of a dictionary's value, or of a weight that pruning left."""
+"""Bits of a dictionary value, or of a weight that survives pruning."""
 
 ValueBits = Literal[2, 3, 4, 8, 14, 16]
-"""Bits of a sparse code's value."""
+"""Bits of a value of sparse codes."""
 
 
 def _known_or_auto(pattern: str) -> str:
@@ -52,7 +52,7 @@ PruningPattern = Annotated[str, AfterValidator(_balanced_or_none)]
 
 
 def range_text(metadata: Iterable[Any]) -> str:
-    """The range that a field's constraints leave, in words; empty where there are none.
+    """The range that a field's constraints allow, in words; empty if there are none.
 
     Args:
         metadata: of a pydantic field.

@@ -1,33 +1,38 @@
 """ROCKET: one pass of eigenbasis, importance, sparsification and refit (arXiv 2602.11008)."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cospadi.format import Factors, GroupSpec
-from cospadi.methods._whitened import complete_dictionary_plan, mean_gram, stacked, stored
+from cospadi.format.patterns import keep_largest
+from cospadi.methods._problem import mean_gram, stacked
+from cospadi.methods._whitened import complete_dictionary_plan, stored
 from cospadi.methods.base import Problem, method
+from cospadi.methods.cost import CHOOSING, Sizes, Work, eigen, numbers, product, whitening
 from cospadi.methods.ranges import Natural, NonNegative, Positive
-from cospadi.solvers.mod import mod_update, unit_atoms
+from cospadi.solvers.mod import least_squares_dictionary, unit_atoms
 from cospadi.solvers.procrustes import leading_directions
-from cospadi.solvers.projection import largest_per_column
 from cospadi.solvers.whitening import Whitening, cholesky_whitening
 
 
 def adam_refined(
     weight: Tensor, whitening: Whitening, dictionary: Tensor, codes: Tensor, *, steps: int, learning_rate: float
 ) -> tuple[Tensor, Tensor]:
-    """Adam on both factors, support fixed, for ‖L (W − U V)‖² / ‖L W‖²; gradients in closed form.
+    """Minimise ‖L (W − U V)‖² / ‖L W‖² over both factors by Adam, with a fixed support and closed-form gradients.
 
     Args:
         weight: W (d, n).
         whitening: of L.
-        dictionary: U (d, k), not whitened.
+        dictionary: U (d, k), unwhitened.
         codes: V (k, n); zeros stay zeros.
         steps: of Adam.
         learning_rate: of Adam.
 
     Returns:
-        the start or the result, whichever has the smaller ‖W − U V‖ (as the authors' code chooses).
+        the initial or the final factors, whichever have the smaller ‖W − U V‖, as in the authors' code.
     """
     mask = (codes != 0).to(codes.dtype)
     factors = [dictionary.clone(), codes.clone()]
@@ -43,7 +48,23 @@ def adam_refined(
     return (factors[0], factors[1]) if bool(after < before) else (dictionary, codes)
 
 
-@method("rocket", paper="ROCKET, arXiv 2602.11008", plan=complete_dictionary_plan, grouping="matrix")
+def rocket_cost(spec: GroupSpec, options: Mapping[str, Any]) -> Work:
+    """One eigendecomposition, then Adam on both factors."""
+    z = Sizes.of(spec)
+    (steps,) = numbers(options, "refine_steps")
+    refit = 3 * product(z.d, z.n, z.k) + product(z.n, z.k, z.k) + Work(moved=CHOOSING * z.n * z.k)
+    adam = 3 * product(z.d, z.n, z.k) + product(z.d, z.d, z.n) + Work(moved=60.0 * (z.n + z.d) * z.k, kernels=40)
+    return whitening(z) + product(z.d, z.d, z.n, wide=True) + eigen(z.d) + refit + adam * steps
+
+
+@method(
+    "rocket",
+    paper="ROCKET, arXiv 2602.11008",
+    plan=complete_dictionary_plan,
+    grouping="matrix",
+    cost=rocket_cost,
+    allocation="rocket",
+)
 def rocket(
     problem: Problem,
     spec: GroupSpec,
@@ -55,18 +76,18 @@ def rocket(
 ) -> Factors:
     """Eigenbasis of the whitened weights, codes thresholded by importance, dictionary refitted once.
 
-    B holds the leading eigenvectors of Y Yᵀ for Y = L W, C = BᵀY, and an entry's importance is
-    |c_ij|·‖L⁻¹b_i‖^λ: whitened magnitude tempered by what the atom weighs in the weight's own space.
+    B holds the leading eigenvectors of Y Yᵀ for Y = L W, and C = BᵀY. The importance of an entry is |c_ij|·‖L⁻¹b_i‖^λ:
+    its whitened magnitude, scaled by the norm of the atom in the weight's own space.
 
-    Two departures from the paper, both of less than its over-sparsification of half a per cent. It prunes each column
-    slightly too far and gives the difference back to the most important entries of the whole matrix, so that columns
-    differ by a few non-zeros; here a column must hold exactly `spec.codes.nonzeros`, hence each gives the difference
-    back to itself, which is one threshold per column. And the mask is counted, which the paper leaves out.
+    There are two departures from the paper, both smaller than its over-sparsification of half a per cent. The paper
+    prunes each column slightly too far and returns the difference to the most important entries of the whole matrix, so
+    that columns differ by a few non-zeros. Here each column must hold exactly `spec.codes.nonzeros`, which amounts to
+    one threshold per column. The bytes of the mask are counted, which the paper omits.
 
-    The paper's allocation across layers is a matter of `cospadi.allocation`, not of this solve.
+    The paper's allocation across layers is in `cospadi.allocation`.
 
     Args:
-        problem: weights and Grams; several are solved side by side in the metric of the mean Gram.
+        problem: weights and Grams; several weights are solved side by side under the mean Gram.
         spec: atoms and non-zeros.
         importance_power: λ.
         ridge: μ of the refit, as a share of the mean diagonal entry of C Cᵀ.
@@ -74,7 +95,7 @@ def rocket(
         learning_rate: of these steps.
 
     Returns:
-        Factors; `info` has the relative squared error, whitened.
+        the factors; `info` has the relative squared error in whitened space.
     """
     weight = stacked(problem)
     whitening = cholesky_whitening(mean_gram(problem))
@@ -83,8 +104,8 @@ def rocket(
     dense = basis.T @ target
     size = torch.linalg.vector_norm(whitening.undo(basis), dim=0)
     importance = dense.abs() * size.unsqueeze(1) ** importance_power
-    codes = dense * largest_per_column(importance, spec.codes.nonzeros)
-    dictionary = whitening.undo(mod_update(target, codes, basis, ridge))
+    codes = dense * keep_largest(importance, spec.codes.nonzeros)
+    dictionary = whitening.undo(least_squares_dictionary(target, codes, ridge=ridge, fallback=basis))
     if refine_steps:
         dictionary, codes = adam_refined(
             weight, whitening, dictionary, codes, steps=refine_steps, learning_rate=learning_rate

@@ -1,16 +1,15 @@
-"""Plans: the largest spec of a family within a number of bytes. Pure arithmetic, exact by `GroupSpec.bytes`."""
+"""Plans: the largest spec of a family within a byte budget. Pure arithmetic, exact by `GroupSpec.bytes`."""
 
 from collections.abc import Callable
 
-from cospadi.format import GroupSpec, MatrixSpec
-from cospadi.methods.base import GroupShape
+from cospadi.format import GroupShape, GroupSpec, MatrixSpec
 
 WHOLE_WORDS = 640
-"""From this many atoms on, balanced codes fill their last mask word; below, that could cost more than 5 % of them."""
+"""From this many atoms on, balanced codes fill their last mask word. Below, that could cost more than 5 % of them."""
 
 
 def largest(make: Callable[[int], GroupSpec], low: int, high: int, budget: int) -> GroupSpec:
-    """The spec of the largest size in [low, high] within `budget` bytes (bytes grow with size); else that of `low`."""
+    """The spec of the largest size in [low, high] within `budget` bytes, which grow with size; else that of `low`."""
     best = low
     while low <= high:
         middle = (low + high) // 2
@@ -43,13 +42,13 @@ def sparse_dictionary_plan(
 ) -> GroupSpec:
     """The most atoms k with s = k/rho non-zeros per column within the budget (CoSpaDi, Eq. 10 with any bits).
 
-    Balanced codes of many atoms take whole mask words.
+    Balanced codes of many atoms use whole mask words.
 
     Args:
         shape: the layers.
         budget: bytes.
-        rho: atoms per non-zero. For ``"n:m"`` patterns n and m say it and rho is ignored.
-        pattern: ``"free"`` or ``"n:m"``; see `cospadi.solvers.projection`.
+        rho: atoms per non-zero; ignored for ``"n:m"``, where n and m determine it.
+        pattern: ``"free"`` or ``"n:m"``; see `cospadi.format.patterns`.
         dictionary_bits: 16, 8, 4, 3 or 2.
         value_bits: 16, 14, 8, 4, 3 or 2.
         group: values per scale of integer factors; 0: one scale per row.
@@ -64,11 +63,11 @@ def sparse_dictionary_plan(
 
     spec = largest(make, 1, 8 * shape.d_in, budget)
     if pattern != "free" and spec.atoms >= WHOLE_WORDS:
-        # kernels read whole mask words twice as fast; an odd number of atoms makes dense products up to 6 times slower
+        # Kernels read whole mask words twice as fast; an odd number of atoms makes dense products up to 6 times slower.
         return make(spec.atoms // 32 * 32)
     if pattern != "free" or spec.bytes > budget:
         return spec
-    # what is left of the budget goes to more non-zeros
+    # The rest of the budget goes to more non-zeros.
     spare = (budget - spec.bytes) * 8 // (rows * value_bits)
     for extra in range(min(spare, spec.atoms - spec.codes.nonzeros), 0, -1):
         codes = MatrixSpec(rows, spec.atoms, pattern, spec.codes.nonzeros + extra, value_bits, spec.codes.group)

@@ -2,7 +2,6 @@
 
 from cospadi.model_view.discover import discover, discover_layers
 from cospadi.model_view.loading import (
-    is_compressed,
     model_name,
     open_config,
     open_model,
@@ -23,7 +22,6 @@ __all__ = [
     "discover",
     "discover_layers",
     "embedding_weight",
-    "is_compressed",
     "model_name",
     "open_config",
     "open_model",

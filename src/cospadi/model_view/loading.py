@@ -1,4 +1,4 @@
-"""Opening models: from a local directory without any network, or from a hub id; one clear line if it fails."""
+"""Open models from a local directory, without any network, or from a hub id. Failures become one clear line."""
 
 import json
 import os
@@ -26,25 +26,12 @@ from cospadi.errors import CospadiError, ModelError
 from cospadi.model_view.sources import directory_name, refuse_adapter
 from cospadi.runtime.memory import guard_memory
 
-QUANT_METHODS = ("cospadi", "cospadi_width", "cospadi_depth", "cospadi_masa")
-"""What the checkpoints that this package alone can load say of themselves."""
-
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _LONGEST_CAUSE = 240
 HUB_TIMEOUT = 5.0
-"""Seconds until a hub that says nothing is given up."""
+"""Seconds to wait for a hub that does not answer."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-
-def is_compressed(config: PreTrainedConfig) -> bool:
-    """Whether a configuration belongs to a checkpoint that cospadi wrote."""
-    quantisation = getattr(config, "quantization_config", None)
-    if quantisation is None:
-        return False
-    if isinstance(quantisation, dict):
-        return quantisation.get("quant_method") in QUANT_METHODS
-    return getattr(quantisation, "quant_method", None) in QUANT_METHODS
 
 
 def source_name(source: str | Path) -> str:
@@ -55,8 +42,8 @@ def source_name(source: str | Path) -> str:
     """
     if not isinstance(source, (str, Path)):
         raise ModelError(
-            f"a model is named by its directory or hub id, not given as a {type(source).__name__}: save it first, "
-            "with its tokenizer"
+            f"expected the directory or hub id of a model, not a {type(source).__name__}: save the model with its "
+            "tokenizer, and name that directory"
         )
     return str(source)
 
@@ -64,7 +51,7 @@ def source_name(source: str | Path) -> str:
 def model_name(source: str | Path) -> str:
     """What reports call a model: its hub id, or the name of its directory."""
     folder = Path(source_name(source)).expanduser()
-    # "." has a name too, and a link keeps its own
+    # "." resolves to its directory's name, and a symbolic link keeps its own
     return directory_name(Path(os.path.abspath(folder))) if _is_folder(folder) else str(source)  # noqa: PTH100
 
 
@@ -96,7 +83,7 @@ def open_config(source: str | Path, *, revision: str | None = None) -> PreTraine
 
 
 def open_tokenizer(source: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Read the tokenizer that lies beside a model.
+    """Read the tokenizer stored beside a model.
 
     Raises:
         ModelError: if there is none or it cannot be read.
@@ -112,8 +99,8 @@ def open_tokenizer(source: str | Path, *, revision: str | None = None) -> PreTra
 def open_model(source: str | Path, *, revision: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer onto the CPU, in the dtype of the checkpoint, in eval mode.
 
-    Local directories are read without any network. Code that lies in the checkpoint is never run, pickled weights
-    are never opened.
+    Local directories are read without any network. Code in the checkpoint is never run, and pickled weights are never
+    opened.
 
     Args:
         source: a local directory, or a hub id.
@@ -123,13 +110,12 @@ def open_model(source: str | Path, *, revision: str | None = None) -> tuple[PreT
         model and tokenizer.
 
     Raises:
-        ModelError: if anything is missing, unreadable or unsupported, or if the weights do not fill the model.
-        ResourceError: if the memory does not suffice.
+        ModelError: if anything is missing, unreadable or unsupported, or if the weights do not cover the model.
+        ResourceError: if there is not enough memory.
     """
     config = open_config(source, revision=revision)
     tokenizer = open_tokenizer(source, revision=revision)
-    if is_compressed(config):
-        _require_plugin(source)
+    _check_quantisation(source, config)
     options = _where(source, revision)
     if _is_directory(options):
         _check_files(_inside(options))
@@ -141,7 +127,7 @@ def open_model(source: str | Path, *, revision: str | None = None) -> tuple[PreT
             dtype="auto",
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # looked at below, with a clearer message
+            ignore_mismatched_sizes=True,  # checked below, with a clearer message
         )
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
@@ -151,7 +137,7 @@ def open_model(source: str | Path, *, revision: str | None = None) -> tuple[PreT
 
 
 def _check_loaded(source: str | Path, info: dict[str, Any]) -> None:
-    # transformers fills what is absent or misshapen with random numbers: wrong for every use we have
+    # transformers fills missing and misshapen weights with random numbers, which no command can use
     wrong = sorted(info.get("mismatched_keys", ()))
     if wrong:
         name, there, expected = wrong[0]
@@ -166,14 +152,14 @@ def _check_loaded(source: str | Path, info: dict[str, Any]) -> None:
             "config.json belongs to another model"
         )
     spare = sorted(info.get("unexpected_keys", ()))
-    if spare:  # heads for other uses are common and harmless, cut layers are not: the reader must judge
+    if spare:  # extra heads are common and harmless, cut layers are not: the user must judge
         warnings.warn(
             f"{source}: {len(spare)} stored weights are not part of the model (first: {spare[0]})", stacklevel=3
         )
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """A model on ``meta``: every shape, no memory; seconds for any size.
+    """A model on ``meta``: all shapes, no memory. Takes seconds for any size.
 
     Args:
         config: of a causal language model.
@@ -191,12 +177,12 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
-    except OSError as error:  # a name that is too long, for one
+    except OSError as error:  # for example a name that is too long
         raise ModelError(f"{str(path)[:40]}…: there is no such directory ({error.strerror})") from None
 
 
 def _where(source: str | Path, revision: str | None) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` for a source."""
+    """Keyword arguments of ``from_pretrained`` for a source."""
     path = Path(source_name(source)).expanduser()
     if _is_folder(path):
         refuse_adapter(path)
@@ -219,14 +205,14 @@ def _where(source: str | Path, revision: str | None) -> dict[str, Any]:
 
 @cache
 def _kept(name: str, revision: str) -> str | None:
-    """Ask the hub for a model, once and not for long: transformers would try for half a minute.
+    """Ask the hub for a model, once and with a short timeout: transformers would try for half a minute.
 
     Returns:
-        None if it is there; if the hub cannot be reached or is not to be asked, the model's directory in the local
+        None if the hub has it; if the hub cannot be reached or must not be asked, the model's directory in the local
         cache.
 
     Raises:
-        ModelError: if there is no such model, or none can be fetched.
+        ModelError: if there is no such model, or it cannot be fetched.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -254,7 +240,7 @@ def _kept(name: str, revision: str) -> str | None:
             why = f"the hub cannot be reached ({type(error).__name__})"
     config = try_to_load_from_cache(name, "config.json", revision=revision)
     if isinstance(config, str):
-        return str(Path(config).parent)  # by its name, parts of transformers would go on asking the hub
+        return str(Path(config).parent)  # given the name, parts of transformers would still ask the hub
     raise ModelError(
         f"{name}: is neither a local directory nor a hub model that can be reached ({why}); check the name"
     )
@@ -271,7 +257,7 @@ def _inside(options: dict[str, Any], name: str = "") -> Path:
 
 
 def _check_files(directory: Path) -> None:
-    """Say clearly which weight files are absent or cut short, before transformers says it at length."""
+    """Name missing or truncated weight files, before transformers does at length."""
     index = directory / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
@@ -291,33 +277,37 @@ def _check_files(directory: Path) -> None:
 
 
 def _check_length(path: Path) -> None:
-    """Compare a safetensors file's size with what its header promises."""
+    """Compare the size of a safetensors file with its header."""
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 0 < length <= size - 8:
-                raise ValueError("its header is cut short")
+                raise ValueError("its header is truncated")
             header = json.loads(file.read(length))
         end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from None
     if size != 8 + length + end:
+        raise ModelError(f"{path}: has {size:,} bytes, its header says {8 + length + end:,}; copy or download it again")
+
+
+def _check_quantisation(source: str | Path, config: PreTrainedConfig) -> None:
+    """Refuse a format that transformers does not know: it would build dense layers with random weights."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    known: Any = AutoHfQuantizer.supports_quant_method
+    stored = getattr(config, "quantization_config", None)
+    if isinstance(stored, dict) and "quant_method" in stored and not known(stored):
         raise ModelError(
-            f"{path}: has {size:,} bytes where its header promises {8 + length + end:,}; copy or download it again"
+            f"{source}: transformers does not know its format {stored['quant_method']!r}; import the package that "
+            "wrote it first (`import cospadi` for its own formats), or upgrade it"
         )
-
-
-def _require_plugin(source: str | Path) -> None:
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-
-    if not AUTO_QUANTIZER_MAPPING.keys() >= set(QUANT_METHODS):
-        raise ModelError(f"{source}: is a cospadi checkpoint; `import cospadi` first, so that transformers can read it")
 
 
 @contextmanager
 def _explained(source: str | Path, what: str) -> Iterator[None]:
-    """Whatever transformers, safetensors or the hub raise becomes one line."""
+    """Turn whatever transformers, safetensors or the hub raise into one line."""
     try:
         yield
     except (CospadiError, torch.OutOfMemoryError, MemoryError):
@@ -325,7 +315,7 @@ def _explained(source: str | Path, what: str) -> Iterator[None]:
     except Exception as error:
         text = str(error)
         if "trust_remote_code" in text or "custom code" in text:
-            cause = "it needs code that lies in the checkpoint, and such code is never run"
+            cause = "it needs code from the checkpoint, which is never run"
         elif unknown := re.search(r"model type `([^`]+)` but Transformers", text):
             cause = (
                 f"the installed transformers ({transformers.__version__}) knows no architecture {unknown[1]!r}; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,17 +15,11 @@ from torch import Tensor
 from cospadi.calibration import sequences_per_batch
 from cospadi.errors import CalibrationError
 from cospadi.model_view import LayerReplay, ModelView
+from cospadi.progress import Progress, silent
 from cospadi.pruning.depth.distances import PairDistances, pair_distances
-
-Progress = Callable[..., None]
-"""Called as progress(phase, done, total, detail="", error=None)."""
 
 BATCH_TOKENS = 4096
 REMEDY = "give fewer --samples or a smaller --seq-len, or use --device cpu"
-
-
-def _silent(*_: object) -> None:
-    """Report nothing."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +93,7 @@ class Evidence:
     tokens: Tokens
     device: torch.device | str = "cpu"
     seed: int = 0
-    progress: Progress = _silent
+    progress: Progress = silent
     memo: dict[str, Any] = field(default_factory=dict)
     spent: tuple[float, float] = (0.0, 0.0)
 

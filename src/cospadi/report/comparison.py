@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from cospadi.errors import ResourceError
+from cospadi.io import write_durably
 from cospadi.report import plots
 from cospadi.report.figures import render
-from cospadi.report.files import write_atomic
 from cospadi.report.html_parts import (
     html_document,
     html_facts,
@@ -109,7 +109,7 @@ def write_comparison(comparison: Mapping[str, Any], folder: str | os.PathLike[st
         contents |= {kind: render(figure, kind) for kind in ("png", "svg")}
     except ResourceError:
         pass
-    return {kind: write_atomic(base.with_suffix(f".{kind}"), content) for kind, content in contents.items()}
+    return {kind: write_durably(base.with_suffix(f".{kind}"), content) for kind, content in contents.items()}
 
 
 def _plotted(comparison: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from cospadi.errors import ResourceError
+from cospadi.io import write_durably
 from cospadi.report.figures import MUTED, PALETTE, figure_with_axes, layer_ticks, nothing_to_draw, save, write_title
-from cospadi.report.files import write_atomic
 from cospadi.report.html_parts import (
     html_cards,
     html_code,
@@ -286,11 +286,11 @@ def write_depth(report: Mapping[str, Any], out_dir: str | os.PathLike[str]) -> d
         OutputError: if a file cannot be written.
     """
     out = Path(out_dir)
-    files = {"report.json": write_atomic(out / "report.json", report_json(report))}
+    files = {"report.json": write_durably(out / "report.json", report_json(report))}
     with suppress(ResourceError):
         files[f"{ASSETS}/{HEAT_MAP}"] = save(heat_map(report), out / ASSETS / HEAT_MAP)
-    files["report.html"] = write_atomic(out / "report.html", depth_page(report))
-    files["README.md"] = write_atomic(out / "README.md", depth_card(report, f"{ASSETS}/{HEAT_MAP}" in files))
+    files["report.html"] = write_durably(out / "report.html", depth_page(report))
+    files["README.md"] = write_durably(out / "README.md", depth_card(report, f"{ASSETS}/{HEAT_MAP}" in files))
     return files
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cospadi.errors import ResourceError
-from cospadi.report.files import write_atomic
+from cospadi.io import write_durably
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -188,4 +188,4 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     kind = target.suffix.lower().lstrip(".")
     if kind not in ("svg", "png"):
         raise ValueError(f"{target.name}: plots are written as .svg or .png")
-    return write_atomic(target, render(figure, kind))
+    return write_durably(target, render(figure, kind))

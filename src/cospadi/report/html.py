@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cospadi.errors import ResourceError
+from cospadi.io import write_durably
 from cospadi.report import plots
-from cospadi.report.files import write_atomic
 from cospadi.report.html_parts import (
     html_cards,
     html_code,
@@ -53,7 +53,7 @@ def write_html(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     Raises:
         OutputError: if it cannot be written.
     """
-    return write_atomic(path, page(report))
+    return write_durably(path, page(report))
 
 
 def page(report: Mapping[str, Any]) -> str:

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from cospadi.errors import ResourceError
+from cospadi.io import write_durably
 from cospadi.report.figures import FAINT, INK, MARKERS, MUTED, PALETTE, blank_figure, save
-from cospadi.report.files import write_atomic
 from cospadi.report.terminal import Column, Table
 from cospadi.report.text import DASH, human_bytes, human_seconds, number, percent
 from cospadi.report.write import report_json
@@ -192,7 +192,7 @@ def write_numbers(data: Mapping[str, Any], out: Path) -> Path:
     Raises:
         OutputError: if it cannot be written.
     """
-    return write_atomic(out / f"{NAME}.json", report_json(data))
+    return write_durably(out / f"{NAME}.json", report_json(data))
 
 
 def write_speed(data: Mapping[str, Any], out: Path) -> list[Path]:

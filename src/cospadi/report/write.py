@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from cospadi.errors import ResourceError
+from cospadi.io import write_durably
 from cospadi.report import plots
 from cospadi.report.figures import save
-from cospadi.report.files import write_atomic
 from cospadi.report.html import write_html
 from cospadi.report.markdown import ASSETS
 from cospadi.report.model_card import model_card
@@ -58,10 +58,10 @@ def write_all(report: Mapping[str, Any], out_dir: str | os.PathLike[str]) -> dic
         OutputError: if a file cannot be written.
     """
     out = Path(out_dir)
-    files = {"report.json": write_atomic(out / "report.json", report_json(report))}
+    files = {"report.json": write_durably(out / "report.json", report_json(report))}
     pictures = write_plots(report, out / ASSETS)
     files |= {f"{ASSETS}/{path.name}": path for path in pictures}
     files["report.html"] = write_html(report, out / "report.html")
     card = model_card(report, [path.name for path in pictures])
-    files["README.md"] = write_atomic(out / "README.md", card)
+    files["README.md"] = write_durably(out / "README.md", card)
     return files

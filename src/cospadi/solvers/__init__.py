@@ -1,1 +1,1 @@
-"""Pure tensor mathematics: tensors in, tensors out, no models, no files, no options objects."""
+"""Pure tensor mathematics: tensors in, tensors out. No models, no files, no option objects."""

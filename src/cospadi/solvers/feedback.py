@@ -1,10 +1,11 @@
-"""Error feedback: rounding or zeroing one input after another, later inputs making good for earlier errors.
+"""Error feedback: inputs are rounded or zeroed one after another, and later inputs compensate for earlier errors.
 
 For a row w and a Hessian H the loss of a changed row q is eᵀ H e with e = w − q. Write H = A Aᵀ with A upper
 triangular, inputs in the order of processing; then eᵀ H e = Σ_j A_jj² (e_j + Σ_{i<j} e_i C_ij)², C_ij = A_ij / A_jj.
-So whatever has become of the inputs before j, the best value for input j is its *target* w_j + Σ_{i<j} e_i C_ij, and
-missing it by δ costs A_jj² δ² for good. This is the recursion of GPTQ (arXiv 2210.17323) and SparseGPT
-(arXiv 2301.00774), equally Babai's nearest-plane algorithm, from one Cholesky factor and without an inverse.
+Whatever happened to the inputs before j, the best value for input j is therefore its *target* w_j + Σ_{i<j} e_i C_ij,
+and missing the target by δ adds A_jj² δ² to the loss, which no later input can recover. This is the recursion of GPTQ
+(arXiv 2210.17323) and SparseGPT (arXiv 2301.00774), equivalently Babai's nearest-plane algorithm, from a single
+Cholesky factor and without a matrix inverse.
 """
 
 from collections.abc import Callable
@@ -24,12 +25,12 @@ Decide = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class Feedback:
-    """How errors of earlier inputs move the targets of later ones.
+    """How the errors of earlier inputs move the targets of later ones.
 
     Attributes:
-        order: (n,) input processed at each step.
-        coupling: C (n, n) strictly upper triangular, in the order of processing.
-        cost: (n,) A_jj², the cost of missing the j-th target by one.
+        order: (n,) the input processed at each step.
+        coupling: C (n, n) strictly upper triangular, in processing order.
+        cost: (n,) A_jj², the loss of missing the j-th target by one.
     """
 
     order: Tensor
@@ -42,7 +43,7 @@ MOST_DAMPING = 1.0
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
-    """Hessian plus `damping` times its mean diagonal, float64; the identity where it is all zero.
+    """The Hessian plus `damping` times its mean diagonal, in float64; the identity if the Hessian is all zero.
 
     Raises:
         ValueError: if the mean diagonal is negative or not finite.
@@ -56,13 +57,13 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
 
 
 def importance_order(hessian: Tensor) -> Tensor:
-    """Inputs (n,) by falling diagonal: what matters most is decided while most inputs can still make good for it."""
+    """Inputs (n,) by decreasing diagonal: the most important are decided while most others can still compensate."""
     return hessian.diagonal().argsort(descending=True, stable=True)
 
 
 def upper_factor(hessian: Tensor) -> tuple[Tensor, bool]:
-    """A upper triangular with A Aᵀ = H for (…, n, n) matrices, and whether that failed."""
-    factor, failed = torch.linalg.cholesky_ex(hessian.flip(-2, -1))  # reversed, its factor is upper triangular
+    """Upper triangular A with A Aᵀ = H for matrices (…, n, n), and whether the factorisation failed."""
+    factor, failed = torch.linalg.cholesky_ex(hessian.flip(-2, -1))  # reversed back, its factor is upper triangular
     return factor.flip(-2, -1), bool(failed.any())
 
 
@@ -73,9 +74,9 @@ def feedback(
 
     Args:
         hessian: (n, n) symmetric positive semi-definite.
-        damping: added to the diagonal, as a share of its mean; grown tenfold until the Cholesky factor exists.
-        order: (n,) permutation, first processed first; None: :func:`importance_order`.
-        dtype: of the coupling; the factorisation is in float64.
+        damping: added to the diagonal, as a share of its mean; multiplied by ten until the Cholesky factor exists.
+        order: (n,) permutation, the first input processed first; None: :func:`importance_order`.
+        dtype: of the coupling. The factorisation always runs in float64.
 
     Raises:
         ValueError: if the Hessian is far from positive semi-definite, or holds NaN.
@@ -91,10 +92,10 @@ def feedback(
 
 
 def more_damping(damping: float) -> float:
-    """Tenfold damping for the next try.
+    """Ten times the damping, for the next attempt.
 
     Raises:
-        ValueError: beyond `MOST_DAMPING`: what needs that much is not a Hessian up to rounding.
+        ValueError: beyond `MOST_DAMPING`: a matrix that needs that much is not a Hessian, even up to rounding.
     """
     damping = max(damping, 1e-9) * 10
     if damping > MOST_DAMPING:
@@ -103,7 +104,7 @@ def more_damping(damping: float) -> float:
 
 
 def block_kernels(rows: Tensor, grid: object) -> "BlockKernels | None":
-    """What decides blocks of inputs of such rows on a grid at once; None: inputs are to be decided one by one."""
+    """The kernels that decide a block of inputs at once, or None if inputs have to be decided one by one."""
     if not isinstance(grid, GridSteps) or not rows.is_cuda or rows.dtype != torch.float32:
         return None
     try:
@@ -116,21 +117,23 @@ def block_kernels(rows: Tensor, grid: object) -> "BlockKernels | None":
 def sweep(
     rows: Tensor, plan: Feedback, decide: Decide | GridSteps, block: int = 128, begin: Decide | None = None
 ) -> Tensor:
-    """Process all inputs in order.
+    """Process all inputs in order with error feedback.
 
     Args:
-        rows: (count, n) weights, outputs in rows, in the order of the model.
+        rows: (count, n) weights, outputs in rows, inputs in model order.
         plan: from :func:`feedback`.
-        decide: ``decide(targets (count,), step) -> values (count,)``, what becomes of the input of that step. Or grids,
-            to whose nearest values inputs go, a block of them in one kernel where there is one (float32 on a GPU).
-        block: inputs between which couplings are applied one by one; those of earlier blocks take one product.
-        begin: ``begin(targets (width, count), step)``, called as a block begins with its targets as they follow from
-            earlier blocks. What it returns is ignored.
+        decide: ``decide(targets (count,), step) -> values (count,)``, which chooses the values of the input of that
+            step. Alternatively grids: every input then goes to the nearest grid value, and a whole block runs in one
+            kernel where possible (float32 on a GPU).
+        block: inputs per block. Couplings within a block are applied input by input, those of earlier blocks as one
+            matrix product.
+        begin: ``begin(targets (width, count), step)``, called at the start of a block with its targets as earlier
+            blocks determine them. The return value is ignored.
 
     Returns:
-        the new rows (count, n), in the order of the model.
+        the new rows (count, n), inputs in model order.
     """
-    weights = rows.T[plan.order].contiguous()  # one input's weights lie together
+    weights = rows.T[plan.order].contiguous()  # the weights of one input are adjacent
     errors, values = torch.zeros_like(weights), torch.zeros_like(weights)
     coupling = plan.coupling.to(weights.dtype).T.contiguous()
     kernels = block_kernels(weights, decide)
@@ -165,20 +168,20 @@ def refine(
     damping: float = 0.01,
     block: int = 64,
 ) -> Tensor:
-    """Cyclic coordinate descent on eᵀ H e: every input in turn takes its best value given all others.
+    """Cyclic coordinate descent on eᵀ H e: each input in turn takes its best value given all others.
 
-    No sweep raises the loss if `decide` returns the nearest admissible value (QuantEase, arXiv 2309.01885, descends
-    so for dense weights).
+    No sweep raises the loss if `decide` returns the nearest admissible value. QuantEase (arXiv 2309.01885) is this
+    descent for dense weights.
 
     Args:
-        rows: (count, n), what the values stand for.
-        values: (count, n), where to start.
+        rows: (count, n), the weights to approximate.
+        values: (count, n), the approximation to start from.
         hessian: H, (n, n).
         decide: ``decide(targets (count,), input) -> values (count,)``, or grids as in :func:`sweep`.
         sweeps: passes over all inputs.
-        support: bool (count, n); values outside it stay as they are. None: all may change.
+        support: bool (count, n); values outside it do not change. None: all may change.
         damping: as in :func:`feedback`.
-        block: inputs between which changes are applied one by one.
+        block: inputs per block. Changes within a block are applied input by input.
 
     Returns:
         the new values (count, n).
@@ -215,15 +218,15 @@ def sweep_supports(
     damping: float = 0.01,
     memory: int = 2**28,
 ) -> Tensor:
-    """Process the inputs of every row's own support, with the exact Hessian of that support.
+    """Error feedback for sparse rows: each row is processed under the exact Hessian of its own support.
 
     Args:
         rows: (count, n), zero outside the support.
-        support: bool (count, n), the same number s of inputs in every row.
+        support: bool (count, n) with the same number s of inputs in every row.
         hessian: (n, n).
         snap: ``snap(targets (c,), rows (c,), inputs (c,)) -> values (c,)``.
         damping: as in :func:`feedback`.
-        memory: bytes for the Hessians of a batch of rows.
+        memory: bytes available for the Hessians of a batch of rows.
 
     Returns:
         the new rows (count, n), zero outside the support.

@@ -1,4 +1,4 @@
-"""Integer grids with a scale, and perhaps a zero point, for every group of values: value = (level − zero) · scale."""
+"""Integer grids: each group of values has a scale and, if asymmetric, a zero point. value = (level − zero) · scale."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Grid:
-    """The grid of every group.
+    """One grid per group of values.
 
     Attributes:
-        scales: (rows, groups) float32, exact in bfloat16, not negative; 0 where all values of the group are zero.
+        scales: (rows, groups) float32, exact in bfloat16, non-negative; 0 where all values of the group are zero.
         zeros: (rows, groups) float32 integers; all zero for a symmetric grid.
-        low: least level.
+        low: smallest level.
         high: largest level.
     """
 
@@ -24,7 +24,7 @@ class Grid:
     high: int
 
     def snap(self, values: Tensor) -> Tensor:
-        """Nearest grid values, for values with one dimension more than the scales or as many."""
+        """Nearest grid values; `values` has as many dimensions as the scales, or one more (the group)."""
         scales, zeros = self.scales, self.zeros
         if values.dim() > scales.dim():
             scales, zeros = scales[..., None], zeros[..., None]
@@ -32,24 +32,34 @@ class Grid:
         return ((values / safe).round().add_(zeros).clamp_(self.low, self.high) - zeros) * scales
 
     def at(self, rows: Tensor | slice, groups: Tensor | int) -> "Grid":
-        """The grids of some groups."""
+        """The grids of some rows and groups."""
         return Grid(self.scales[rows, groups], self.zeros[rows, groups], self.low, self.high)
 
+    def spread(self, mask: Tensor, size: int) -> "Grid":
+        """One grid per matrix entry: those inside the mask get the grid of their group.
+
+        Args:
+            mask: bool (rows, columns) with the same number of stored values in every row.
+            size: stored values per group.
+        """
+        group = group_of(mask, size)
+        return Grid(self.scales.gather(1, group), self.zeros.gather(1, group), self.low, self.high)
+
     def steps(self, columns: int, size: int) -> "GridSteps":
-        """The grids of all columns of a dense matrix with groups of `size`, by groups."""
+        """The grids of a dense matrix with groups of `size` columns, laid out for processing input by input."""
         groups = torch.arange(columns, dtype=torch.int32, device=self.scales.device) // size
         return GridSteps(self.scales.T.contiguous(), self.zeros.T.contiguous(), groups, self.low, self.high)
 
 
 @dataclass(frozen=True)
 class GridSteps:
-    """Grids as they are met input by input: every input of a dense matrix goes to the nearest value of its group's.
+    """The grids of a dense matrix in the layout that processing input by input needs.
 
     Attributes:
         scales: (groups, count) float32, contiguous.
         zeros: (groups, count) float32, contiguous.
-        groups: (n,) int32, group of every input, in the order of the model.
-        low: least level.
+        groups: (n,) int32, the group of every input, in model order.
+        low: smallest level.
         high: largest level.
     """
 
@@ -60,7 +70,7 @@ class GridSteps:
     high: int
 
     def decide(self, inputs: Sequence[int]) -> Callable[[Tensor, int], Tensor]:
-        """``decide(targets (count,), step) -> values (count,)`` of steps that take these inputs in turn."""
+        """``decide(targets (count,), step) -> values (count,)`` for steps that process these inputs in turn."""
         groups = self.groups.tolist()
 
         def nearest(targets: Tensor, step: int) -> Tensor:
@@ -68,3 +78,16 @@ class GridSteps:
             return Grid(self.scales[group], self.zeros[group], self.low, self.high).snap(targets)
 
         return nearest
+
+
+def group_of(mask: Tensor, size: int) -> Tensor:
+    """The group of each stored value of a sparse matrix, counted along its row.
+
+    Args:
+        mask: bool (rows, columns).
+        size: stored values per group.
+
+    Returns:
+        int64 (rows, columns); entries outside the mask take the group of the stored value before them.
+    """
+    return (mask.cumsum(1) - 1).clamp_min(0) // size

@@ -1,27 +1,23 @@
-"""K-SVD: sparse coding and sequential rank-1 updates of the atoms, in turns.
+"""K-SVD: sparse coding alternates with sequential rank-1 updates of the atoms.
 
 Reference: Aharon, Elad, Bruckstein, "K-SVD", 2006; with the power iteration and the defaults of CoSpaDi
 (arXiv 2509.22075, Algorithm 1).
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from cospadi.solvers.mod import mod_update, unit_atoms
+from cospadi.solvers.mod import least_squares_dictionary, unit_atoms
 from cospadi.solvers.omp import batch_omp, exact_matmul
-
-Progress = Callable[[int, float], None]
 
 
 def random_atoms(target: Tensor, atoms: int, seed: int) -> Tensor:
-    """Random distinct columns of the target with unit norm; Gaussian ones where there are too few or a column is zero.
+    """Distinct random columns of the target, normalised; Gaussian vectors replace missing and zero columns.
 
     Args:
         target: Y (d, n).
         atoms: k.
-        seed: of the choice; the same on every device.
+        seed: of the choice, which is the same on every device.
 
     Returns:
         D (d, k), in the target's dtype and on its device.
@@ -39,18 +35,18 @@ def random_atoms(target: Tensor, atoms: int, seed: int) -> Tensor:
 class AtomSweep:
     """One pass of rank-1 updates over all atoms.
 
-    The support of an atom is a mask over all columns rather than a list of them, and the atom's number lives on the
-    device: every update has the same shapes and never waits for the device. On CUDA one update is captured as a graph
-    and replayed once per atom, since launching its forty small kernels would take longer than running them.
+    The support of an atom is a mask over all columns instead of an index list, and the atom's index lives on the
+    device. Every update therefore has the same shapes and never synchronises. On CUDA one update is captured as a graph
+    and replayed once per atom: launching its forty small kernels would take longer than running them.
     """
 
     def __init__(self, target: Tensor, atoms: int, power_iterations: int) -> None:
         """Allocate the state of a pass.
 
         Args:
-            target: Y (d, n); only its shape, dtype and device count.
+            target: Y (d, n); only its shape, dtype and device matter.
             atoms: k.
-            power_iterations: per atom, starting from the atom itself, so that no update can raise the error.
+            power_iterations: per atom. They start from the atom itself, so no update can raise the error.
         """
         rows, columns = target.shape
         self.atoms = atoms
@@ -84,11 +80,11 @@ class AtomSweep:
         return self.dictionary.T.clone(), self.codes.clone(), self.residual.square().sum()
 
     def _update(self) -> None:
-        """Replace atom `index` and its coefficients by the leading rank-1 term of what they have to explain."""
+        """Replace atom `index` and its coefficients by the leading rank-1 term of the residual without them."""
         atom = self.dictionary.index_select(0, self.index).squeeze(0)
         old = self.codes.index_select(0, self.index).squeeze(0)
         mask = (old != 0).to(old.dtype)
-        self.residual.addr_(atom, old)  # on the support now the error without this atom
+        self.residual.addr_(atom, old)  # on the support this is now the residual without the atom
         tiny = torch.finfo(atom.dtype).tiny
         direction = atom
         for _ in range(self.power_iterations):
@@ -102,7 +98,7 @@ class AtomSweep:
         self.index.add_(1)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        # everything is still zero here: the updates that warm the libraries up change nothing but the index
+        # All state is still zero, so these warm-up updates change nothing but the index.
         stream = torch.cuda.Stream(self.residual.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.residual.device))
         with torch.cuda.device(self.residual.device), torch.cuda.stream(stream):
@@ -127,7 +123,6 @@ def ksvd(
     tolerance: float = 0.0,
     seed: int = 0,
     update: str = "ksvd",
-    progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor, list[float]]:
     """Factor Y ≈ D S with exactly `nonzeros` coefficients in every column of S.
 
@@ -135,18 +130,17 @@ def ksvd(
         target: Y (d, n), float32 or float64.
         atoms: k, columns of D.
         nonzeros: s, 0 < s <= k.
-        rounds: sparse coding and dictionary updates in turns, at most so many times.
+        rounds: maximum number of rounds of sparse coding and dictionary update.
         power_iterations: per atom and round.
-        tolerance: stop when a round lowers the error by less than this share; 0: never.
+        tolerance: stop once a round lowers the error by less than this share; 0: run all rounds.
         seed: of the initial dictionary, see :func:`random_atoms`.
-        update: ``"ksvd"``, or ``"mod"``: all atoms at once by least squares.
-        progress: called after each round with its number, from 1, and its loss.
+        update: ``"ksvd"``: atom by atom; ``"mod"``: all atoms at once by least squares.
 
     Returns:
         D (d, k) with unit-norm columns, S (k, n), and ‖Y − D S‖² after each round.
 
     Raises:
-        ValueError: if `nonzeros` or `update` is impossible.
+        ValueError: if `update` is unknown, or `nonzeros` is not in 1 … k.
     """
     if update not in ("ksvd", "mod"):
         raise ValueError(f"update must be 'ksvd' or 'mod', not {update!r}")
@@ -160,11 +154,9 @@ def ksvd(
             if sweep is not None:
                 dictionary, codes, error = sweep(target, dictionary, codes)
             else:
-                dictionary, codes = unit_atoms(mod_update(target, codes, dictionary), codes)
+                dictionary, codes = unit_atoms(least_squares_dictionary(target, codes, fallback=dictionary), codes)
                 error = (target - dictionary @ codes).square().sum()
         losses.append(float(error))
-        if progress is not None:
-            progress(number, losses[-1])
         if tolerance and number > 1 and losses[-2] - losses[-1] < tolerance * losses[-2]:
             break
     return dictionary, codes, losses

@@ -1,21 +1,22 @@
-"""Low rank: truncated singular value decompositions, the roots they are taken in, and least squares of one factor.
+"""Low-rank factors: truncated singular value decompositions in several metrics, and least squares for one factor.
 
-All of them are minimisers of ‖R (W − D S)‖_F for some root R of the inputs' second moments: R = I gives the plain SVD,
-a diagonal R the weighted SVDs (FWSVD, ASVD), RᵀR = G the truncation-aware ones (SVD-LLM).
+Each minimises ‖R (W − D S)‖_F for some root R of the inputs' second moments: R = I for the plain SVD, a diagonal R for
+the weighted SVDs (FWSVD, ASVD), RᵀR = G for the truncation-aware ones (SVD-LLM).
 """
 
 import torch
 from torch import Tensor
 
+from cospadi.solvers.linalg import ridged_cholesky
 from cospadi.solvers.whitening import Whitening
 
 
 def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors and singular values, by the eigenvectors of the smaller Gram in float64.
+    """Left singular vectors and singular values, from the eigendecomposition of the smaller Gram in float64.
 
-    One symmetric eigenproblem of size min(m, n) is several times faster than a full SVD. The vectors are orthonormal
-    to rounding; singular values below 1e-8 of the largest are accurate only in absolute terms, which moves the
-    truncation error by no more than float64 rounding of ‖matrix‖².
+    A symmetric eigenproblem of size min(m, n) is several times faster than a full SVD. The vectors are orthonormal up
+    to rounding. Singular values below 1e-8 of the largest are accurate only in absolute terms, which changes the
+    truncation error by no more than the float64 rounding of ‖matrix‖².
 
     Args:
         matrix: (m, n), any float dtype.
@@ -39,7 +40,7 @@ def spectrum(matrix: Tensor) -> Tensor:
 
 
 def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best approximation of the given rank (Eckart and Young).
+    """Best approximation of a given rank (Eckart and Young).
 
     Args:
         matrix: (m, n).
@@ -60,7 +61,7 @@ def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def whitened(weight: Tensor, whitening: Whitening, rank: int) -> tuple[Tensor, Tensor]:
     """Minimiser of ‖L (W − D S)‖_F over rank-r products (SVD-LLM, arXiv 2403.07378, section 3.1).
 
-    The i-th singular value of L W is exactly the output error that dropping it costs.
+    The i-th singular value of L W is exactly the output error of dropping it.
 
     Args:
         weight: W (d_in, d_out).
@@ -79,8 +80,8 @@ def weighted(weight: Tensor, scale: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     Args:
         weight: W (d_in, d_out).
-        scale: (d_in,), not negative. Inputs below a millionth of the largest are treated as if they had that much,
-            which bounds the inverse; all zero counts as all equal.
+        scale: (d_in,), non-negative. Entries below a millionth of the largest are raised to it, which bounds the
+            inverse. If all are zero, all count as equal.
         rank: r.
 
     Returns:
@@ -98,10 +99,11 @@ def eigen_whitening(gram: Tensor, ridge: float = 1e-6) -> Whitening:
 
     Args:
         gram: (d_in, d_in) symmetric, positive semi-definite up to rounding.
-        ridge: least eigenvalue, as a share of the mean. Unlike an added ridge it leaves the others as they are.
+        ridge: smallest eigenvalue allowed, as a share of the mean. Unlike an added ridge it leaves larger ones
+            unchanged.
 
     Returns:
-        root and inverse, float64; the identity where the Gram is all zero.
+        root and inverse in float64; the identity if the Gram is all zero.
     """
     values, vectors = torch.linalg.eigh(gram.double())
     mean = values.clamp_min(0).mean()
@@ -121,43 +123,33 @@ def fit_codes(dictionary: Tensor, weight: Tensor, gram: Tensor, ridge: float = 1
         dictionary: D (d_in, k).
         weight: W (d_in, d_out).
         gram: G (d_in, d_in).
-        ridge: added to the normal equations, as a share of their mean diagonal; grown tenfold until they factorise.
+        ridge: added to the normal equations, as a share of their mean diagonal; grown tenfold until they can be
+            factorised.
 
     Returns:
-        S (k, d_out) float64; zero where the dictionary or the Gram is zero.
+        S (k, d_out) float64; zero if the dictionary or the Gram is zero.
 
     Raises:
         ValueError: if the Gram is far from positive semi-definite, or holds NaN.
     """
     dictionary, gram = dictionary.double(), gram.double()
     half = gram @ dictionary
-    normal = dictionary.T @ half
-    mean = float(normal.diagonal().mean())
-    if mean == 0:
-        return torch.zeros(dictionary.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
-    eye = torch.eye(normal.shape[0], dtype=torch.float64, device=normal.device)
-    while mean > 0 and ridge < 1e-2:
-        factor, failed = torch.linalg.cholesky_ex(normal + ridge * mean * eye)
-        if not failed:
-            return torch.cholesky_solve(half.T @ weight.double(), factor)
-        ridge *= 10
-    raise ValueError(
-        "the codes' normal equations cannot be solved: the Gram is not positive semi-definite, or holds NaN"
-    )
+    codes: Tensor = torch.cholesky_solve(half.T @ weight.double(), ridged_cholesky(dictionary.T @ half, ridge))
+    return codes
 
 
 def unit_variance(dictionary: Tensor, codes: Tensor, gram: Tensor, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """Scale atoms so that every coordinate of x D has unit variance on calibration text; the product is unchanged.
+    """Scale atoms so that every coordinate of x D has unit variance on calibration text. D S is unchanged.
 
     Args:
         dictionary: D (d_in, k).
         codes: S (k, d_out).
         gram: G (d_in, d_in).
-        ridge: least energy of an atom, as a share of what it would have under a flat spectrum: without it an atom
-            that calibration never excited would grow without bound.
+        ridge: smallest energy of an atom, as a share of its energy under a flat spectrum. Without it an atom that
+            calibration never excites would grow without bound.
 
     Returns:
-        D and S, scaled. Zero atoms stay as they are.
+        the scaled D and S. Zero atoms are left as they are.
     """
     flat = gram.diagonal().double().mean() * dictionary.square().sum(0)
     energy = torch.einsum("ik,ik->k", dictionary, gram.to(dictionary.dtype) @ dictionary)

@@ -1,4 +1,4 @@
-"""Which weights should share a dictionary: distances between them, and the best pairs (GeoPair, arXiv 2609.25963)."""
+"""Which weights should share a dictionary: distances and the best pairs (GeoPair, arXiv 2609.25963)."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def window_distance(narrow: Tensor, wide: Tensor) -> float:
-    """δ = min over windows of columns ‖B[:, w : w + m] − A‖ / ‖A‖.
+    """δ = min_w ‖B[:, w : w + m] − A‖ / ‖A‖, the distance of A to the most similar window of columns of B.
 
     Args:
         narrow: A = L_i W_i (d, m), whitened.
@@ -21,7 +21,7 @@ def window_distance(narrow: Tensor, wide: Tensor) -> float:
         δ; infinity where A is zero.
 
     Raises:
-        ValueError: if A is wider than B or their rows differ.
+        ValueError: if A is wider than B, or their numbers of rows differ.
     """
     m, n = narrow.shape[1], wide.shape[1]
     if m > n or narrow.shape[0] != wide.shape[0]:
@@ -31,7 +31,7 @@ def window_distance(narrow: Tensor, wide: Tensor) -> float:
         return float("inf")
     running = torch.nn.functional.pad(wide.double().square().sum(0).cumsum(0), (1, 0))
     windows = running[m:] - running[:-m]
-    # entry (c, w) of the strided view is the product of A's column c and B's column w + c
+    # Entry (c, w) of the strided view is the inner product of column c of A and column w + c of B.
     products = (narrow.T @ wide).contiguous()
     inner = products.as_strided((m, n - m + 1), (n + 1, 1)).double().sum(0)
     squared = float((windows - 2 * inner + energy).min())
@@ -39,7 +39,7 @@ def window_distance(narrow: Tensor, wide: Tensor) -> float:
 
 
 def pair_distances(whitened: Sequence[Tensor]) -> Tensor:
-    """δ of every pair, the narrower of the two against windows of the wider.
+    """δ of every pair: the narrower weight against windows of the wider one.
 
     Args:
         whitened: L_i W_i (d, n_i), all with the same d.
@@ -57,23 +57,23 @@ def pair_distances(whitened: Sequence[Tensor]) -> Tensor:
 
 
 def best_pairs(distances: Tensor) -> list[tuple[int, int]]:
-    """As many disjoint pairs as possible and, among those, the least total distance.
+    """The largest set of disjoint pairs and, among those, the one of least total distance.
 
-    A maximum-weight matching with weights M − δ for a large M, solved exactly as an integer programme.
+    This is a maximum-weight matching with weights M − δ for a large M, solved exactly as an integer programme.
 
     Args:
         distances: (count, count) symmetric; pairs at infinite distance are never formed.
 
     Returns:
-        pairs (i, j) with i < j, in ascending order; what is left over stays alone.
+        pairs (i, j) with i < j, in ascending order. An index that is in no pair stays alone.
     """
     table = distances.double().numpy(force=True)
     first, second = np.nonzero(np.triu(np.isfinite(table), k=1))
     if not len(first):
         return []
     cost = table[first, second]
-    # one more pair always pays: all distances of a matching, each scaled to at most 1, sum to less than `count`;
-    # the factor lifts differences of distances far above the solver's absolute tolerance
+    # One more pair always pays: the distances of a matching, each scaled to at most 1, sum to less than `count`.
+    # The factor lifts differences between distances far above the solver's absolute tolerance.
     spread = float(np.ptp(cost)) or 1.0
     weight = 1e3 * (len(table) + (cost.max() - cost) / spread)
     edges = np.arange(len(first))

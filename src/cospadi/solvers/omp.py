@@ -1,14 +1,14 @@
-"""Orthogonal matching pursuit for many columns at once, in the regime of hundreds of non-zeros.
+"""Orthogonal matching pursuit for many columns at once, efficient even for hundreds of non-zeros.
 
-For every column the selected atoms are orthonormalised implicitly: with q_t the t-th orthonormalised atom, only its
-correlations u_t = Dᵀ q_t with all atoms are kept. They follow from the Gram A = DᵀD alone,
+The selected atoms of a column are orthonormalised implicitly. With q_t the t-th orthonormalised atom, only its
+correlations u_t = Dᵀ q_t with all atoms are stored. They follow from the Gram A = DᵀD alone,
 
     u_t = (A[:, j] − Σ_{i<t} u_i[j] u_i) / pivot,      pivot² = A[j, j] − Σ_{i<t} u_i[j]²,
 
-which is a Cholesky factorisation of A whose pivots each column of the target chooses for itself. The residual's
-correlations lose one multiple of u_t per step, so no system is solved before the very end (one triangular solve).
-The factorisation is that of Batch-OMP (Rubinstein, Zibulevsky, Elad, CS-2008-08); a step costs one pass over the
-u_i of a column, t·k numbers, and no gathers of k×t blocks of the Gram.
+which is a Cholesky factorisation of A with pivots that each column of the target chooses for itself. The correlations
+of the residual lose one multiple of u_t per step, so the only system to solve is one triangular solve at the end. The
+factorisation is that of Batch-OMP (Rubinstein, Zibulevsky, Elad, CS-2008-08). A step costs one pass over the u_i of a
+column, t·k numbers, and gathers no k×t blocks of the Gram.
 """
 
 from collections.abc import Iterator
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 _CPU_BYTES = 8 << 20  # the u_i of a batch should stay in the processor's cache
-_CUDA_SHARE = 16  # one sixteenth of the device; not of the free memory, so that the same batches form every time
+_CUDA_SHARE = 16  # one sixteenth of the total memory, not of the free memory, so that batches are reproducible
 
 
 @contextmanager
 def exact_matmul() -> Iterator[None]:
-    """Keep float32 products in float32: the recurrences here cannot bear TF32's ten bits."""
+    """Compute float32 products in full float32: TF32's ten mantissa bits are too few for these recurrences."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "ieee"
@@ -36,14 +36,14 @@ def exact_matmul() -> Iterator[None]:
 def batch_omp(dictionary: Tensor, target: Tensor, nonzeros: int, batch: int = 8192) -> Tensor:
     """Approximate every column of `target` by exactly `nonzeros` atoms (CoSpaDi, arXiv 2509.22075, step a).
 
-    Atoms that depend linearly on those already selected are passed over. Where fewer than `nonzeros` independent
-    atoms exist, the rest of the support holds zeros.
+    Atoms that depend linearly on those already selected are skipped. If there are fewer than `nonzeros` independent
+    atoms, the rest of the support holds zeros.
 
     Args:
         dictionary: D (d, k), unit-norm columns, float32 or float64.
         target: Y (d, n), same dtype and device.
         nonzeros: s, 0 < s <= k.
-        batch: most columns at a time; fewer where s·k numbers a column would not fit.
+        batch: maximum number of columns at a time; fewer if s·k numbers per column would not fit in memory.
 
     Returns:
         codes S (k, n), the least-squares coefficients on the selected support.
@@ -71,16 +71,16 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _pursue(gram: Tensor, residual: Tensor, nonzeros: int) -> Tensor:
-    """One batch; `residual` (b, k) starts as Yᵀ D and is used up. Returns codes (b, k). Never waits for the device."""
+    """Codes (b, k) of one batch. `residual` (b, k) is Yᵀ D and is overwritten. Never synchronises with the device."""
     count, atoms = residual.shape
     threshold = 64 * torch.finfo(gram.dtype).eps
-    # squared distance of every atom from the span of the selected ones; -inf once selected
+    # squared distance of every atom to the span of the selected ones; -inf once selected
     distance = gram.diagonal().expand(count, atoms).clone()
     basis = residual.new_empty(count, nonzeros, atoms)
     chosen = torch.empty(count, nonzeros, dtype=torch.int64, device=gram.device)
     amounts = residual.new_empty(count, nonzeros)
     for step in range(nonzeros):
-        # dependent atoms rank below every independent one, selected atoms below all
+        # dependent atoms rank below all independent ones, selected atoms below all others
         score = torch.where(distance > threshold, residual.abs(), distance - 1)
         best = score.argmax(1)
         at = best.unsqueeze(1)
@@ -98,7 +98,7 @@ def _pursue(gram: Tensor, residual: Tensor, nonzeros: int) -> Tensor:
         basis[:, step] = row
         chosen[:, step] = best
         amounts[:, step] = amount.squeeze(1)
-    # columns of the transposed Cholesky factor are the u_i at the selected atoms
+    # the columns of the transposed Cholesky factor are the u_i at the selected atoms
     factor = basis.gather(2, chosen.unsqueeze(1).expand(count, nonzeros, nonzeros))
     diagonal = factor.diagonal(dim1=1, dim2=2)
     diagonal.copy_(torch.where(diagonal > 0, diagonal, 1.0))

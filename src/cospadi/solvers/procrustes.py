@@ -1,11 +1,9 @@
-"""Sparse coding over an orthonormal dictionary: both steps in closed form (COMPOT, arXiv 2602.15200)."""
-
-from collections.abc import Callable
+"""Sparse coding over an orthonormal dictionary, both steps in closed form (COMPOT, arXiv 2602.15200)."""
 
 import torch
 from torch import Tensor
 
-from cospadi.solvers.projection import largest_per_column
+from cospadi.format.patterns import keep_largest
 
 
 def leading_directions(target: Tensor, count: int) -> Tensor:
@@ -18,14 +16,14 @@ def leading_directions(target: Tensor, count: int) -> Tensor:
 def polar_factor(matrix: Tensor, *, rank: int | None = None) -> Tensor:
     """U Vᵀ for the thin SVD U Σ Vᵀ of a matrix (d, k), k <= d: the nearest matrix with orthonormal columns.
 
-    It maximises tr(DᵀM) over DᵀD = I, which is the Procrustes problem min ‖Y − D S‖² for M = Y Sᵀ. Found as
-    M (MᵀM)^(−1/2), several times faster than the SVD, which is left for matrices (nearly) without full rank: there the
-    missing directions are any orthonormal ones, all equally good.
+    It maximises tr(DᵀM) over DᵀD = I, which is the Procrustes problem min ‖Y − D S‖² for M = Y Sᵀ. It is computed as M
+    (MᵀM)^(−1/2), which is several times faster than an SVD. The SVD is used for (nearly) rank-deficient matrices, where
+    the missing directions may be any orthonormal ones.
 
     Args:
         matrix: M (d, k).
-        rank: that a square M has at most; what lies beyond is rounding. Of the equally good rotations it is then the
-            one nearest to the identity.
+        rank: upper bound on the rank of a square M; smaller singular values are rounding. Among the equally good
+            rotations the one nearest to the identity is then returned.
     """
     wide = matrix.double()
     polar: Tensor
@@ -33,7 +31,7 @@ def polar_factor(matrix: Tensor, *, rank: int | None = None) -> Tensor:
     if float(values[0]) > 1e-10 * float(values[-1]):
         polar = (wide @ (vectors * values.rsqrt())) @ vectors.T
         eye = torch.eye(polar.shape[1], dtype=polar.dtype, device=polar.device)
-        for _ in range(2):  # Newton-Schulz: squares what the square of the condition number cost
+        for _ in range(2):  # Newton–Schulz: regains the accuracy lost to the squared condition number
             polar = polar @ (1.5 * eye - 0.5 * (polar.T @ polar))
     else:
         u, singular, vt = torch.linalg.svd(wide, full_matrices=False)
@@ -58,7 +56,7 @@ def orthonormal_codes(dictionary: Tensor, target: Tensor, nonzeros: int) -> Tens
         S (k, n).
     """
     dense = dictionary.T @ target
-    return dense * largest_per_column(dense.abs(), nonzeros)
+    return dense * keep_largest(dense, nonzeros)
 
 
 def procrustes(
@@ -67,19 +65,17 @@ def procrustes(
     nonzeros: int,
     *,
     rounds: int = 20,
-    progress: Callable[[int, float], None] | None = None,
 ) -> tuple[Tensor, Tensor, list[float]]:
     """Factor Y ≈ D S with DᵀD = I and `nonzeros` coefficients in every column of S.
 
-    Each round takes the best codes and then the best dictionary, so the error never rises; after the last round the
-    codes are taken once more, which belong to the dictionary returned.
+    Each round computes the best dictionary for the codes and then the best codes for the dictionary, so the error never
+    rises.
 
     Args:
         target: Y (d, n), float32 or float64.
         atoms: k <= d.
         nonzeros: s, 0 < s <= k.
-        rounds: of codes and dictionary; 0 leaves the singular vectors as they are.
-        progress: called after each round with its number, from 1, and its loss.
+        rounds: of dictionary and codes; with 0 the dictionary is the leading singular vectors.
 
     Returns:
         D (d, k), S (k, n) and ‖Y − D S‖² at the start and after each round.
@@ -92,11 +88,9 @@ def procrustes(
     energy = float(target.double().square().sum())
     dictionary = leading_directions(target, atoms)
     codes = orthonormal_codes(dictionary, target, nonzeros)
-    losses = [energy - float(codes.double().square().sum())]  # DᵀD = I: the error is what the codes do not hold
-    for number in range(1, rounds + 1):
+    losses = [energy - float(codes.double().square().sum())]  # DᵀD = I: the error is the energy outside the codes
+    for _ in range(rounds):
         dictionary = polar_factor(target @ codes.T)
         codes = orthonormal_codes(dictionary, target, nonzeros)
         losses.append(energy - float(codes.double().square().sum()))
-        if progress is not None:
-            progress(number, losses[-1])
     return dictionary, codes, losses

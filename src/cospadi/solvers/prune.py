@@ -1,16 +1,16 @@
-"""Pruning to n of every m inputs: by a score (Wanda), or with the surviving weights making good for it (SparseGPT)."""
+"""Prune to n of every m inputs: by a score (Wanda), or with surviving weights that compensate (SparseGPT)."""
 
 import torch
 from torch import Tensor
 
+from cospadi.format.patterns import keep_largest, parse_pattern
 from cospadi.solvers.feedback import feedback, refine, sweep
-from cospadi.solvers.projection import largest_balanced, largest_per_column, parse_pattern
 
 
 def wanda_support(rows: Tensor, gram: Tensor, pattern: str) -> Tensor:
-    """Weights to keep by |weight| times the root mean square of its input (Wanda, arXiv 2306.11695, Eq. 1).
+    """Choose weights to keep by |weight| · RMS of its input (Wanda, arXiv 2306.11695, Eq. 1).
 
-    Scores are compared within an output and a run of m inputs.
+    Scores are compared within each run of m inputs of an output.
 
     Args:
         rows: (d_out, d_in).
@@ -23,29 +23,29 @@ def wanda_support(rows: Tensor, gram: Tensor, pattern: str) -> Tensor:
     Raises:
         ValueError: if the pattern is not n:m.
     """
-    n, m = _balanced(pattern)
+    _balanced(pattern)
     scale = gram.diagonal().clamp_min(0).sqrt().to(rows.dtype)
-    return largest_balanced((rows.abs() * scale).T, n, m).T.contiguous()
+    return keep_largest(rows * scale, 0, pattern, dim=1)
 
 
 def sparsegpt(
     rows: Tensor, gram: Tensor, pattern: str, *, damping: float = 0.01, reorder: bool = True, sweeps: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Prune run by run; the weights of later runs make good for each pruned weight (SparseGPT, arXiv 2301.00774).
+    """Prune run by run; the weights of later runs compensate for pruned ones (SparseGPT, arXiv 2301.00774).
 
-    As a run's turn comes, the weights (as moved by what was pruned before) are kept whose loss would cost the most:
-    w² / [H⁻¹]_jj with H restricted to the inputs from j on.
+    When a run is processed, its weights have already been moved by earlier pruning. Those whose removal would raise the
+    loss most are kept, by w² / [H⁻¹]_jj with H restricted to the inputs from j on.
 
     Args:
         rows: (d_out, d_in) float.
         gram: H, (d_in, d_in).
         pattern: ``"n:m"``.
         damping: added to the Gram's diagonal, as a share of its mean.
-        reorder: runs of most energy first, while the most weights are left to make good; otherwise left to right.
+        reorder: process runs of high energy first, while most weights can still compensate; otherwise left to right.
         sweeps: passes of coordinate descent over the kept weights afterwards.
 
     Returns:
-        the pruned rows (d_out, d_in), and the support, bool.
+        the pruned rows (d_out, d_in), and their support, bool (d_out, d_in).
 
     Raises:
         ValueError: if the pattern is not n:m, or the Gram is not positive semi-definite.
@@ -59,13 +59,13 @@ def sparsegpt(
 
     def choose(targets: Tensor, start: int) -> Tensor:
         run = slice(start, start + len(targets))
-        # targets take the run's earlier inputs as unchanged; let all of the run move to where it is best
+        # Targets assume that earlier inputs of the run are unchanged; let the whole run move to its optimum.
         moves: Tensor = torch.linalg.solve_triangular(
             plan.coupling[run, run].T, targets - weights[run], upper=False, unitriangular=True
         )
         moved = weights[run] + moves
         cost = moved.square() * plan.cost[run, None]
-        keep[run] = largest_per_column(cost, -(-n * len(targets) // m))
+        keep[run] = keep_largest(cost, -(-n * len(targets) // m))
         return moved
 
     def decide(target: Tensor, step: int) -> Tensor:
@@ -88,7 +88,7 @@ def _balanced(pattern: str) -> tuple[int, int]:
 
 
 def _run_order(gram: Tensor, m: int) -> Tensor:
-    """Inputs by runs of m, runs of most energy first; a last shorter run stays last."""
+    """Inputs in runs of m, runs by decreasing energy; a shorter last run stays last."""
     size = gram.shape[0]
     whole = size // m * m
     energy = gram.diagonal()[:whole].view(-1, m).sum(1)

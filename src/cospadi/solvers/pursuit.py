@@ -1,22 +1,23 @@
-"""Accelerated hard-thresholding pursuit with a least-squares dictionary: the project's own fast solver.
+"""Accelerated hard-thresholding pursuit with a least-squares dictionary: this project's fast solver.
 
-Minimise ‖Y − D S‖_F² where every column of S has s non-zeros (or n in every m). Alternate
+Minimises ‖Y − D S‖_F² where every column of S has s non-zeros (or n in every m), by alternating
 
-    S ← a few accelerated projected gradient steps  (Nesterov momentum, step 1/‖DᵀD‖₂, projection = keep the largest)
+    S ← a few accelerated projected gradient steps  (Nesterov momentum, step 1/‖DᵀD‖₂, projection: keep the largest)
     D ← Y Sᵀ (S Sᵀ + ε I)⁻¹                         (least squares: MOD, Engan 1999)
 
-Unlike orthogonal matching pursuit, whose cost grows with s for every column, a gradient step is one matrix product for
-all columns, and D and S refine each other in every round. Codes are held as C = Sᵀ (d_out, k): the projection then
+The cost of orthogonal matching pursuit grows with s for every column. A gradient step is one matrix product for all
+columns, and D and S improve each other in every round. Codes are stored as C = Sᵀ (d_out, k), so that the projection
 works along contiguous rows.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cospadi.solvers.projection import balanced_nonzeros, parse_pattern
+from cospadi.format.patterns import balanced_nonzeros, keep_largest, parse_pattern
+from cospadi.solvers.linalg import leading_vector, restricted_least_squares
+from cospadi.solvers.mod import least_squares_dictionary
 
 
 @dataclass(frozen=True)
@@ -29,37 +30,14 @@ class PursuitResult:
     losses: list[float]
 
 
-def keep_largest(codes: Tensor, nonzeros: int, pattern: str) -> Tensor:
-    """Support of the `nonzeros` largest entries of every row of C (n, k), or of the n:m largest of every run."""
-    balanced = parse_pattern(pattern)
-    rows, k = codes.shape
-    magnitude = codes.abs()
-    mask = torch.zeros_like(codes, dtype=torch.bool)
-    if balanced is None:
-        if nonzeros >= k:
-            return mask.fill_(True)
-        return mask.scatter_(1, magnitude.topk(nonzeros, dim=1, sorted=False).indices, True)
-    n, m = balanced
-    whole = k // m * m
-    if whole:
-        runs = magnitude[:, :whole].reshape(rows, -1, m)
-        head = torch.zeros_like(runs, dtype=torch.bool)
-        head.scatter_(2, runs.topk(n, dim=2, sorted=False).indices, True)
-        mask[:, :whole] = head.view(rows, whole)
-    if k > whole:
-        kept = magnitude[:, whole:].topk(balanced_nonzeros(k - whole, n, m), dim=1, sorted=False).indices
-        mask[:, whole:] = torch.zeros_like(mask[:, whole:]).scatter_(1, kept, True)
-    return mask
-
-
 def initial_dictionary(target: Tensor, atoms: int, generator: torch.Generator) -> Tensor:
-    """Leading left singular vectors of Y (d, n), then normalised random columns of Y where atoms > d.
+    """Leading left singular vectors of Y (d, n), followed by normalised random columns of Y if atoms > d.
 
     Returns:
         (d, atoms) with unit-norm columns.
     """
     d, n = target.shape
-    # It is only a start: beyond this size float32 serves as well and is several times faster.
+    # Only a starting point: beyond this size float32 is good enough and several times faster.
     wide = target.double() if min(d, n) <= 2048 else target
     if d <= n or atoms > n:
         vectors: Tensor = torch.linalg.eigh(wide @ wide.T).eigenvectors.flip(1).to(target.dtype)
@@ -75,23 +53,8 @@ def initial_dictionary(target: Tensor, atoms: int, generator: torch.Generator) -
     return torch.cat([vectors, extra / extra.norm(dim=0)], 1)
 
 
-def least_squares_dictionary(target: Tensor, codes: Tensor, ridge: float = 1e-6) -> Tensor:
-    """D = Y C (CᵀC + ε I)⁻¹ for C (n, k); ε is `ridge` times the mean of the diagonal. Solved in float64."""
-    gram = (codes.T @ codes).double()
-    diagonal = gram.diagonal()
-    diagonal += ridge * diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
-    right = (target @ codes).double()
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    while failed:  # float32 products can leave the Gram slightly indefinite
-        ridge *= 10
-        diagonal += ridge * diagonal.mean()
-        factor, failed = torch.linalg.cholesky_ex(gram)
-    solved: Tensor = torch.cholesky_solve(right.T, factor)
-    return solved.T.to(target.dtype)
-
-
 def _revive(dictionary: Tensor, codes: Tensor, target: Tensor) -> Tensor:
-    """Point atoms that no column uses at the columns that are approximated worst. Returns unit-norm atoms."""
+    """Replace atoms that no column uses by the residuals of the worst-approximated columns. Does not normalise."""
     norms = dictionary.norm(dim=0)
     dead = (codes != 0).sum(0).eq(0) | (norms < 1e-12)
     if bool(dead.any()):
@@ -107,31 +70,42 @@ def _revive(dictionary: Tensor, codes: Tensor, target: Tensor) -> Tensor:
     return dictionary
 
 
-def spectral_norm(gram: Tensor, vector: Tensor, steps: int = 8) -> tuple[float, Tensor]:
-    """Upper estimate of the largest eigenvalue of a positive Gram by warm-started power iteration (5 % margin)."""
-    for _ in range(steps):
-        vector = gram @ vector
-        vector = vector / vector.norm().clamp_min(1e-30)
-    return 1.05 * float(vector @ (gram @ vector)), vector
+MARGIN = 1.05
+"""On the estimate of ‖DᵀD‖₂, which power iteration approaches from below."""
+
+
+def lipschitz_bound(gram: Tensor, vector: Tensor | None = None, iterations: int = 8) -> tuple[float, Tensor]:
+    """Upper bound on ‖DᵀD‖₂, which determines the step size.
+
+    Args:
+        gram: DᵀD (k, k).
+        vector: (k,) leading vector of the last round; None: a fixed random one.
+        iterations: of the power method.
+
+    Returns:
+        the bound, and the vector to start the next estimate from.
+    """
+    vector = leading_vector(gram, vector, iterations)
+    return MARGIN * float(vector @ (gram @ vector)), vector
 
 
 LEAST_MOMENTUM = 0.5
-"""Nesterov's momentum starts at zero; from a warm start this much from the first step on saves two thirds of the rounds
-(measured on a trained model; 0.8 diverges, because the projection is not convex)."""
+"""Smallest momentum. Nesterov's starts at zero; from a warm start, 0.5 from the first step on saves two thirds of the
+rounds (measured on a trained model). 0.8 diverges, because the constraint set is not convex."""
 
 
 EXCESS, TIGHT_SHARE, FREE_SHARE = 0.25, 0.65, 0.25
-"""The first rounds keep a quarter more non-zeros than the pattern allows; the excess melts away over 65 % of the
-rounds. During the first quarter they may lie anywhere. Measured on a trained model: 2 % (square matrices) to 6 % (wide
-ones) less error than the final number from the start and free places for half the rounds."""
+"""The first round keeps a quarter more non-zeros than the pattern allows; the excess shrinks to zero over 65 % of the
+rounds. During the first quarter of the rounds non-zeros may lie anywhere. On a trained model this gave 2 % (square
+matrices) to 6 % (wide ones) less error than the final number from the start with free places for half the rounds."""
 
 
 def tightening(number: int, rounds: int, atoms: int, nonzeros: int, pattern: str) -> tuple[str, int]:
-    """Pattern and non-zeros per column of round `number` of `rounds`; those asked for from 65 % of the rounds on.
+    """Pattern and non-zeros per column in a given round; from 65 % of the rounds on, those asked for.
 
     Args:
-        number: from 0.
-        rounds: in all.
+        number: of the round, from 0.
+        rounds: total.
         atoms: k.
         nonzeros: s, for ``"free"``.
         pattern: ``"free"`` or ``"n:m"``.
@@ -156,23 +130,27 @@ def gradient_steps(
     pattern: str,
     before: Tensor | None = None,
 ) -> Tensor:
-    """Accelerated projected gradient on ½‖Y − D Cᵀ‖² over codes of the given pattern.
+    """Accelerated projected gradient descent on ½‖Y − D Cᵀ‖² over codes of a given pattern.
 
     Args:
-        codes: (n, k) start.
+        codes: C (n, k) to start from.
         gram: DᵀD (k, k).
         right: YᵀD (n, k).
         lipschitz: at least ‖DᵀD‖₂.
-        steps: how many.
-        nonzeros: non-zeros per row.
-        pattern: see `cospadi.solvers.projection`.
-        before: the codes of the last alternation, whose direction of travel is kept.
+        steps: number of gradient steps.
+        nonzeros: per row; ignored for ``"n:m"``.
+        pattern: see `cospadi.format.patterns`.
+        before: the codes of the previous round; the first step continues in the direction of that change. None: it does
+            not.
+
+    Returns:
+        C (n, k) with the pattern.
     """
     previous, momentum = codes, 1.0
     ahead = codes if before is None else codes + LEAST_MOMENTUM * (codes - before)
     for _ in range(steps):
         moved = torch.addmm(ahead, ahead, gram, alpha=-1 / lipschitz).add_(right, alpha=1 / lipschitz)
-        codes = moved * keep_largest(moved, nonzeros, pattern)
+        codes = moved * keep_largest(moved, nonzeros, pattern, dim=1)
         following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
         ahead = codes + max((momentum - 1) / following, LEAST_MOMENTUM) * (codes - previous)
         previous, momentum = codes, following
@@ -180,14 +158,14 @@ def gradient_steps(
 
 
 def order_by_use(codes: Tensor, m: int) -> Tensor:
-    """Order of atoms in which every run of m atoms has nearly equal total use (snake order).
+    """An order of atoms in which every run of m atoms is used about equally (snake order).
 
     Args:
         codes: (n, k).
         m: length of a run.
 
     Returns:
-        int64 (k,): old index at each new place.
+        int64 (k,), the old index at each new place.
     """
     k = codes.shape[1]
     use = (codes != 0).sum(0)
@@ -198,30 +176,6 @@ def order_by_use(codes: Tensor, m: int) -> Tensor:
     run = torch.where(lap % 2 == 0, at, runs - 1 - at)
     run = torch.where(place < runs * m, run, runs)
     return ranked[(run * k + place).argsort(stable=True)]
-
-
-def refine_on_support(codes: Tensor, mask: Tensor, gram: Tensor, right: Tensor, steps: int) -> Tensor:
-    """Least squares of every column on its fixed support, by conjugate gradients on all columns at once.
-
-    Args:
-        codes: (n, k) start, zero outside the mask.
-        mask: bool (n, k).
-        gram: DᵀD (k, k).
-        right: YᵀD (n, k).
-        steps: iterations of conjugate gradients.
-    """
-    residual = (right - codes @ gram) * mask
-    direction = residual.clone()
-    energy = (residual**2).sum(1, keepdim=True)
-    for _ in range(steps):
-        image = (direction @ gram) * mask
-        step = energy / (direction * image).sum(1, keepdim=True).clamp_min(1e-30)
-        codes = codes + step * direction
-        residual = residual - step * image
-        following = (residual**2).sum(1, keepdim=True)
-        direction = residual + following / energy.clamp_min(1e-30) * direction
-        energy = following
-    return codes
 
 
 def pursuit(
@@ -235,21 +189,19 @@ def pursuit(
     polish: int = 8,
     seed: int = 0,
     start: Tensor | None = None,
-    on_round: Callable[[int, float], None] | None = None,
 ) -> PursuitResult:
     """Sparse dictionary learning by alternating hard-thresholding pursuit and least squares.
 
     Args:
         target: Y (d, n), float32 or float64; whitened weights.
         atoms: k, may exceed d.
-        nonzeros: s per column of S (for ``"n:m"`` given by the pattern).
+        nonzeros: s per column of S; for ``"n:m"`` the pattern determines it.
         pattern: where non-zeros may lie.
-        rounds: alternations.
+        rounds: alternations of codes and dictionary.
         steps: gradient steps on S per round.
-        polish: conjugate-gradient steps on the final support, once before the last dictionary update and once after.
-        seed: for the atoms beyond d.
-        start: a dictionary (d, k) to begin with instead of singular vectors.
-        on_round: called with (round, relative squared error).
+        polish: conjugate-gradient steps on the final support, before and after the last dictionary update.
+        seed: of the atoms beyond d.
+        start: dictionary (d, k) to start from; None: :func:`initial_dictionary`.
 
     Returns:
         factors with unit-norm atoms.
@@ -262,7 +214,7 @@ def pursuit(
     codes = torch.zeros(target.shape[1], dictionary.shape[1], dtype=target.dtype, device=target.device)
     before = codes
     losses: list[float] = []
-    # Balanced runs are formed once the use of the atoms is known.
+    # Balanced runs are formed once it is known how often atoms are used.
     settled = 0 if balanced is None else int(FREE_SHARE * rounds)
     for number in range(rounds):
         current, count = tightening(number, rounds, atoms, nonzeros, pattern)
@@ -275,22 +227,21 @@ def pursuit(
         gram = dictionary.T @ dictionary
         right = target.T @ dictionary
         if number == 0:
-            codes = right * keep_largest(right, count, current)
-        lipschitz, vector = spectral_norm(gram, vector)
-        travelling = len(losses) > 1 and losses[-1] <= losses[-2]  # a step too far: start afresh
+            codes = right * keep_largest(right, count, current, dim=1)
+        lipschitz, vector = lipschitz_bound(gram, vector)
+        travelling = len(losses) > 1 and losses[-1] <= losses[-2]  # after an overshoot, restart without momentum
         started = codes
         codes = gradient_steps(codes, gram, right, lipschitz, steps, count, current, before if travelling else None)
         if number == rounds - 1:
-            mask = keep_largest(codes, count, current)
-            codes = refine_on_support(codes * mask, mask, gram, right, polish)
-        dictionary = least_squares_dictionary(target, codes)
+            mask = keep_largest(codes, count, current, dim=1)
+            codes = restricted_least_squares(gram, right, codes * mask, mask, iterations=polish, dim=1)
+        dictionary = least_squares_dictionary(target, codes.T, dtype=target.dtype)
         dictionary = _revive(dictionary, codes, target)
         norms = dictionary.norm(dim=0).clamp_min(1e-30)
         dictionary, codes, before = dictionary / norms, codes * norms, started * norms
         losses.append(float(((target - dictionary @ codes.T).double() ** 2).sum()) / energy)
-        if on_round:
-            on_round(number + 1, losses[-1])
-    mask = keep_largest(codes, nonzeros if balanced is None else 0, pattern)
-    codes = refine_on_support(codes * mask, mask, dictionary.T @ dictionary, target.T @ dictionary, polish)
+    mask = keep_largest(codes, nonzeros if balanced is None else 0, pattern, dim=1)
+    gram, right = dictionary.T @ dictionary, target.T @ dictionary
+    codes = restricted_least_squares(gram, right, codes * mask, mask, iterations=polish, dim=1)
     losses.append(float(((target - dictionary @ codes.T).double() ** 2).sum()) / energy)
     return PursuitResult(dictionary, codes.T, mask.T, losses)

@@ -1,50 +1,27 @@
-"""Quantisers: integer grids with group scales, rounding to the nearest, and rounding with error feedback (GPTQ).
+"""Quantisers: fit integer grids with group scales, then round to nearest or with error feedback (GPTQ).
 
-A row's values are cut into groups of `group` consecutive stored values; each group has a scale and, for asymmetric
-grids, an integer zero point: value = (level − zero) · scale. Scales are rounded to bfloat16 before anything is rounded
-to them, so a matrix from here lies exactly on the grid that a checkpoint stores.
+The stored values of a row form groups of `group` consecutive values. Each group has a scale and, for asymmetric grids,
+an integer zero point: value = (level − zero) · scale. Scales are rounded to bfloat16 before values are rounded to them,
+so the resulting matrix lies exactly on the grid that a checkpoint stores.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from cospadi.format.pack import integer_range
+from cospadi.format.schema import Stored
 from cospadi.solvers.feedback import Decide, feedback, refine, sweep, sweep_supports
-from cospadi.solvers.grid import Grid, GridSteps
-
-
-@dataclass(frozen=True)
-class Quantised:
-    """A matrix as it is to be stored.
-
-    Attributes:
-        matrix: (rows, columns) float32, exactly on the grid.
-        scales: (rows, groups) float32, exact in bfloat16; None for values that stay floats.
-        zeros: (rows, groups) int32, or None for symmetric grids.
-        support: bool (rows, columns) of a sparse matrix.
-    """
-
-    matrix: Tensor
-    scales: Tensor | None = None
-    zeros: Tensor | None = None
-    support: Tensor | None = None
-
-
-def levels(bits: int, symmetric: bool) -> tuple[int, int]:
-    """Least and largest level: ±(2^(b−1) − 1), or 0 … 2^b − 1 beside a zero point."""
-    top = 2 ** (bits - 1) - 1
-    return (-top, top) if symmetric else (0, 2**bits - 1)
+from cospadi.solvers.grid import Grid, GridSteps, group_of
 
 
 def grouped(values: Tensor, group: int) -> Tensor:
-    """Values (rows, n) as (rows, groups, group), the last group padded with zeros; group 0 is the whole row."""
+    """Reshape (rows, n) to (rows, groups, group), padding the last group with zeros; group 0 is the whole row."""
     size = group or values.shape[1]
     return torch.nn.functional.pad(values, (0, -values.shape[1] % size)).view(values.shape[0], -1, size)
 
 
 def bfloat16_exact(values: Tensor) -> Tensor:
-    """Rounded to bfloat16, in float32."""
+    """Values rounded to bfloat16, as float32."""
     return values.to(torch.bfloat16).to(torch.float32)
 
 
@@ -58,30 +35,30 @@ def fit_grid(
     search: int = 0,
     shifts: int = 0,
 ) -> Grid:
-    """Scales and zero points for a matrix.
+    """Choose scales and zero points for a matrix.
 
-    Without search the grid spans the values (and zero). With search, ranges shrunk in equal steps down to 30 % compete
-    for the least weighted squared error; outliers are then clipped where that pays.
+    Without search the grid spans the values and zero. With search, ranges shrunk in equal steps down to 30 % compete
+    for the smallest weighted squared error, so that outliers are clipped where that pays.
 
     Args:
-        values: (rows, n), the stored values in their order.
+        values: (rows, n), the stored values in order.
         bits: 2, 3, 4 or 8.
-        group: values per scale; 0: the whole row.
-        symmetric: levels around zero, no zero point.
-        importance: weight of each squared error, (n,) or (rows, n); None: all alike.
-        search: number of shrunken ranges to try.
-        shifts: zero points to try on either side of that which spans the values, for asymmetric grids with search. At
-            two bits the four levels lie lopsided about zero, and which way is better the extremes do not tell.
+        group: values per scale; 0: one scale per row.
+        symmetric: levels symmetric about zero, no zero point.
+        importance: weight of each squared error, (n,) or (rows, n); None: all equal.
+        search: number of shrunk ranges to try.
+        shifts: zero points to try on either side of the one that spans the values, for asymmetric grids with search.
+            At two bits the four levels lie lopsided about zero, and the extremes do not tell which side is better.
 
     Returns:
-        the grid; the unshrunken one wherever no other is better.
+        the grid; the one that spans the values wherever no other is better.
 
     Raises:
-        ValueError: if the bits are none of 2, 3, 4, 8.
+        ValueError: if `bits` is not 2, 3, 4 or 8.
     """
     if bits not in (2, 3, 4, 8):
         raise ValueError(f"integers of {bits} bits are not supported, only 2, 3, 4 and 8")
-    low, high = levels(bits, symmetric)
+    low, high = integer_range(bits, symmetric)
     split = grouped(values.float(), group)
     bottom, top = split.amin(-1).clamp_max(0), split.amax(-1).clamp_min(0)
     if symmetric:
@@ -120,31 +97,35 @@ def quantise_rows(
     search: int = 0,
     shifts: int = 0,
     sweeps: int = 0,
-) -> Quantised:
-    """Quantise a matrix with outputs in rows, with error feedback where a Hessian is given.
+) -> Stored:
+    """Quantise a matrix with outputs in rows, with error feedback if a Hessian is given.
 
-    The loss is Σ over rows of eᵀ H e, e the row's error: the Gram of the inputs for weights (d_out, d_in); DᵀGD for
-    codes Sᵀ (d_out, atoms); the Gram for a dictionary Dᵀ (atoms, d_in).
+    The loss is Σ eᵀ H e over the rows' errors e. H is the Gram of the inputs for weights (d_out, d_in) and for a
+    dictionary Dᵀ (atoms, d_in), and DᵀGD for codes Sᵀ (d_out, atoms).
 
-    Grids are fixed beforehand from the matrix as given, so inputs can be processed in the order of their importance
-    while groups stay consecutive ("static groups"): no index is stored. Sparse rows are rounded under the exact
-    Hessian of their own support.
+    Grids are fixed beforehand from the given matrix. Inputs can therefore be processed by importance while groups stay
+    consecutive ("static groups"), and no index is stored. Sparse rows are rounded under the exact Hessian of their own
+    support.
 
     Args:
         matrix: (rows, columns) float, zero outside the support.
         bits: 2, 3, 4 or 8.
-        group: stored values per scale; 0: the whole row.
+        group: stored values per scale; 0: one scale per row.
         symmetric: no zero points.
-        hessian: (columns, columns); None: to the nearest.
+        hessian: (columns, columns); None: round to nearest.
         support: bool (rows, columns) with the same number of stored values in every row; None: dense.
         damping: of the Hessian, as a share of its mean diagonal.
-        search: clipping ranges to try, see :func:`fit_grid`; with a Hessian, errors count by the root of its diagonal,
-            between what matters before feedback (the diagonal) and after it (far less).
-        shifts: zero points to try beside the first, see :func:`fit_grid`.
+        search: clipping ranges to try, see :func:`fit_grid`. With a Hessian, squared errors are weighted by the square
+            root of its diagonal: a compromise between their weight before feedback (the diagonal) and after it (much
+            less).
+        shifts: additional zero points to try, see :func:`fit_grid`.
         sweeps: passes of coordinate descent after the error feedback.
 
+    Returns:
+        the matrix, exactly on its grid, with float32 scales that are exact in bfloat16 and int32 zero points.
+
     Raises:
-        ValueError: if the bits are none of 2, 3, 4, 8, or the Hessian is not positive semi-definite.
+        ValueError: if `bits` is not 2, 3, 4 or 8, or the Hessian is not positive semi-definite.
     """
     matrix = matrix.float()
     rows, columns = matrix.shape
@@ -162,7 +143,7 @@ def quantise_rows(
             result = torch.zeros_like(matrix).masked_scatter(support, result)
     else:
         result = _with_feedback(matrix, grid, group or stored.shape[1], hessian, support, damping, sweeps)
-    return Quantised(result.contiguous(), grid.scales, None if symmetric else grid.zeros.int(), support)
+    return Stored(result.contiguous(), grid.scales, None if symmetric else grid.zeros.int(), support)
 
 
 def _with_feedback(
@@ -175,7 +156,7 @@ def _with_feedback(
         result = sweep(matrix, feedback(hessian, damping), decide)
     else:
         every = torch.arange(matrix.shape[0], device=matrix.device)
-        place = (support.cumsum(1) - 1).clamp_min(0) // size
+        place = group_of(support, size)
         decide = lambda target, column: grid.at(every, place[:, column]).snap(target)  # noqa: E731
         result = sweep_supports(
             matrix, support, hessian, lambda target, row, column: grid.at(row, place[row, column]).snap(target), damping

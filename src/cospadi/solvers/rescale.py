@@ -1,50 +1,52 @@
-"""Scales fitted again to integers that are already chosen, and integers to the new scales, in turn.
+"""Refit scales to integers that are already chosen, and integers to the new scales, alternately.
 
-Rounding with error feedback fixes the scales beforehand, when it is not yet known which weights will make good for
-which errors. With the integers given, a row is linear in its scales, ŵ = Σ_g s_g u_g, so the best scales solve one
-small system per row, (u_gᵀ H u_h) s = u_gᵀ H w. A pass of coordinate descent then fits the integers to the new scales.
-Neither step raises the error. The gain is largest at two bits, where clipping and rounding errors are of one size.
+Rounding with error feedback fixes the scales beforehand, before it is known which weights will compensate for which
+errors. Given the integers, a row is linear in its scales, ŵ = Σ_g s_g u_g, so the best scales solve one small system
+per row, (u_gᵀ H u_h) s = u_gᵀ H w. A pass of coordinate descent then fits the integers to the new scales. Neither step
+raises the error. The gain is largest at two bits, where clipping and rounding errors have the same magnitude.
 """
 
 import torch
 from torch import Tensor
 
+from cospadi.format.pack import integer_range
+from cospadi.format.schema import Stored
 from cospadi.solvers.feedback import damped, refine
 from cospadi.solvers.grid import Grid
-from cospadi.solvers.quantise import Quantised, bfloat16_exact, grouped, levels
+from cospadi.solvers.quantise import bfloat16_exact, grouped
 
 MEMORY = 2**28
-"""Bytes for the systems of a batch of rows."""
+"""Bytes available for the systems of a batch of rows."""
 
 
 def rescaled(
     rows: Tensor,
-    quantised: Quantised,
+    quantised: Stored,
     *,
     bits: int,
     group: int,
     hessian: Tensor,
     rounds: int,
     damping: float = 0.01,
-) -> Quantised:
-    """Fit scales and integers of a dense quantised matrix to each other.
+) -> Stored:
+    """Alternately refit the scales and the integers of a dense quantised matrix.
 
     Args:
-        rows: what it stands for, (count, n) float.
-        quantised: on its grid.
+        rows: the matrix to approximate, (count, n) float.
+        quantised: its quantised form, on its grid.
         bits: of the integers.
-        group: values per scale; 0: the whole row.
+        group: values per scale; 0: one scale per row.
         hessian: H (n, n): the loss of a row's error e is eᵀ H e.
-        rounds: of scales and integers.
+        rounds: refits of scales and integers.
         damping: of the Hessian, as a share of its mean diagonal.
 
     Returns:
-        a matrix whose error, row by row and under the damped Hessian, is not larger.
+        a quantised matrix. No row has a larger error under the damped Hessian than before.
     """
     assert quantised.scales is not None
     rows = rows.float()
     zeros = torch.zeros_like(quantised.scales) if quantised.zeros is None else quantised.zeros.to(rows.dtype)
-    low, high = levels(bits, quantised.zeros is None)
+    low, high = integer_range(bits, quantised.zeros is None)
     grid, matrix = Grid(quantised.scales, zeros, low, high), quantised.matrix
     curvature, size = damped(hessian, damping).to(rows.dtype), group or rows.shape[1]
     for _ in range(rounds):
@@ -56,11 +58,11 @@ def rescaled(
         grid = Grid(torch.cat([scales for scales, _ in parts]), zeros, low, high)
         matrix = torch.cat([values for _, values in parts])
         matrix = refine(rows, matrix, hessian, grid.steps(rows.shape[1], size), sweeps=1, damping=damping)
-    return Quantised(matrix, grid.scales, quantised.zeros)
+    return Stored(matrix, grid.scales, quantised.zeros)
 
 
 def _fitted(rows: Tensor, matrix: Tensor, scales: Tensor, curvature: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The best scales for given integers, and the matrix they give, where they are better."""
+    """The best scales for given integers and the resulting matrix, row by row only where they are better."""
     count, columns = rows.shape
     groups = scales.shape[1]
     spread = scales.repeat_interleave(size, 1)[:, :columns]

@@ -1,23 +1,23 @@
-"""The orthogonal basis in which a signal may be cut with the least loss."""
+"""The orthogonal basis in which truncating a signal loses the least energy."""
 
 import torch
 from torch import Tensor
 
 
 def principal_axes(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvectors of a second moment, in falling order of the signal's energy along them.
+    """Eigenvectors of a second moment, by decreasing energy of the signal along them.
 
-    Keeping the first k axes Q_k loses Σ‖x − x Q_k Q_kᵀ‖² = the sum of the other eigenvalues, the least of all k (PCA;
-    SliceGPT, arXiv 2401.15024, section 3.3). Adding a multiple of the identity to the moment, as the authors' code
-    does, moves the eigenvalues and leaves the eigenvectors; it is left out. Signs are fixed, so that equal moments
-    give equal axes.
+    Keeping the first k axes Q_k loses Σ‖x − x Q_k Q_kᵀ‖², the sum of the remaining eigenvalues; no other k axes lose
+    less (PCA; SliceGPT, arXiv 2401.15024, section 3.3). The authors' code adds a multiple of the identity to the
+    moment; that shifts the eigenvalues but not the eigenvectors and is omitted here. Signs are fixed, so equal moments
+    have equal axes.
 
     Args:
         moment: Σ xᵀx (d, d), symmetric, any float dtype.
 
     Returns:
-        axes (d, d) float64 in columns, orthonormal, the largest entry of each positive; energies (d,) float64, not
-        negative.
+        axes (d, d) float64, orthonormal columns whose entry of largest magnitude is positive; energies (d,) float64,
+        non-negative.
     """
     values, vectors = torch.linalg.eigh(moment.to(torch.float64))
     axes = vectors.flip(1)

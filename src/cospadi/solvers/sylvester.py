@@ -1,7 +1,8 @@
-"""The best dictionary for two weights whose inputs differ: a generalised Sylvester equation.
+"""The best dictionary for weights whose inputs differ: a generalised Sylvester equation.
 
 min_D Σ_i ‖L_i (W_i − D C_i)‖² with L_iᵀL_i = G_i has the normal equations G₁ D B₁ + G₂ D B₂ = K with B_i = C_i C_iᵀ and
-K = Σ G_i W_i C_iᵀ. Diagonalising both pairs at once makes them one division per entry (GeoPair, arXiv 2609.25963).
+K = Σ G_i W_i C_iᵀ. After diagonalising both pairs simultaneously, one division per entry solves them (GeoPair, arXiv
+2609.25963).
 """
 
 from collections.abc import Sequence
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from cospadi.solvers.linalg import ridged_cholesky
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,9 @@ def diagonalise(first: Tensor, second: Tensor) -> Pencil:
         second: B (n, n), symmetric.
 
     Raises:
-        torch.linalg.LinAlgError: if `first` is not positive definite.
+        ValueError: if `first` is not positive semi-definite up to rounding, or holds NaN.
     """
-    factor = torch.linalg.cholesky(first.double())
+    factor = ridged_cholesky(first.double())
     half = torch.linalg.solve_triangular(factor, second.double(), upper=False)
     reduced = torch.linalg.solve_triangular(factor, half.T, upper=False)
     values, rotation = torch.linalg.eigh((reduced + reduced.T) / 2)
@@ -37,11 +40,11 @@ def diagonalise(first: Tensor, second: Tensor) -> Pencil:
 
 
 def sylvester_update(metrics: Pencil, moments: Pencil, right: Tensor) -> Tensor:
-    """Solve G₁ D B₁ + G₂ D B₂ = K.
+    """Solve G₁ D B₁ + G₂ D B₂ = K in closed form.
 
     Args:
-        metrics: of (G₁, G₂), (d, d); the same in every round.
-        moments: of (B₁, B₂), (k, k).
+        metrics: pencil of (G₁, G₂), (d, d); the same in every round.
+        moments: pencil of (B₁, B₂), (k, k).
         right: K (d, k).
 
     Returns:
@@ -63,22 +66,22 @@ def shared_update(
 ) -> Tensor:
     """Solve Σ G_i D B_i = K for any number of pairs, by conjugate gradients.
 
-    Preconditioned by the equation for equal Grams, hence few iterations where they are alike.
+    The preconditioner solves the equation for equal Grams, so few iterations suffice if the Grams are similar.
 
     Args:
         grams: G_i (d, d), symmetric positive definite.
         moments: B_i (k, k), symmetric positive definite.
         right: K (d, k).
-        start: D (d, k), an earlier dictionary.
-        iterations: at most so many.
-        tolerance: of the preconditioned residual, relative to that of D = 0.
+        start: D (d, k) to start from, such as an earlier dictionary.
+        iterations: maximum number.
+        tolerance: on the preconditioned residual, relative to that of D = 0.
 
     Returns:
-        D (d, k) float64; its objective is never above that of `start`.
+        D (d, k) float64; its objective never exceeds that of `start`.
     """
     pairs = [(g.double(), b.double()) for g, b in zip(grams, moments, strict=True)]
-    left = torch.linalg.cholesky(torch.stack([g for g, _ in pairs]).mean(0))
-    moment = torch.linalg.cholesky(torch.stack([b for _, b in pairs]).sum(0))
+    left = ridged_cholesky(torch.stack([g for g, _ in pairs]).mean(0))
+    moment = ridged_cholesky(torch.stack([b for _, b in pairs]).sum(0))
 
     def precondition(x: Tensor) -> Tensor:
         return torch.cholesky_solve(torch.cholesky_solve(x, left).T, moment).T

@@ -1,11 +1,10 @@
-"""A block of error feedback or of coordinate descent on integer grids, in one Triton kernel.
+"""One Triton kernel for a block of error feedback or of coordinate descent on integer grids.
 
-Inputs are decided one after the other, but rows are independent given the Hessian: a program takes a few rows through
+Inputs are decided one after another, but rows are independent given the Hessian, so a program takes a few rows through
 all steps of a block. In PyTorch every step is a dozen small kernels, whose launches take far longer than their work.
 
-Both recursions are one: with δ_i the change that step i made to what it began with, step j decides on
-start_j + Σ_{i<j} M_ji δ_i. For the sweep δ = q − w and M = −C; for the descent δ is how far a value moves, and
-M_ji = −H_ji / H_jj.
+Both recursions have the same form. With δ_i the change made by step i, step j decides on start_j + Σ_{i<j} M_ji δ_i.
+For the sweep δ = q − w and M = −C; for the descent δ is the change of the value and M_ji = −H_ji / H_jj.
 """
 # Triton's arguments have no Python types.
 # ruff: noqa: ANN001, ANN202
@@ -25,10 +24,10 @@ from cospadi.solvers.grid import GridSteps
 
 logger = logging.getLogger(__name__)
 
-ROWS = 8  # a program: 32 bytes of every step, a whole sector; BLOCK × ROWS / 32 changes a thread
-WARPS = 1  # a sum over steps then needs no barrier
-MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2²³, where float32 has whole numbers only: adding it rounds to nearest even
-FAR = tl.constexpr(2097152.0)  # well beyond all levels, well below where the magic number fails
+ROWS = 8  # per program: 32 bytes of every step, a whole sector; BLOCK × ROWS / 32 changes per thread
+WARPS = 1  # so that a sum over steps needs no barrier
+MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2²³, where float32 holds integers only: adding it rounds to nearest even
+FAR = tl.constexpr(2097152.0)  # far above all levels, far below where the magic number fails
 
 
 @triton.jit(do_not_specialize=["width", "count", "low", "high"])
@@ -78,7 +77,7 @@ def _decide_kernel(
 
 @dataclass(frozen=True)
 class BlockKernels:
-    """Decides blocks of inputs.
+    """Decides inputs block by block.
 
     Attributes:
         grid: of all inputs.
@@ -87,16 +86,16 @@ class BlockKernels:
     grid: GridSteps
 
     def decided(self, starts: Tensor, bases: Tensor, moves: Tensor, inputs: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Go through the steps of a block.
+        """Run the steps of a block.
 
         Args:
-            starts: (width, count) float32, what steps decide on but for changes within the block.
-            bases: (width, count) float32, what changes are counted from.
-            moves: M (width, width) float32; read below the diagonal only.
+            starts: (width, count) float32, the values to decide on before changes within the block are added.
+            bases: (width, count) float32, the values that changes are measured from.
+            moves: M (width, width) float32; only the part below the diagonal is read.
             inputs: (width,), the input of every step.
 
         Returns:
-            values (width, count), on the grid, and changes, values − bases.
+            values (width, count) on the grid, and changes, values − bases.
         """
         width, count = starts.shape
         starts, bases, moves = starts.contiguous(), bases.contiguous(), moves.contiguous()
@@ -128,9 +127,10 @@ class BlockKernels:
         """The steps of a block of :func:`cospadi.solvers.feedback.sweep`.
 
         Args:
-            targets: (width, count) float32, weights and the feedback of earlier blocks.
+            targets: (width, count) float32, weights plus the feedback of earlier blocks.
             weights: (width, count) float32.
-            coupling: (width, width) float32; [j, i] is how much of the error of step i the target of step j > i takes.
+            coupling: (width, width) float32; entry [j, i] is the share of the error of step i that moves the target of
+                step j > i.
             inputs: (width,), the input of every step.
 
         Returns:
@@ -147,8 +147,8 @@ class BlockKernels:
         Args:
             values: (width, count) float32.
             errors: (width, count) float32.
-            slope: (width, count) float32, curvature times all errors as the block begins.
-            near: (width, width) float32, the block's own part of the curvature.
+            slope: (width, count) float32, curvature times all errors at the start of the block.
+            near: (width, width) float32, the curvature within the block.
             inputs: (width,), the input of every step.
 
         Returns:
@@ -161,12 +161,12 @@ class BlockKernels:
 
 @cache
 def runs_on(device: torch.device) -> bool:
-    """Whether the kernel compiles and runs there; says once if not."""
+    """Whether the kernel compiles and runs on a device; if not, a warning says so once."""
     try:
         one = torch.ones(1, 1, device=device)
         grid = GridSteps(one, one, torch.zeros(1, dtype=torch.int32, device=device), 0, 3)
         values, _ = BlockKernels(grid).decided(one, one, one, slice(None))
         return bool(values == 1)
     except Exception as error:  # whatever a compiler or a driver may raise
-        logger.warning("Triton does not work on %s (%s): GPTQ goes input by input, which is slow", device, error)
+        logger.warning("Triton does not work on %s (%s): GPTQ runs input by input, which is slow", device, error)
         return False

@@ -29,38 +29,60 @@ class Whitening:
         return Whitening(self.root.to(device, dtype), self.inverse.to(device, dtype))
 
 
-def symmetric_whitening(gram: Tensor, ridge: float = 1e-6) -> Whitening:
-    """Whitening by the symmetric root, safe for rank-deficient Grams.
+def positive_definite(gram: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """A Gram matrix whose Cholesky factor exists, and the factor (CoSpaDi, appendix A.1).
 
-    Directions that calibration never visited get the ridge as their energy, so the inverse stays bounded and the
-    weight there is kept as long as it costs nothing elsewhere.
+    The Gram is returned as it is if it can be factorised. Otherwise (fewer tokens than inputs, a text that repeats
+    itself) it becomes G + (max(0, −λ_min) + ε · mean λ) I.
+
+    Args:
+        gram: G (d_in, d_in), symmetric, positive semi-definite up to rounding, finite.
+        epsilon: relative ridge of the second attempt; grown tenfold until the factorisation succeeds.
+
+    Returns:
+        the Gram and its lower factor, both (d_in, d_in) float64.
+    """
+    gram = gram.double()
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if not failed:
+        return gram, factor
+    eye = torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
+    values = torch.linalg.eigvalsh(gram)
+    mean = float(values.clamp_min(0).mean()) or 1.0
+    while True:
+        shifted = gram + (max(0.0, -float(values[0])) + epsilon * mean) * eye
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        if not failed:
+            return shifted, factor
+        epsilon *= 10
+
+
+def cholesky_whitening(gram: Tensor, epsilon: float = 1e-6) -> Whitening:
+    """Whitening by the upper Cholesky factor, as in CoSpaDi (appendix A.1).
 
     Args:
         gram: (d_in, d_in) symmetric, positive semi-definite up to rounding.
-        ridge: added to every eigenvalue, as a share of their mean.
+        epsilon: see :func:`positive_definite`.
 
     Returns:
-        root and inverse in float64; the identity where the Gram is all zero.
+        root (upper triangular) and inverse in float64.
     """
-    values, vectors = torch.linalg.eigh(gram.double())
-    mean = values.clamp_min(0).mean()
-    if mean <= 0:
-        eye = torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
-        return Whitening(eye, eye)
-    scale = (values.clamp_min(0) + ridge * mean).sqrt()
-    return Whitening((vectors * scale) @ vectors.T, (vectors / scale) @ vectors.T)
+    root = positive_definite(gram, epsilon)[1].T.contiguous()
+    eye = torch.eye(len(root), dtype=torch.float64, device=root.device)
+    return Whitening(root, torch.linalg.solve_triangular(root, eye, upper=True))
 
 
 def ridge_whitening(gram: Tensor, ridge: float = 1e-4) -> Whitening:
     """Whitening by the Cholesky factor of G + ridge · mean eigenvalue · I.
 
-    The same problem as :func:`symmetric_whitening` up to a rotation, at a small part of the cost (an eigenproblem of
-    14336 inputs takes the better part of a minute on a large GPU, this a fraction of a second). The ridge makes it safe
-    for rank-deficient Grams.
+    The ridge keeps the inverse bounded for rank-deficient Grams. The symmetric root solves the same problem up to a
+    rotation, but needs an eigendecomposition: for 14336 inputs most of a minute on a large GPU, against a fraction of a
+    second.
 
     Args:
         gram: (d_in, d_in) symmetric, positive semi-definite up to rounding.
-        ridge: added to every eigenvalue, as a share of their mean; not below 1e-9.
+        ridge: added to every eigenvalue, as a share of their mean; at least 1e-9.
 
     Returns:
         root (upper triangular) and inverse in float64; the identity where the Gram is all zero.
@@ -71,28 +93,3 @@ def ridge_whitening(gram: Tensor, ridge: float = 1e-4) -> Whitening:
     if mean <= 0:
         return Whitening(eye, eye)
     return cholesky_whitening(gram + max(ridge, 1e-9) * mean * eye)
-
-
-def cholesky_whitening(gram: Tensor, epsilon: float = 1e-6) -> Whitening:
-    """Whitening by the upper Cholesky factor, as CoSpaDi does it (appendix A.1).
-
-    Plain Cholesky first; if it fails, G + (max(0, −λ_min) + ε·mean λ) I.
-
-    Args:
-        gram: (d_in, d_in) symmetric.
-        epsilon: relative ridge of the second try; grown tenfold until the factorisation holds.
-
-    Returns:
-        root (upper triangular) and inverse in float64.
-    """
-    gram = gram.double()
-    eye = torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    if failed:
-        values = torch.linalg.eigvalsh(gram)
-        mean = float(values.clamp_min(0).mean()) or 1.0
-        while failed:
-            factor, failed = torch.linalg.cholesky_ex(gram + (max(0.0, -float(values[0])) + epsilon * mean) * eye)
-            epsilon *= 10
-    root = factor.T.contiguous()
-    return Whitening(root, torch.linalg.solve_triangular(root, eye, upper=True))

@@ -5,33 +5,37 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from cospadi.allocation import theoretical_loss, truncation_loss, uniform
+from cospadi.allocation import theoretical_loss, truncation_loss
+from cospadi.allocation.shares import apportion, exact_keep
 from cospadi.errors import BudgetError
 
 
 @pytest.mark.parametrize("keep", [0.01, 0.29, 1 / 3, 0.6, 0.999, 1.0])
-def test_uniform_is_exact(keep):
+def test_apportioned_shares_are_whole_and_sum_to_the_total(keep):
     sizes = [int(size) for size in np.random.default_rng(0).integers(1, 10**9, 50)] + [1, 1, 2]
-    budgets = uniform(sizes, keep)
-    assert sum(budgets) == math.floor(Fraction(repr(keep)) * sum(sizes))
-    assert all(abs(budget - keep * size) < 1 + 1e-6 for budget, size in zip(budgets, sizes, strict=True))
+    exact = exact_keep(keep)
+    total = math.floor(exact * sum(sizes))
+    budgets = apportion([exact * size for size in sizes], total)
+    assert sum(budgets) == total
+    assert all(abs(budget - exact * size) < 1 for budget, size in zip(budgets, sizes, strict=True))
     assert all(0 <= budget <= size for budget, size in zip(budgets, sizes, strict=True))
 
 
 def test_keep_is_read_as_written():
     assert math.floor(0.29 * 100) == 28  # what binary fractions would give
-    assert uniform([100], 0.29) == [29]
+    assert math.floor(exact_keep(0.29) * 100) == 29
 
 
-def test_nothing_to_share_out():
-    assert uniform([], 0.5) == []
-    assert uniform([0, 4], 0.5) == [0, 2]
+def test_apportion_respects_upper_limits():
+    assert apportion([], 0) == []
+    assert apportion([Fraction(1, 2), Fraction(3, 2)], 2) == [1, 1]
+    assert apportion([Fraction(1, 2), Fraction(3, 2)], 2, most=[0, 4]) == [0, 2]
 
 
 @pytest.mark.parametrize("keep", [0.0, -0.1, 1.1, float("nan")])
 def test_keep_out_of_range_is_refused(keep):
     with pytest.raises(BudgetError, match=r"\(0, 1\]"):
-        uniform([10], keep)
+        exact_keep(keep)
 
 
 def test_truncation_loss_is_the_norm_of_the_tail():

@@ -56,7 +56,7 @@ def test_guards_and_budget_hold(seed, per_byte):
 
 
 def test_guards_beyond_the_budget_are_named():
-    with pytest.raises(BudgetError, match="guards alone take 40 bytes"):
+    with pytest.raises(BudgetError, match="smallest shares alone take 40 bytes"):
         pooled_spectra([[1.0, 0.5], [1.0, 0.5]], [50, 50], 30, least_keep=0.2)
 
 
@@ -66,7 +66,7 @@ def test_zero_matrices_and_empty_pools():
 
 
 def test_nonsense_is_refused():
-    with pytest.raises(ValueError, match="as many"):
+    with pytest.raises(ValueError, match="same length"):
         pooled_spectra([[1.0]], [1, 2], 5)
     with pytest.raises(ValueError, match="finite"):
         pooled_spectra([[float("nan")]], [1], 5)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from checkpoints.make_stored import meaning
-from cospadi.checkpoint import factor_bytes, load, read_config, save, validate
+from cospadi import evaluation
+from cospadi.checkpoint import export_dense, factor_bytes, load, read_config, save, validate
+from cospadi.errors import CheckpointError
 
 ROOT = Path(__file__).parents[2] / "checkpoints"
 STORED = sorted(path.parent for path in ROOT.glob("v*/*/config.json"))
@@ -34,3 +36,27 @@ def test_loads_as_it_was(path, tmp_path):
     torch.testing.assert_close(torch.tensor(found["logits"]), torch.tensor(expected["logits"]), rtol=0.02, atol=0.02)
     save(model, None, tmp_path, read_config(path))
     assert meaning(load(tmp_path))["layers"] == found["layers"]
+
+
+EVERY = sorted(path.parent for path in ROOT.glob("*_v1/**/config.json")) + STORED
+
+
+@pytest.mark.parametrize("path", EVERY, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_format_is_inspected_and_exported(path, tmp_path):
+    seen = evaluation.inspect(path)
+    rows = seen["groups"]
+    assert rows and sum(row["bytes"] for row in rows) <= factor_bytes(path) <= evaluation.inspect(path)["file_bytes"]
+    assert all({"name", "modules", "method", "bytes", "bytes_before", "error"} <= set(row) for row in rows)
+    if path.parent.name == "width_v1":
+        assert seen["bytes_before"] is None
+        with pytest.raises(CheckpointError, match="width-pruned and has no stock form"):
+            export_dense(path, tmp_path / "dense")
+        return
+    assert seen["bytes_after"] == factor_bytes(path) and seen["keep_actual"] > 0
+    export_dense(path, tmp_path / "dense")
+    stock = load(tmp_path / "dense")
+    assert not hasattr(stock.config, "quantization_config")
+    with torch.no_grad():
+        ids = torch.arange(12)[None]
+        torch.testing.assert_close(stock(ids).logits, load(path)(ids).logits, rtol=0.05, atol=0.1)
+        assert torch.equal(stock(ids).logits, load(path, compose=True)(ids).logits)

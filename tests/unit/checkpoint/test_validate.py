@@ -12,14 +12,13 @@ from cospadi.checkpoint import (
     factor_bytes,
     file_bytes,
     load,
-    parse_config,
-    quantization_config,
     read_config,
     save,
     validate,
 )
 from cospadi.checkpoint.checksums import CHECKSUMS
-from cospadi.checkpoint.formats.factored import check_codes, popcounts
+from cospadi.checkpoint.formats.factored import FACTORED
+from cospadi.checkpoint.mask_checks import check_codes, popcounts
 from cospadi.errors import CheckpointError
 from cospadi.format import MatrixSpec, pack
 from cospadi.format.pack import pack_mask
@@ -279,9 +278,9 @@ def test_other_quantization_is_not_ours(checkpoint):
 
 def test_description_round_trip():
     groups = [make_spec(kind, [f"{kind}.a", f"{kind}.b"], 24, (5, 6)) for kind in KINDS]
-    data = quantization_config(groups)
+    data = FACTORED.describe(groups)
     assert set(data) == {"quant_method", "format_version", "groups"}
-    assert parse_config(json.loads(json.dumps(data))) == tuple(groups)
+    assert FACTORED.parse(json.loads(json.dumps(data))) == tuple(groups)
 
 
 def test_popcounts_against_python():
@@ -310,7 +309,7 @@ def test_every_true_mask_passes_and_every_flipped_bit_is_found(pattern, columns)
 
 
 def test_rows_are_checked_in_every_chunk(monkeypatch):
-    monkeypatch.setattr("cospadi.checkpoint.formats.factored._ROWS_AT_ONCE", 4)
+    monkeypatch.setattr("cospadi.checkpoint.mask_checks._ROWS_AT_ONCE", 4)
     spec = MatrixSpec(11, 40, "free", 5)
     packed = pack(random_stored(spec, torch.Generator().manual_seed(0), torch.bfloat16), spec)
     assert check_codes(packed, spec) is None

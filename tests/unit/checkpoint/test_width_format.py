@@ -8,18 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from cospadi.checkpoint import load
-from cospadi.checkpoint.formats.factored import read_config
+from cospadi.checkpoint import load, validate
 from cospadi.checkpoint.formats.width import (
+    WIDTH,
     BlockShape,
     LinearShape,
     WidthSpec,
+    attach_width,
     describe_width,
-    narrow,
-    parse_width,
-    validate_width,
 )
-from cospadi.checkpoint.formats.width_hf import attach_width
 from cospadi.errors import CheckpointError, ModelError
 from cospadi.layers.sliced import BlockParts
 from cospadi.model_view import skeleton
@@ -45,7 +42,7 @@ SPEC = WidthSpec(
 
 def narrowed():
     model = tiny_model()
-    narrow(model, SPEC)
+    WIDTH.replace(model, [SPEC])
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():
@@ -60,10 +57,10 @@ def saved(tmp_path):
 
 
 def test_description_round_trip():
-    assert parse_width(SPEC.to_dict()) == SPEC
+    assert WIDTH.parse(WIDTH.describe([SPEC])) == (SPEC,)
     assert describe_width(narrowed()) == SPEC
     meta = skeleton(tiny_model().config)
-    narrow(meta, SPEC)
+    WIDTH.replace(meta, [SPEC])
     assert describe_width(meta) == SPEC and all(p.is_meta for p in meta.parameters())
 
 
@@ -84,14 +81,16 @@ def test_other_changes_are_refused():
         describe_width(model)
 
 
-def test_narrow_names_what_is_missing():
+def test_replace_names_what_is_missing():
     with pytest.raises(ModelError, match=r"layers\.9\.mlp: the model LlamaForCausalLM has no such module"):
-        narrow(tiny_model(), WidthSpec({"layers.9.mlp": LinearShape(1, 1, False)}))
+        WIDTH.replace(tiny_model(), [WidthSpec({"layers.9.mlp": LinearShape(1, 1, False)})])
     with pytest.raises(ModelError, match="expected Linear"):
-        narrow(tiny_model(), WidthSpec({"model.norm": LinearShape(1, 1, False)}))
+        WIDTH.replace(tiny_model(), [WidthSpec({"model.norm": LinearShape(1, 1, False)})])
     parts = BlockParts("input_layernorm", "attention", "post_attention_layernorm", "mlp")
     with pytest.raises(ModelError, match=r"layers\.0\.attention"):
-        narrow(tiny_model(), WidthSpec(blocks={"model.layers.0": BlockShape(parts, (8, 8, 8), 24, (1e-6, 1e-6))}))
+        WIDTH.replace(
+            tiny_model(), [WidthSpec(blocks={"model.layers.0": BlockShape(parts, (8, 8, 8), 24, (1e-6, 1e-6))})]
+        )
 
 
 DAMAGE = {
@@ -116,20 +115,18 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_impossible_descriptions_are_refused(damage):
-    data = copy.deepcopy(SPEC.to_dict())
+    data = copy.deepcopy(WIDTH.describe([SPEC]))
     DAMAGE[damage](data)
     with pytest.raises(CheckpointError, match=r"^here/config\.json: ") as caught:
-        parse_width(data, "here/config.json")
+        WIDTH.parse(data, "here/config.json")
     assert "\n" not in str(caught.value)
     for nonsense in (None, [], "cospadi_width"):
         with pytest.raises(CheckpointError):
-            parse_width(nonsense)
+            WIDTH.parse(nonsense)
 
 
 def test_headers_are_checked(saved):
-    assert validate_width(saved) == SPEC
-    with pytest.raises(CheckpointError, match="width-pruned and has no factors"):
-        read_config(saved)
+    assert validate(saved) == (SPEC,)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +152,7 @@ def test_damaged_tensors_are_named_with_their_file(tmp_path, name, change):
         tensors[name] = changed
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError) as caught:
-        validate_width(tmp_path)
+        validate(tmp_path)
     assert name in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
@@ -169,7 +166,7 @@ def test_stored_checkpoints_are_there():
 @pytest.mark.parametrize("path", STORED, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_stored_checkpoints_load_as_they_were(path):
     expected = json.loads((path / "expected.json").read_text())
-    assert validate_width(path) == parse_width(expected["spec"])
+    assert validate(path) == WIDTH.parse(expected["spec"])
     model = load(path)
     with torch.no_grad():
         logits = model(torch.arange(12)[None]).logits.float()
@@ -184,4 +181,4 @@ def test_a_bias_too_many_is_named(tmp_path):
     tensors["model.layers.0.self_attn.k_proj.bias"] = torch.zeros(12)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor model\.layers\.0\.self_attn\.k_proj\.bias"):
-        validate_width(tmp_path)
+        validate(tmp_path)

@@ -1,4 +1,4 @@
-"""Allocation across groups: measured harm, budgets, and the plan that survives an interruption."""
+"""Allocation across groups: measured sensitivity, budgets, and the plan that survives an interruption."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,20 +8,21 @@ import torch
 
 from cospadi.calibration import StatisticsStore, collect
 from cospadi.checkpoint import factor_bytes, load
+from cospadi.engine.allocate import by_trials, trials
 from cospadi.engine.allocate import loss_model as profile
-from cospadi.engine.allocate import rules as allocate
-from cospadi.engine.allocate import trials
-from cospadi.engine.allocate.candidates import Family, Task, harm_curve, solve_trial
-from cospadi.engine.allocate.compare_plans import least_harmful
+from cospadi.engine.allocate.candidates import Task, loss_curve, solve_trial
+from cospadi.engine.allocate.compare_plans import best_plan
 from cospadi.engine.allocate.loss_model import Option, piece_spec
-from cospadi.engine.allocate.rules import budget_of, final_plan
-from cospadi.engine.allocate.sensitivity import DamageMeter, probe_ids
+from cospadi.engine.allocate.rules import final_plan
+from cospadi.engine.allocate.sensitivity import SensitivityMeter, probe_ids
 from cospadi.engine.compress import compress
 from cospadi.engine.plan.plan import make_plan
 from cospadi.errors import BudgetError
 from cospadi.methods import GroupShape, get_method
+from cospadi.methods.representation import Representation, representations
 from cospadi.model_view import discover
 from cospadi.recipe import Recipe
+from runs import journal_in, run_context
 from tiny import ARCHITECTURES, VOCABULARY, save_tiny, tiny_model, tiny_text
 
 CPU = torch.device("cpu")
@@ -46,13 +47,10 @@ def world(tmp_path_factory):
     return SimpleNamespace(model=model, view=view, store=store, ids=ids(0))
 
 
-def planned(world, folder, recipe, tokens=True, seen=None):
-    folder.mkdir(exist_ok=True)
+def planned(world, folder, recipe, seen=None):
     start = make_plan(world.view, recipe)
-    progress = (lambda *event: seen.append(event)) if seen is not None else (lambda *_: None)
-    tokens = world.ids if tokens else None
-    journal = SimpleNamespace(folder=folder)
-    return start, final_plan(world.view, recipe, start, world.store, CPU, journal, progress, tokens)
+    context = run_context(world.view, world.store, world.ids, seen=seen, seed=recipe.seed)
+    return start, final_plan(context, recipe, start, journal_in(folder))
 
 
 def share(plan, part):
@@ -62,7 +60,7 @@ def share(plan, part):
 @pytest.mark.parametrize(
     ("sequences", "length", "expected"), [(64, 512, (8, 256)), (3, 900, (3, 683)), (20, 40, (20, 40)), (1, 30, (1, 30))]
 )
-def test_harm_is_measured_on_many_short_texts(sequences, length, expected):
+def test_sensitivity_is_measured_on_many_short_texts(sequences, length, expected):
     tokens = torch.arange(sequences * length).view(sequences, length)
     probe = probe_ids(tokens)
     assert tuple(probe.shape) == expected
@@ -79,7 +77,7 @@ def test_divergences_are_those_of_the_whole_model_with_one_group_replaced(archit
     for group in view.groups:
         noise = [0.3 * torch.randn(group.d_in, d, generator=generator) for d in group.d_out]
         trials.append((group, {m: view.weight(m) + n for m, n in zip(group.modules, noise, strict=True)}))
-    with DamageMeter(view, tokens, CPU) as meter:
+    with SensitivityMeter(view, tokens, CPU) as meter:
         for layer in range(len(view.layers)):
             meter.layer(layer, [weights for group, weights in trials if group.layer == layer])
         found = meter.divergences()
@@ -103,7 +101,7 @@ def test_variants_may_differ_from_the_original_in_every_layer():
         {m: view.weight(m) + scale * torch.randn(view.weight(m).shape, generator=generator) for m in view.module_names}
         for scale in (0.1, 0.3)
     ]
-    with DamageMeter(view, tokens, CPU) as meter:
+    with SensitivityMeter(view, tokens, CPU) as meter:
         for layer in range(len(view.layers)):
             inside = [{m: w for m, w in new.items() if m.startswith(f"model.layers.{layer}.")} for new in changed]
             meter.layer(layer, inside if layer == 0 else (), inside if layer else ())
@@ -118,28 +116,26 @@ def test_variants_may_differ_from_the_original_in_every_layer():
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_of_several_plans_the_one_with_less_harm_is_found(world, first):
+def test_of_several_plans_the_one_that_loses_least_is_found(world, first):
     small, large = (make_plan(world.view, Recipe(keep=keep, allocation="uniform")) for keep in (0.25, 0.8))
     seen = []
-    found = least_harmful(
-        world.view, [large, small] if first else [small, large], world.store, world.ids, seed=0, device=CPU,
-        dtype=torch.bfloat16, progress=lambda *event: seen.append(event),
-    )  # fmt: skip
+    context = run_context(world.view, world.store, world.ids, seen=seen)
+    found = best_plan(context, [large, small] if first else [small, large])
     assert found == (0 if first else 1)
     assert seen[0][:3] == ("plan", 0, 2)
     assert seen[-1][:3] == ("plan", 2, 2)
 
 
 @pytest.mark.parametrize("better", [0, 1])
-def test_a_plan_without_pruned_weights_is_taken_where_it_harms_less_as_a_whole(world, tmp_path, monkeypatch, better):
+def test_a_plan_without_pruned_weights_is_taken_where_it_loses_less_as_a_whole(world, tmp_path, monkeypatch, better):
     compared = []
-    monkeypatch.setattr(allocate, "least_harmful", lambda view, plans, *a, **k: compared.extend(plans) or better)
+    monkeypatch.setattr(by_trials, "best_plan", lambda context, plans: compared.extend(plans) or better)
     start, plan = planned(world, tmp_path / "j", Recipe(method="auto", keep=0.25, options={"bits": 16}))
     assert plan == compared[better]
     methods = [{group.spec.method for group in plan.groups} for plan in compared]
     assert "sparsegpt" in methods[0]
     assert methods[1] == {"pursuit"}
-    assert all(plan.bytes_after <= budget_of(start) for plan in compared)
+    assert all(plan.bytes_after <= start.budget for plan in compared)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +151,7 @@ def test_a_plan_without_pruned_weights_is_taken_where_it_harms_less_as_a_whole(w
 def test_bytes_are_used_up_but_never_exceeded(world, tmp_path, method, allocation, options):
     recipe = Recipe(method=method, keep=0.5, allocation=allocation, options=options)
     start, plan = planned(world, tmp_path / "j", recipe)
-    assert plan.bytes_after <= budget_of(start)
+    assert plan.bytes_after <= start.budget
     assert plan.keep_actual >= 0.5 * 0.97  # matrices of 48 rows: one atom is a per cent
     assert [g.spec.modules for g in plan.groups] == [g.spec.modules for g in start.groups]
     assert [g.spec.bytes for g in plan.groups] != [g.spec.bytes for g in start.groups]
@@ -179,7 +175,7 @@ def test_a_resumed_run_reads_its_plan(world, tmp_path, monkeypatch):
     assert events[-1][:3] == ("plan", len(first.groups), len(first.groups))
     _, anew = planned(world, tmp_path / "other", recipe)
     assert anew == first
-    monkeypatch.setattr(allocate, "profile", lambda *_, **__: pytest.fail("computed again"))
+    monkeypatch.setattr(by_trials, "profile", lambda *_, **__: pytest.fail("computed again"))
     _, again = planned(world, tmp_path / "j", recipe)
     assert again == first
 
@@ -191,27 +187,24 @@ def test_the_plan_of_another_run_is_not_taken_over(world, tmp_path):
     assert other.bytes_after < first.bytes_after
 
 
-def test_uniform_and_unmeasurable_plans_stay_as_they_are(world, tmp_path):
+def test_uniform_plans_stay_as_they_are(world, tmp_path):
     uniform = Recipe(method="pursuit", keep=0.6, allocation="uniform")
     start, plan = planned(world, tmp_path / "j", uniform)
-    assert plan is start
-    knapsack = uniform.merged({"allocation": "knapsack"})
-    start, plan = planned(world, tmp_path / "j", knapsack, tokens=False)
     assert plan is start
 
 
 def test_a_hopeless_budget_names_the_least_possible(world, tmp_path):
     recipe = Recipe(method="auto", keep=0.4)
     start = make_plan(world.view, recipe)
-    journal = SimpleNamespace(folder=tmp_path)
+    context = run_context(world.view, world.store, world.ids)
     tiny = replace(start, keep_requested=0.004)
     with pytest.raises(BudgetError, match=r"least possible is [\d,]+ \(keep 0\.\d+\)"):
-        final_plan(world.view, recipe, tiny, world.store, CPU, journal, lambda *_: None, world.ids)
+        final_plan(context, recipe, tiny, journal_in(tmp_path / "j"))
 
 
 def test_auto_with_16_bits_offers_values_of_16_bits_only():
     shape = GroupShape(("a", "b"), 96, (80, 40))
-    offered = allocate.families(get_method("auto"), {"bits": 16})
+    offered = representations(get_method("auto"), {"bits": 16})
     specs = [spec for family in offered for spec in family.specs(shape, [0.3, 0.6, 0.9])]
     assert len(specs) >= 3
     assert all(spec.codes.sparse and spec.codes.bits == 16 for spec in specs)
@@ -219,9 +212,9 @@ def test_auto_with_16_bits_offers_values_of_16_bits_only():
 
 
 def test_what_has_room_for_everything_measures_nothing(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(profile.DamageMeter, "layer", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(profile.SensitivityMeter, "layer", lambda *_: pytest.fail("measured"))
     start, plan = planned(world, tmp_path / "j", Recipe(method="auto", keep=0.9))
-    assert plan.bytes_after <= budget_of(start)
+    assert plan.bytes_after <= start.budget
     assert {g.spec.codes.bits for g in plan.groups} == {8}
 
 
@@ -238,20 +231,20 @@ def mixed(tmp_path_factory):
     collect(view, ids(0), store=store)
     solved, own, found = [], trials.solve_trial, []
 
-    def counted(task, family, spec, dtype):
+    def counted(task, family, spec):
         solved.append((family, spec))
-        return own(task, family, spec, dtype)
+        return own(task, family, spec)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trials, "solve_trial", counted)
-        patch.setattr(allocate, "profile", lambda *a, **k: found.extend(profile.profile(*a, **k)) or found)
+        patch.setattr(by_trials, "profile", lambda *a, **k: found.extend(profile.profile(*a, **k)) or found)
         world = SimpleNamespace(view=view, store=store, ids=ids(0, 2))
         start, plan = planned(world, folder / "j", Recipe(method="auto", keep=0.3))
-    return SimpleNamespace(view=view, store=store, start=start, plan=plan, solved=solved, found=found)
+    return SimpleNamespace(view=view, store=store, start=start, plan=plan, solved=solved, found=found, folder=folder)
 
 
 def test_auto_mixes_representations_within_the_budget(mixed):
-    assert mixed.plan.bytes_after <= budget_of(mixed.start)
+    assert mixed.plan.bytes_after <= mixed.start.budget
     assert {g.spec.method for g in mixed.plan.groups} <= {"pursuit", "gptq"}
     assert len({(g.spec.codes.bits, g.spec.codes.group) for g in mixed.plan.groups}) > 1
     assert sorted(m for g in mixed.plan.groups for m in g.spec.modules) == sorted(mixed.view.module_names)
@@ -265,39 +258,40 @@ def test_layers_with_one_input_get_the_bits_that_each_needs(mixed):
 
 def test_pieces_that_choose_the_same_stay_together(mixed):
     start = next(g for g in mixed.start.groups if len(g.spec.modules) == 3)
-    first, second = (Family("gptq", {"bits": bits, "group": 32}, fixed=True, each=True) for bits in (2, 4))
-    shape = GroupShape(start.spec.modules, start.spec.d_in, start.spec.d_out)
+    first, second = (Representation("gptq", {"bits": bits, "group": 32}, fixed=True, each=True) for bits in (2, 4))
+    shape = start.spec.shape
     specs = {family.options["bits"]: family.specs(shape, [0.01, 0.99])[0] for family in (first, second)}
     parts = tuple(
         (family, piece_spec(specs[family.options["bits"]], i)) for i, family in enumerate((first, second, first))
     )
     option = Option(parts, 0.0)
-    settled = allocate._settled(start, option)
+    settled = by_trials.settled(start, option)
     names = start.spec.modules
     assert [g.spec.modules for g in settled] == [(names[0], names[2]), (names[1],)]
     assert [g.spec.codes.bits for g in settled] == [2, 4]
     assert sum(g.spec.bytes for g in settled) == option.bytes
     assert all(g.source is start.source and g.spec.method == "gptq" for g in settled)
-    (whole,) = allocate._settled(start, Option(tuple((first, piece_spec(specs[2], i)) for i in range(3)), 0.0))
-    assert replace(whole.spec, method="") == specs[2]
+    (whole,) = by_trials.settled(start, Option(tuple((first, piece_spec(specs[2], i)) for i in range(3)), 0.0))
+    assert whole.spec == specs[2]
 
 
 def test_pieces_of_one_method_and_other_sizes_are_stored_apart(mixed):
     start = next(g for g in mixed.start.groups if len(g.spec.modules) == 3)
-    family = Family("sparsegpt", {}, each=True)
-    shape = GroupShape(start.spec.modules, start.spec.d_in, start.spec.d_out)
+    family = Representation("sparsegpt", {}, each=True)
+    shape = start.spec.shape
     small, large = family.specs(shape, [0.3, 0.8])
     option = Option(tuple((family, piece_spec(spec, i)) for i, spec in enumerate((small, large, small))), 0.0)
-    settled = allocate._settled(start, option)
+    settled = by_trials.settled(start, option)
     names = start.spec.modules
     assert [g.spec.modules for g in settled] == [(names[0], names[2]), (names[1],)]
     assert [g.spec.codes.pattern for g in settled] == [small.codes.pattern, large.codes.pattern]
     assert sum(g.spec.bytes for g in settled) == option.bytes
 
 
-def test_a_plan_of_pieces_is_read_back(mixed, tmp_path):
-    rows = [{"spec": g.spec.to_dict(), "options": g.options} for g in mixed.plan.groups]
-    assert allocate._read(rows, mixed.start, mixed.view) == mixed.plan
+def test_a_plan_of_pieces_is_read_back(mixed):
+    context = run_context(mixed.view, mixed.store, ids(0, 2))
+    recipe = Recipe(method="auto", keep=0.3)
+    assert final_plan(context, recipe, mixed.start, journal_in(mixed.folder / "j")) == mixed.plan
 
 
 def test_errors_of_other_group_sizes_are_carried_over_from_the_first_layers(mixed):
@@ -305,13 +299,13 @@ def test_errors_of_other_group_sizes_are_carried_over_from_the_first_layers(mixe
     assert teachers == {"0", "1"}
     late = next(p for p in mixed.found if p.shape.modules[0] == "model.layers.3.mlp.down_proj")
     group = next(g for g in mixed.start.groups if g.spec.modules == late.shape.modules)
-    near = harm_curve(late.harm[0])
+    near = loss_curve(late.losses[0])
     learnt = [option for option in late.options if option.parts[0][0].learnt]
     assert len(learnt) > 3
-    weights = [mixed.view.weight(m) for m in late.shape.modules]
-    task = Task.of(group.spec.name, weights, mixed.store.load(group.source), [24], seed=0, device=CPU)
+    context = run_context(mixed.view, mixed.store, ids(0, 2))
+    task = Task.of(context.problem(late.shape.modules, group.sources, group.spec.name), [24])
     for option in learnt[::2]:
-        truth, _ = solve_trial(task, *option.parts[0], torch.bfloat16)
+        truth, _ = solve_trial(task, *option.parts[0])
         assert option.loss == pytest.approx(near(truth.total), rel=0.4)
 
 

@@ -1,6 +1,7 @@
 """Candidates: what is solved, what is told from it, and what is handed to the knapsack."""
 
 import itertools
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -9,9 +10,10 @@ import torch
 
 from cospadi.calibration import Statistics
 from cospadi.engine.allocate import trials
-from cospadi.engine.allocate.candidates import Curve, Family, Task, Trial, anchors, error_curve, harm_curve, solve_trial
+from cospadi.engine.allocate.candidates import Curve, Task, Trial, anchors, error_curve, loss_curve, solve_trial
 from cospadi.engine.allocate.loss_model import REACH_DOWN, Option, combined, piece_spec, shares, telling
-from cospadi.methods import GroupShape, get_method
+from cospadi.methods import GroupShape, Problem, get_method
+from cospadi.methods.representation import Representation
 
 CPU = torch.device("cpu")
 
@@ -28,11 +30,11 @@ class TestCurve:
         assert all(b <= a * (1 + 1e-12) for a, b in pairwise(values))
         assert curve(1.0) == pytest.approx(9.0)
 
-    def test_harm_is_proportional_to_small_errors_and_at_most_quadratic_in_large_ones(self):
-        curve = harm_curve([(1.0, 1.0), (10.0, 1000.0)])
+    def test_loss_is_proportional_to_small_errors_and_at_most_quadratic_in_large_ones(self):
+        curve = loss_curve([(1.0, 1.0), (10.0, 1000.0)])
         assert curve(0.1) == pytest.approx(0.1)
         assert curve(100.0) == pytest.approx(1e5)
-        assert harm_curve([(2.0, 6.0)])(20.0) == pytest.approx(60.0)
+        assert loss_curve([(2.0, 6.0)])(20.0) == pytest.approx(60.0)
 
     def test_nothing_lost_is_next_to_nothing(self):
         assert 0 <= Curve([(1.0, 1.0), (2.0, 0.0)], falling=True)(2.0) < 1e-20
@@ -50,7 +52,7 @@ class TestCurve:
 
 
 def test_anchors_hold_the_target_one_size_below_and_then_the_ends():
-    specs = Family("svd", {}).specs(GroupShape(("m",), 300, (280,)), [i / 50 for i in range(2, 50)])
+    specs = Representation("svd", {}).specs(GroupShape(("m",), 300, (280,)), [i / 50 for i in range(2, 50)])
     target = specs[30].bytes
     low = min(specs, key=lambda spec: abs(spec.bytes - 0.55 * target))
     assert anchors(specs, target, 2) == [low, specs[30]]
@@ -69,9 +71,9 @@ def test_shares_lie_about_the_budget(keep, down):
     assert 0.9 * min(2.5 * keep, 1) < grid[-1] < 1
 
 
-def test_harm_is_extrapolated_to_single_sizes_only():
+def test_loss_is_extrapolated_to_single_sizes_only():
     shape = GroupShape(("a",), 64, (64,))
-    integers = Family("gptq", {"bits": 2, "group": 64}, fixed=True)
+    integers = Representation("gptq", {"bits": 2, "group": 64}, fixed=True)
     (two,) = integers.specs(shape, [0.1, 0.9])  # whatever the shares, the one size there is, if it is not too far
     kept = two.bytes / shape.dense_bytes
     assert integers.specs(shape, [1.9 * kept, 0.9]) == [two]
@@ -81,7 +83,7 @@ def test_harm_is_extrapolated_to_single_sizes_only():
 class TestCombined:
     def options(self, seed, count):
         generator = torch.Generator().manual_seed(seed)
-        family = Family("gptq", {}, fixed=True, each=True)
+        family = Representation("gptq", {}, fixed=True, each=True)
         found = []
         for bits in torch.randint(1, 15, (count,), generator=generator).tolist():
             shape = GroupShape((f"m{seed}",), 32, (bits,))
@@ -126,10 +128,11 @@ def test_a_trial_gives_the_errors_of_each_piece():
     x = torch.randn(90, 40, generator=generator, dtype=torch.float64) * torch.linspace(0.1, 3, 40)
     weights = [torch.randn(40, d, generator=generator) for d in (24, 16)]
     statistics = Statistics(x.T @ x, x.abs().sum(0), 90)
-    task = Task.of("a+b", weights, statistics, [24, 16], seed=3, device=CPU)
-    family = Family("gptq", {"bits": 3, "group": 16}, fixed=True, each=True)
+    problem = Problem("a+b", tuple(weights), (statistics.mean_gram,), (statistics.mean_abs,), seed=3)
+    task = Task.of(problem, [24, 16])
+    family = Representation("gptq", {"bits": 3, "group": 16}, fixed=True, each=True)
     (spec,) = family.specs(GroupShape(("a", "b"), 40, (24, 16)), [0.01, 0.99])
-    trial, found = solve_trial(task, family, spec, torch.bfloat16)
+    trial, found = solve_trial(task, family, spec)
     for piece, (weight, got) in enumerate(zip(weights, torch.split(found, [24, 16], 1), strict=True)):
         outputs = x @ (weight.double() - got.double())
         assert trial.missed[piece] == pytest.approx(float(outputs.square().sum()) / 90, rel=1e-9)
@@ -137,8 +140,8 @@ def test_a_trial_gives_the_errors_of_each_piece():
     assert trial.relative == pytest.approx(float((both - found).norm() / both.norm()), rel=1e-5)
     assert trial.total == pytest.approx(sum(trial.missed))
     # layers that share nothing are solved together exactly as each by itself
-    single = Task.of("a+b", weights[1:], statistics, [16], seed=3, device=CPU)
-    alone, _ = solve_trial(single, family, piece_spec(spec, 1), torch.bfloat16)
+    single = Task.of(replace(problem, weights=tuple(weights[1:])), [16])
+    alone, _ = solve_trial(single, family, piece_spec(spec, 1))
     assert alone.missed[0] == pytest.approx(trial.missed[1], rel=1e-6)
 
 
@@ -177,17 +180,17 @@ class TestTrier:
     def trier(self, monkeypatch, factors, **family):
         solved = []
 
-        def fake(task, family, spec, dtype):
+        def fake(task, family, spec):
             solved.append((family.method, spec.bytes))
             return Trial(spec, (factors[family.method] * 2.0 ** (-spec.bytes / 2000),), 0.1), torch.zeros(1)
 
         monkeypatch.setattr(trials, "solve_trial", fake)
-        families = [Family(name, {}, costly=True, **family) for name in factors]
-        return trials.Trier(families, shares(0.5, REACH_DOWN), 0.5, torch.bfloat16), solved
+        families = [Representation(name, {}, costly=True, **family) for name in factors]
+        return trials.Trier(families, shares(0.5, REACH_DOWN), 0.5), solved
 
     def solve(self, trier, times):
         shape = GroupShape(("model.layers.0.self_attn.o_proj",), 64, (96,))
-        return [sorted(trier.families[i].method for i in trier.trials(shape, None)[1]) for _ in range(times)]
+        return [sorted(trier.offered[i].method for i in trier.trials(shape, None)[1]) for _ in range(times)]
 
     def test_one_that_is_far_behind_goes_after_a_single_trial(self, monkeypatch):
         trier, solved = self.trier(monkeypatch, {"svd": 1.0, "asvd": 2.0})

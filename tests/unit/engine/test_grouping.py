@@ -1,5 +1,6 @@
 """Groups across decoder layers, and what methods get of each of their inputs."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,16 +8,18 @@ import torch
 
 from cospadi import checkpoint
 from cospadi.calibration import StatisticsStore, collect, fisher, read_texts, token_blocks
-from cospadi.engine.allocate.rules import final_plan, own_input
+from cospadi.engine.allocate.rules import final_plan
 from cospadi.engine.compress import compress
-from cospadi.engine.factorise import factorise_group, rebuild
+from cospadi.engine.factorise import factorise_group
 from cospadi.engine.plan.grouping import arranged
 from cospadi.engine.plan.plan import make_plan
 from cospadi.errors import RecipeError
 from cospadi.format import GroupSpec
-from cospadi.methods import GroupShape, Problem, get_method
+from cospadi.methods import METHODS, Problem, get_method, method
+from cospadi.methods.sizing import low_rank_plan
 from cospadi.model_view import LinearGroup, discover, open_model
 from cospadi.recipe import Recipe
+from runs import journal_in, run_context
 from tiny import VOCABULARY, save_tiny, tiny_model, tiny_text, token_ids
 
 CPU = torch.device("cpu")
@@ -50,7 +53,7 @@ def test_neighbours_share_what_siblings_read_and_the_rest_stays_alone():
             assert [source.layer for source in item.sources] == [0, 1]
             assert all(n in s.modules for n, s in zip(item.shape.modules, item.sources, strict=True))
         else:
-            assert item.sources == ()
+            assert len(item.sources) == 1 and item.shape.modules[0] in item.sources[0].modules
 
 
 def test_all_projections_are_grouped_where_none_has_siblings():
@@ -111,7 +114,7 @@ def test_a_group_across_layers_is_solved_with_the_gram_of_each(source, tmp_path,
     collect(view, ids, store=store)
     plan = make_plan(view, Recipe(keep=0.7, method=method, options=options, **grouping))
     assert [g.spec.bytes for g in plan.groups] == [row["bytes"] for row in report["groups"]]
-    group = next(g for g in plan.groups if g.sources)
+    group = next(g for g in plan.groups if not g.own_input)
     grams = [store.load(s).mean_gram for s in group.sources]
     assert not torch.allclose(grams[0], grams[1])
     missed = energy = 0.0
@@ -130,29 +133,28 @@ def _tokens(report, tokenizer):
     return token_blocks(read_texts([tiny_text(900)]), tokenizer, **CALIBRATION, seed=report["seed"]).ids
 
 
-def test_each_module_is_solved_under_its_own_gram():
-    generator = torch.Generator().manual_seed(5)
-    seen: list[Problem] = []
+def test_each_module_is_solved_under_its_own_gram(tmp_path):
+    view = discover(tiny_model("llama", seed=2))
+    tokens = torch.randint(VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(0))
+    store = StatisticsStore(tmp_path / "s", {"run": 7})
+    collect(view, tokens, store=store)
+    plan = make_plan(view, Recipe(method="basis_sharing", keep=0.6))
+    group = next(g for g in plan.groups if not g.own_input)
+    weights = {name: view.weight(name).float() for name in group.spec.modules}
+    context, seen = run_context(view, store, tokens, fisher=weights), []
 
-    def spy(problem, spec, options):
+    def spy(problem, spec):
         seen.append(problem)
-        return get_method("basis_sharing").factorise(problem, spec, options)
+        return get_method("basis_sharing").factorise(problem, spec, {})
 
-    weights = [torch.randn(12, 9, generator=generator) for _ in range(2)]
-    statistics = []
-    for _ in range(2):
-        x = torch.randn(40, 12, generator=generator, dtype=torch.float64)
-        statistics.append(SimpleNamespace(mean_gram=x.T @ x / 40, mean_abs=x.abs().mean(0)))
-    spec = get_method("basis_sharing").spec(GroupShape(("a", "b"), 12, (9, 9)), 300, {})
-    method = SimpleNamespace(name="spy", factorise=spy)
-    tensors, info = factorise_group(
-        method, {}, spec, weights, statistics, seed=0, device=CPU, dtype=torch.bfloat16, fisher=weights
-    )
+    with METHODS.temporary():
+        method("spy", plan=low_rank_plan)(spy)
+        packed, info = factorise_group(context, replace(group, spec=group.spec.solved_by("spy")))
+    statistics = [store.load(source) for source in group.sources]
     assert [torch.equal(a, b.mean_gram) for a, b in zip(seen[0].grams, statistics, strict=True)] == [True, True]
     assert len(seen[0].mean_abs) == len(seen[0].fisher) == 2
-    parts = torch.split(rebuild(tensors, spec), [9, 9], 1)
     missed = energy = 0.0
-    for weight, part, item in zip(weights, parts, statistics, strict=True):
+    for weight, part, item in zip(weights.values(), group.spec.rebuild(packed), statistics, strict=True):
         miss = weight.double() - part
         missed += float(torch.trace(miss.T @ item.mean_gram @ miss))
         energy += float(torch.trace(weight.double().T @ item.mean_gram @ weight.double()))
@@ -167,12 +169,12 @@ def test_groups_across_layers_keep_their_share_when_others_are_allocated(tmp_pat
     collect(view, tokens, store=store)
     recipe = Recipe(method="pursuit", keep=0.6, grouping="cross_layer", allocation="knapsack", options={"rounds": 2})
     start = make_plan(view, recipe)
-    args = (store, CPU, SimpleNamespace(folder=tmp_path), lambda *_: None, tokens)
-    plan = final_plan(view, recipe, start, *args)
+    context, journal = run_context(view, store, tokens), journal_in(tmp_path / "j")
+    plan = final_plan(context, recipe, start, journal)
     assert plan.bytes_after <= 0.6 * plan.bytes_before
-    assert [g for g in plan.groups if not own_input(g)] == [g for g in start.groups if g.sources]
-    assert [g.spec for g in plan.groups if own_input(g)] != [g.spec for g in start.groups if own_input(g)]
-    assert final_plan(view, recipe, start, *args) == plan  # as read from the journal
+    assert [g for g in plan.groups if not g.own_input] == [g for g in start.groups if not g.own_input]
+    assert [g.spec for g in plan.groups if g.own_input] != [g.spec for g in start.groups if g.own_input]
+    assert final_plan(context, recipe, start, journal) == plan  # as read from the journal
 
 
 def test_layer_by_layer_work_refuses_groups_across_layers(source, tmp_path):
@@ -228,12 +230,11 @@ class TestPairs:
     def plan(self, alike, folder, **settings):
         recipe = Recipe(method="geopair", keep=0.6, options={"rounds": 2}, **settings)
         start = make_plan(alike.view, recipe)
-        journal = SimpleNamespace(folder=folder)
-        final = final_plan(alike.view, recipe, start, alike.store, CPU, journal, lambda *_: None, alike.tokens)
-        return start, final
+        context = run_context(alike.view, alike.store, alike.tokens)
+        return start, final_plan(context, recipe, start, journal_in(folder))
 
     def test_weights_that_look_alike_share_a_dictionary(self, alike, tmp_path):
-        start, plan = self.plan(alike, tmp_path)
+        start, plan = self.plan(alike, tmp_path / "j")
         pairs = {frozenset(g.spec.modules) for g in plan.groups}
         assert frozenset({"model.layers.0.mlp.up_proj", "model.layers.1.mlp.gate_proj"}) in pairs
         assert frozenset({"model.layers.0.mlp.down_proj", "model.layers.2.mlp.down_proj"}) in pairs
@@ -245,8 +246,8 @@ class TestPairs:
         by_name = {name: group for group in alike.view.groups for name in group.modules}
         for group in plan.groups:
             read = [by_name[name] for name in group.spec.modules]
-            assert list(group.sources or [group.source] * len(read)) == read
-            assert own_input(group) == (len(set(read)) == 1)
+            assert set(group.sources) == set(read)
+            assert group.own_input == (len(set(read)) == 1)
 
     @pytest.mark.parametrize("allocation", ["pooled", "truncation", "rocket", "knapsack"])
     def test_where_all_are_paired_nothing_is_left_to_allocate(self, tmp_path, allocation):
@@ -254,17 +255,17 @@ class TestPairs:
         store = StatisticsStore(tmp_path / "s", {"run": 5})
         collect(view, token_ids(4, 30), store=store)
         world = SimpleNamespace(view=view, store=store, tokens=token_ids(4, 30))
-        start, plan = self.plan(world, tmp_path, allocation=allocation)
+        start, plan = self.plan(world, tmp_path / "j", allocation=allocation)
         assert plan.bytes_after <= 0.6 * start.bytes_before
         assert all(len(g.spec.modules) == 2 for g in plan.groups)
 
     def test_the_pairs_survive_an_interruption(self, alike, tmp_path, monkeypatch):
-        _, plan = self.plan(alike, tmp_path)
+        _, plan = self.plan(alike, tmp_path / "j")
         monkeypatch.setattr("cospadi.engine.allocate.rules.matched", lambda *_: pytest.fail("computed again"))
-        assert self.plan(alike, tmp_path)[1] == plan
+        assert self.plan(alike, tmp_path / "j")[1] == plan
 
     def test_neighbours_on_request(self, alike, tmp_path):
-        start, plan = self.plan(alike, tmp_path, grouping="cross_layer")
+        start, plan = self.plan(alike, tmp_path / "j", grouping="cross_layer")
         assert plan is start
 
     def test_a_whole_run(self, source, tmp_path):

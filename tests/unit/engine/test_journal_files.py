@@ -1,19 +1,14 @@
 """The pieces of the journal, one by one; whole interrupted runs are in the integration tests."""
 
-import errno
 import json
-import os
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
 from cospadi.engine.journal import (
     Journal,
     check_output,
     differences,
-    disk_errors,
-    write_durably,
 )
 from cospadi.errors import NumericalError, OutputError, ResourceError
 
@@ -27,36 +22,6 @@ def test_differences_are_named_with_old_and_new():
     assert differences(before, before) == []
 
 
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), "no space left"),
-        (OSError(errno.EDQUOT, "Disk quota exceeded"), "no space left"),
-        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
-        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "no space left"),
-        (SafetensorError("Error: Permission denied (os error 13)"), "Permission denied"),
-        (SafetensorError("something else"), "something else"),
-    ],
-)
-def test_errors_of_the_disk(tmp_path, error, words):
-    with pytest.raises(OutputError, match=words) as caught, disk_errors(tmp_path):
-        raise error
-    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_durably(path, b"old")
-
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OutputError, match="no space left"):
-        write_durably(path, b"new")
-    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
 def test_groups_come_back_as_they_were(tmp_path):
     generator = torch.Generator().manual_seed(2)
     tensors = {
@@ -64,10 +29,10 @@ def test_groups_come_back_as_they_were(tmp_path):
         "codes.mask": torch.randint(-9, 9, (4, 1), generator=generator, dtype=torch.int32),
     }
     with Journal(tmp_path / "out", {"a": 1}) as journal:
-        assert not journal.has(3)
-        journal.write(3, tensors, {"error": 0.25, "seconds": 1e-3})
-        assert journal.has(3) and not journal.has(2)
-        found, info = journal.read(3)
+        assert not journal.groups.has(3)
+        journal.groups.write(3, tensors, {"error": 0.25, "seconds": 1e-3})
+        assert journal.groups.has(3) and not journal.groups.has(2)
+        found, info = journal.groups.read(3)
     assert info == {"error": 0.25, "seconds": 1e-3}
     assert found.keys() == tensors.keys()
     for name in tensors:
@@ -77,11 +42,11 @@ def test_groups_come_back_as_they_were(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0{}      ", b"rubbish" * 9])
 def test_damaged_groups_are_named(tmp_path, content):
     with Journal(tmp_path / "out", {"a": 1}) as journal:
-        journal.write(0, {"codes.values": torch.zeros(2)}, {})
+        journal.groups.write(0, {"codes.values": torch.zeros(2)}, {})
         path = next((tmp_path / "out/.cospadi/groups").iterdir())
         path.write_bytes(content)
         with pytest.raises(OutputError, match=r"0000\.safetensors.*delete"):
-            journal.read(0)
+            journal.groups.read(0)
 
 
 def test_the_directory_is_held_by_one_run(tmp_path):
@@ -95,17 +60,17 @@ def test_the_directory_is_held_by_one_run(tmp_path):
 
 def test_a_refused_run_lets_go_of_the_directory(tmp_path):
     with Journal(tmp_path, {"a": 1}) as journal:
-        journal.write(0, {"x": torch.zeros(1)}, {})
+        journal.groups.write(0, {"x": torch.zeros(1)}, {})
     for _ in range(2):
         with pytest.raises(OutputError, match=r"unfinished.*a: 1 → 2.*--fresh"):
             Journal(tmp_path, {"a": 2})
     with Journal(tmp_path, {"a": 1}) as journal:
-        assert journal.has(0)
+        assert journal.groups.has(0)
 
 
 def test_fresh_forgets_the_run_and_nothing_else(tmp_path):
     with Journal(tmp_path, {"a": 1}) as journal:
-        journal.write(0, {"x": torch.zeros(1)}, {})
+        journal.groups.write(0, {"x": torch.zeros(1)}, {})
         journal.statistics.mkdir()
         (journal.folder / "plan.json").write_text("{}")
     ours = ["model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json"]
@@ -114,7 +79,7 @@ def test_fresh_forgets_the_run_and_nothing_else(tmp_path):
     for name in [*ours, *theirs, "report.json"]:
         (tmp_path / name).write_text("{}")
     with Journal(tmp_path, {"a": 2}, fresh=True) as journal:
-        assert not journal.has(0) and journal.report() is None
+        assert not journal.groups.has(0) and journal.report() is None
         assert not journal.statistics.exists() and not (journal.folder / "plan.json").exists()
         assert json.loads((journal.folder / "fingerprint.json").read_text()) == {"a": 2}
     assert not any((tmp_path / name).exists() for name in ours)
@@ -135,7 +100,7 @@ def test_only_a_hopeless_run_cleans_up(tmp_path, error, groups, stays):
     out = tmp_path / "a/b"
     with pytest.raises(type(error)), Journal(out, {"a": 1}) as journal:
         for index in range(groups):
-            journal.write(index, {"x": torch.zeros(1)}, {})
+            journal.groups.write(index, {"x": torch.zeros(1)}, {})
         raise error
     assert out.exists() == stays and (tmp_path / "a").exists() == stays
 

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cospadi.checkpoint import factor_bytes, save
-from cospadi.checkpoint.convert import replace_modules
+from cospadi.checkpoint import factor_bytes, format_for, save
 from cospadi.engine.plan.plan import make_plan, target_keep
 from cospadi.engine.plan.target import side_bytes
 from cospadi.errors import BudgetError
@@ -21,7 +20,7 @@ def test_a_close_upper_bound(tmp_path: Path, architecture, changes):
     plan = make_plan(discover(model), Recipe(method="pursuit", keep=0.8).merged(changes))
     specs = [group.spec for group in plan.groups]
     bound = side_bytes(model, specs, plan.bytes_after + plan.other_bytes)
-    replace_modules(model, specs)
+    format_for(specs).replace(model, specs)
     save(model, tokenizer, tmp_path / "out", specs)
     files = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
     beside = files - factor_bytes(tmp_path / "out") - plan.other_bytes

@@ -11,7 +11,7 @@ from cospadi.errors import CalibrationError, ModelError, NumericalError, OutputE
 from cospadi.evaluation import compare, comparison_row, perplexity
 from cospadi.evaluation.compare import append_row, read_rows
 from cospadi.format import Factors, GroupSpec
-from cospadi.methods import Problem, base, get_method, method
+from cospadi.methods import METHODS, Problem, get_method, method
 from cospadi.methods.sizing import low_rank_plan
 from cospadi.model_view import open_model
 from cospadi.recipe import Recipe
@@ -39,23 +39,24 @@ def go(source, tmp_path):
 
 
 @pytest.fixture
-def counting(monkeypatch):
+def counting():
     """A registered method that counts its solves, and stops when `limit` are done."""
-    monkeypatch.setattr(base, "_METHODS", dict(base.all_methods()))
     plain = get_method("svd").solve
 
     class Count:
         solves, limit = 0, 10**6
 
-    @method("counting", plan=low_rank_plan)
-    def counting(problem: Problem, spec: GroupSpec) -> Factors:
-        """Truncated SVD that counts."""
-        if Count.solves == Count.limit:
-            raise KeyboardInterrupt
-        Count.solves += 1
-        return plain(problem, spec)
+    with METHODS.temporary():
 
-    return Count
+        @method("counting", plan=low_rank_plan)
+        def counting(problem: Problem, spec: GroupSpec) -> Factors:
+            """Truncated SVD that counts."""
+            if Count.solves == Count.limit:
+                raise KeyboardInterrupt
+            Count.solves += 1
+            return plain(problem, spec)
+
+        yield Count
 
 
 @pytest.mark.parametrize("bfloat16_units", [True, False])
@@ -108,15 +109,15 @@ def test_statistics_are_collected_once_and_nothing_is_left_behind(go, tmp_path):
     assert {path.name for path in (tmp_path / "out" / ".cospadi").iterdir()} == {"lock"}
 
 
-def test_a_row_that_cannot_be_made_does_not_stop_the_others(go, monkeypatch):
-    monkeypatch.setattr(base, "_METHODS", dict(base.all_methods()))
+def test_a_row_that_cannot_be_made_does_not_stop_the_others(go):
+    with METHODS.temporary():
 
-    @method("broken", plan=low_rank_plan)
-    def broken(problem: Problem, spec: GroupSpec) -> Factors:
-        """Never works."""
-        raise NumericalError("it never works")
+        @method("broken", plan=low_rank_plan)
+        def broken(problem: Problem, spec: GroupSpec) -> Factors:
+            """Never works."""
+            raise NumericalError("it never works")
 
-    found = go(methods=["broken", "wanda"], keeps=[0.8, 0.001])["rows"]
+        found = go(methods=["broken", "wanda"], keeps=[0.8, 0.001])["rows"]
     by = {(r["method"], r["keep"]): r for r in found}
     assert by["broken", 0.8]["reason"] == "it never works" and by["broken", 0.8]["perplexity"] is None
     assert "least possible" in by["wanda", 0.001]["reason"]

@@ -7,10 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cospadi.checkpoint import file_bytes
-from cospadi.checkpoint.convert import factored_layers
+from cospadi.checkpoint.formats.factored import FACTORED
 from cospadi.errors import BudgetError, ModelError, NumericalError, OutputError, RecipeError
 from cospadi.evaluation.speed import SHAPES, Settings, benchmark, layers, loading, run, timing, whole
-from cospadi.evaluation.speed.layers import Bench, random_stored, relative_error
+from cospadi.evaluation.speed.layers import Bench, random_group, relative_error
 from cospadi.evaluation.speed.shapes import (
     Subject,
     bitmask,
@@ -184,7 +184,7 @@ def test_random_models_are_made_in_their_final_form(architecture):
     [way] = variants(model_of, ((0.7, 8),))
     model = random_model(model_of, way, CPU, 3)
     expected = [spec for group in model_of.groups if (spec := way.of(group))]
-    assert [layer.group for layer in factored_layers(model)] == [s for s in expected for _ in s.modules]
+    assert [layer.group for _, layer in FACTORED.layers(model)] == [s for s in expected for _ in s.modules]
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     dense = random_model(model_of, None, CPU, 3)
     saved = sum(spec.dense_bytes - spec.bytes for spec in expected)
@@ -284,7 +284,7 @@ def test_a_decode_step_fits_a_cuda_graph(architecture):
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
     spec = GroupSpec(("a",), 32, (16,), MatrixSpec(16, 32, "free", 9))
-    stored = random_stored(spec, CPU, 0)
+    stored = random_group(spec, CPU, 0)
     x = torch.randn(3, 32).bfloat16()
     assert relative_error(stored, x) < 4e-3
     monkeypatch.setattr(layers, "factored_linear", lambda x, *_: torch.full((len(x), 16), float("nan")))

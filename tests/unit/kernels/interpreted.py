@@ -268,7 +268,7 @@ def test_both_products_as_a_layer_makes_them(kind, way, monkeypatch):
     second = MatrixSpec(21, 64, pattern, 30 if pattern == "free" else 0, width, size)
     stored = random_packed(first, torch.float16), random_packed(second, torch.float16, seed=1)
     x = inputs(tokens, 96)
-    monkeypatch.setattr(tuning, "_enabled", False)
+    tuning.set_tuning(False)
     if broken:
 
         def fails(*_, **__):

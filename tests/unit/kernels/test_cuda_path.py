@@ -62,7 +62,7 @@ def device(monkeypatch):
         return unpack(packed, spec, dtype)
 
     monkeypatch.setattr(launch, "unpacked", unpacked)
-    monkeypatch.setattr(tuning, "_seconds", made.time)
+    monkeypatch.setattr(tuning, "milliseconds", made.time)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: made.capturing)
     tuning.clear()
     yield made
@@ -219,14 +219,14 @@ def test_empty_batches_other_dtypes_and_no_triton(device, case, monkeypatch):
     check(wide, 40, torch.float32)
     assert device.launched == []
     monkeypatch.setattr(cuda, "launch", None)
-    monkeypatch.setattr(cuda, "_reason", "not there", raising=False)
+    monkeypatch.setattr(cuda, "no_triton", "not there")
     check(case, 1)
     check(case, 70)
     assert device.launched == []
 
 
 def test_through_the_operation_with_gradients_and_without(device, case, monkeypatch):
-    monkeypatch.setitem(op._FORWARDS, "cpu", cuda.cuda_forward)
+    monkeypatch.setitem(op.FORWARDS, "cpu", cuda.cuda_forward)
     x = inputs(1).view(1, 1, 96)
     with torch.no_grad():
         quiet = factored_linear(x, *case)
@@ -247,13 +247,13 @@ def test_each_device_chooses_for_itself_and_is_entered_where_it_is_not_the_curre
         entered.append(where.index)
         yield
 
-    def multiplying(index, *_):
+    def prepared(index, *_):
         made.append(index)
         return lambda x, packed: index
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", enter)
-    monkeypatch.setattr(cuda, "_multiplying", multiplying)
+    monkeypatch.setattr(cuda, "prepared_product", prepared)
     for index in (0, 1, 0, 1):
         x = SimpleNamespace(shape=(1, 64), dtype=torch.float16, device=SimpleNamespace(index=index))
         x.contiguous = lambda x=x: x

@@ -1,4 +1,6 @@
 import copy
+import pickle
+import weakref
 from collections import Counter
 
 import pytest
@@ -7,13 +9,15 @@ from functorch.compile import make_boxed_func
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoints.factory import KINDS, make_spec, random_factors
 from cospadi.errors import ModelError
-from cospadi.format import GroupSpec, Packed, pack, unpack
-from cospadi.kernels import factored_linear
-from cospadi.layers import FactoredLinear, module_tensors
-from cospadi.layers.tensors import codes_name, dictionary_name
+from cospadi.format import GroupSpec, pack, unpack
+from cospadi.format.leaves import codes_name, dictionary_name
+from cospadi.kernels import parse
+from cospadi.kernels.group_op import as_one_matrix
+from cospadi.layers import FactoredLinear
 
 D_IN, D_OUT = 24, (13, 7, 9)
 
@@ -24,9 +28,9 @@ def _seeded():
 
 
 def fill(layer: FactoredLinear, name: str, tensor: torch.Tensor) -> None:
-    old = layer._parameters[name]
-    assert old is not None and old.shape == tensor.shape
-    layer._parameters[name] = nn.Parameter(tensor.to(old.dtype) if old.is_floating_point() else tensor, False)
+    old = layer.get_parameter(name)
+    assert old.shape == tensor.shape
+    setattr(layer, name, nn.Parameter(tensor.to(old.dtype) if old.is_floating_point() else tensor, False))
 
 
 def make_layers(
@@ -59,17 +63,33 @@ def expected(x: torch.Tensor, weight: torch.Tensor, layer: FactoredLinear) -> to
     return y if layer.bias is None else y + layer.bias.double()
 
 
-def watch_products(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Every input that is multiplied with a whole dictionary from now on."""
-    seen: list[torch.Tensor] = []
+class Products(TorchDispatchMode):
+    """Counts the products of the package: with a whole dictionary, with the codes of a whole group, with one's own."""
 
-    def spy(x: torch.Tensor, dictionary: Packed | None, dspec, codes: Packed, cspec) -> torch.Tensor:
-        if cspec.columns == D_IN:
-            seen.append(x)
-        return factored_linear(x, dictionary, dspec, codes, cspec)
+    def __init__(self):
+        super().__init__()
+        self.dictionary = self.group = self.own = 0
 
-    monkeypatch.setattr("cospadi.layers.factored_linear.factored_linear", spy)
-    return seen
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.cospadi.factored_linear.default:
+            spec = parse(args[-1])
+            if spec.rows == sum(D_OUT):
+                self.group += 1
+            elif spec.rows in D_OUT:
+                self.own += 1
+            else:
+                self.dictionary += 1
+        return function(*args, **(kwargs or {}))
+
+
+def lie_joined(layers: nn.ModuleList) -> bool:
+    return as_one_matrix([layer.packed_codes() for layer in layers]) is not None
+
+
+def lay_apart(layers: nn.ModuleList) -> None:
+    """Give every tensor a storage of its own: of some kinds those of a group lie in one storage as made."""
+    for parameter in layers.parameters():
+        parameter.data = parameter.data.clone()
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -92,7 +112,7 @@ def test_parameters_are_the_stored_tensors(kind):
         total = 0
         for index, layer in enumerate(layers):
             found = {n: (tuple(p.shape), p.dtype) for n, p in layer.named_parameters()}
-            assert found == module_tensors(spec, index)
+            assert found == spec.tensors(index)
             assert {p.device.type for p in layer.parameters()} == {device}
             assert not any(p.requires_grad for p in layer.parameters())
             assert not any(name.endswith("weight") for name in found)
@@ -107,15 +127,25 @@ def test_dense_weight_dtype_and_device():
     torch.testing.assert_close(layers[1].dense_weight().double(), weights[1], rtol=2**-8, atol=1e-6)
 
 
-def test_siblings_share_one_product(monkeypatch):
+def test_siblings_share_one_product():
     layers, weights = make_layers("free16")
-    seen = watch_products(monkeypatch)
-    for _ in range(3):
-        x = torch.randn(4, D_IN)
-        for layer, weight in zip(layers, weights, strict=True):
-            torch.testing.assert_close(layer(x).double(), expected(x, weight, layer), rtol=1e-5, atol=1e-5)
-    assert len(seen) == 3
-    assert layers[0].siblings._memo is None  # nothing is held once all have used it
+    with Products() as products:
+        for _ in range(3):
+            x = torch.randn(4, D_IN)
+            for layer, weight in zip(layers, weights, strict=True):
+                torch.testing.assert_close(layer(x).double(), expected(x, weight, layer), rtol=1e-5, atol=1e-5)
+    assert (products.dictionary, products.own) == (3, 9)
+
+
+def test_input_is_held_until_all_have_used_it_and_no_longer():
+    layers, _ = make_layers("free16")
+    x = torch.randn(4, D_IN)
+    held = weakref.ref(x)
+    layers[0](x), layers[1](x)
+    del x
+    assert held() is not None  # else another tensor could take its place and be mistaken for it
+    layers[2](held())
+    assert held() is None
 
 
 @pytest.mark.parametrize("order", [(2, 1, 0), (1,), (0, 0, 1, 2), (1, 0, 1, 2, 2, 0), (2, 0, 2, 0)])
@@ -207,12 +237,25 @@ def test_deepcopy_links_the_copies():
     before = [layer(x) for layer in layers]
     layers[0](x)  # leaves something to remember
     copies = copy.deepcopy(layers)
+    layers[0](x)
     with torch.no_grad():
         layers[0].dictionary.zero_()
     assert copies[1].siblings.owner is copies[0]
-    assert copies[1].siblings._memo is None
     for layer, y in zip(copies, before, strict=True):
         assert torch.equal(layer(x), y)
+
+
+def test_pickles_hold_no_remembered_result():
+    layers, _ = make_layers("free16")
+    size = len(pickle.dumps(layers))
+    x = torch.randn(500, D_IN)
+    wanted = [layer(x) for layer in layers]
+    layers[0](x)
+    written = pickle.dumps(layers)
+    assert len(written) < size + 1000
+    again = pickle.loads(written)
+    assert again[1].siblings.owner is again[0]
+    assert all(torch.equal(layer(x), y) for layer, y in zip(again, wanted, strict=True))
 
 
 def test_shapes_on_meta():
@@ -226,7 +269,7 @@ def test_shapes_on_meta():
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def joining(request, monkeypatch):
     """A device on which siblings with few tokens are computed together."""
-    monkeypatch.setattr("cospadi.layers.siblings.JOINED_ON", (request.param,))
+    monkeypatch.setattr("cospadi.layers.siblings.joined.JOINED_ON", (request.param,))
     return request.param
 
 
@@ -234,8 +277,9 @@ def joining(request, monkeypatch):
 def test_joined_siblings(kind, joining):
     layers, weights = make_layers(kind, bias=True)
     layers.to(joining)
+    lay_apart(layers)
     before = {name: p.clone() for name, p in layers.state_dict().items()}
-    with torch.no_grad():
+    with torch.no_grad(), Products() as products:
         for shape in ((1, 1, D_IN), (2, 3, D_IN)):
             x = torch.randn(shape, device=joining)
             for layer, weight in zip(layers, weights, strict=True):
@@ -243,7 +287,10 @@ def test_joined_siblings(kind, joining):
                 assert y.is_contiguous()
                 wanted = x.double().cpu() @ weight.T + layer.bias.double().cpu()
                 torch.testing.assert_close(y.double().cpu(), wanted, rtol=1e-4, atol=1e-4)
-    assert layers[0].siblings._joined is not None and layers[0].siblings._memo is None
+    assert (products.group, products.dictionary, products.own) == (2, 0, 0)
+    held = weakref.ref(x)
+    del x
+    assert held() is None
     after = layers.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], p) for name, p in before.items())
 
@@ -251,17 +298,18 @@ def test_joined_siblings(kind, joining):
 def test_joining_can_be_undone(joining, tmp_path):
     layers, weights = make_layers("word4")
     layers.to(joining)
-    group = layers[0].siblings
-    x = torch.randn(2, D_IN, device=joining)
+    lay_apart(layers)
 
-    def check():
-        with torch.no_grad():
+    def check(joined=True):
+        x = torch.randn(2, D_IN, device=joining)
+        with torch.no_grad(), Products() as products:
             for layer in reversed(layers):
                 wanted = x.double().cpu() @ layer.dense_weight(torch.float64).T.cpu()
                 torch.testing.assert_close(layer(x).double().cpu(), wanted, rtol=1e-4, atol=1e-4)
+        assert (products.group, products.own) == ((1, 0) if joined else (0, 3))
+        assert lie_joined(layers) == joined
 
     check()
-    assert group._joined is not None
     # a file of views of one storage holds each tensor once and whole
     save_file(layers.state_dict(), tmp_path / "x.safetensors")
     stored = load_file(tmp_path / "x.safetensors")
@@ -269,6 +317,7 @@ def test_joining_can_be_undone(joining, tmp_path):
     assert all(torch.equal(tensor, layers.get_parameter(name).cpu()) for name, tensor in stored.items())
     assert (tmp_path / "x.safetensors").stat().st_size < 2 * layers[0].group.bytes + 4096
     # changed in place: seen through the view; also between two siblings
+    x = torch.randn(2, D_IN, device=joining)
     with torch.no_grad():
         layers[0](x)
         layers[1].values_scales.mul_(2.0)
@@ -277,12 +326,10 @@ def test_joining_can_be_undone(joining, tmp_path):
     check()
     # replaced: no longer joined
     layers[1].values_scales = nn.Parameter(layers[1].values_scales * 3, False)
-    check()
-    assert group._joined is None
+    check(joined=False)
     # moved: joined anew
     layers.to("cpu").to(joining)
     check()
-    assert group._joined is not None
     # gradients asked for: computed apart
     layers[2].values_scales.requires_grad_(True)
     layers[2](x).sum().backward()
@@ -298,11 +345,13 @@ def test_joining_can_be_undone(joining, tmp_path):
 def test_many_tokens_are_computed_apart(joining):
     layers, _ = make_layers("word4")
     layers.to(joining)
-    with torch.no_grad():
-        layers[0](torch.randn(17, D_IN, device=joining))
-    group = layers[0].siblings
-    assert group._joined is not None  # for the tokens that follow a prompt
-    assert group._memo.coordinates.shape == (17, layers[0].group.atoms) and group._memo.outputs == ()
+    lay_apart(layers)
+    x = torch.randn(17, D_IN, device=joining)
+    with torch.no_grad(), Products() as products:
+        for layer in layers:
+            layer(x)
+    assert (products.group, products.dictionary, products.own) == (0, 1, 3)
+    assert lie_joined(layers)  # for the tokens that follow a prompt
 
 
 def watched_programs():
@@ -318,12 +367,11 @@ def watched_programs():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiled_siblings_share_one_product(kind, joining, monkeypatch):
+def test_compiled_siblings_share_one_product(kind, joining):
     torch._dynamo.reset()
     layers, weights = make_layers(kind, bias=True)
     layers.to(joining)
-    for parameter in layers.parameters():
-        parameter.data = parameter.data.clone()  # of some kinds they lie in one storage as made
+    lay_apart(layers)
     backend, programs = watched_programs()
     compiled = torch.compile(lambda h: [layer(h) for layer in layers], fullgraph=True, backend=backend)
 
@@ -334,23 +382,17 @@ def test_compiled_siblings_share_one_product(kind, joining, monkeypatch):
             wanted = x.double().cpu() @ weight.T + layer.bias.double().cpu()
             torch.testing.assert_close(y.double().cpu(), wanted, rtol=1e-4, atol=1e-4)
 
-    whole = []
-    monkeypatch.setattr(
-        "cospadi.kernels.group_op.factored_linear",
-        lambda x, *given: (whole.append(given[-1].rows == sum(D_OUT)), factored_linear(x, *given))[1],
-    )
     with torch.no_grad():
         check()
         assert programs == [{"factored_group": 1}]
-        assert whole and not any(whole)  # one call, but nothing lies joined yet
-        whole.clear()
+        assert not lie_joined(layers)  # one operation, which multiplies with each layer's codes
         layers[0](torch.randn(1, D_IN, device=joining))
+        assert lie_joined(layers)
         check()
-        assert whole == [True]
-        whole.clear()
         layers[1].values.data = layers[1].values.data.clone()  # moved behind the compiler's back
+        assert not lie_joined(layers)
         check()
-        assert whole and not any(whole)
+        assert len(programs) == 1
         compiled(torch.randn(17, D_IN, device=joining))
         assert len(programs) == 2
         assert programs[-1] == {"factored_linear": len(layers) + (layers[0].dictionary_spec is not None)}
@@ -362,8 +404,7 @@ def test_compiled_within_a_condition(grad, joining):
     torch._dynamo.reset()
     layers, weights = make_layers("free16")
     layers.to(joining)
-    for parameter in layers.parameters():
-        parameter.data = parameter.data.clone()
+    lay_apart(layers)
 
     def every(h):
         return torch.cat([layer(h) for layer in layers], -1)
@@ -379,7 +420,6 @@ def test_compiled_within_a_condition(grad, joining):
                 y = run(sign * x)
                 scale = sign if (sign * x).sum() > 0 else 2 * sign
                 torch.testing.assert_close(y.double().cpu(), scale * wanted, rtol=1e-4, atol=1e-4)
-    assert layers[0].siblings._traced is None
 
 
 def test_compiled_siblings_under_autocast(joining):
@@ -410,20 +450,26 @@ def test_compiled_for_any_number_of_tokens(joining):
     assert [set(program) for program in programs] == [{"factored_group"}, {"factored_linear"}]
 
 
-def test_an_unfinished_program_leaves_nothing(joining):
+def call_one(layers, joining):
+    """Run a program that asks the first sibling alone, and tell what became of its input."""
     torch._dynamo.reset()
+    x = torch.randn(2, D_IN, device=joining)
+    torch.compile(layers[0], backend="aot_eager")(x)
+    return weakref.ref(x)
+
+
+def test_an_unfinished_program_leaves_nothing(joining):
     layers, _ = make_layers("free16")
     layers.to(joining)
-    group, x = layers[0].siblings, torch.randn(2, D_IN, device=joining)
     with torch.no_grad():
-        torch.compile(layers[0], backend="aot_eager")(x)  # its siblings are never asked
-        assert group._traced is not None
-        layers[1](x)
-        assert group._traced is None
-        torch._dynamo.reset()
-        torch.compile(layers[0], backend="aot_eager")(x)
+        held = call_one(layers, joining)
+        assert held() is not None  # its siblings may still ask, in the same program
+        layers[1](torch.randn(2, D_IN, device=joining))
+        assert held() is None
+        held = call_one(layers, joining)
+        assert held() is not None
         layers.to(joining, torch.float32)
-        assert group._traced is None
+        assert held() is None
 
 
 @pytest.mark.gpu
@@ -444,21 +490,20 @@ def test_owner_on_another_device(home, order):
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1,), (1, 1, 0, 2)])
 @pytest.mark.parametrize("kind", ["free16", "word4", "pruned"])
-def test_offloaded_by_hooks(kind, order, monkeypatch):
+def test_offloaded_by_hooks(kind, order):
     from accelerate import cpu_offload
 
     layers, weights = make_layers(kind)
     cpu_offload(layers, torch.device("cpu"))
     assert layers[0].values.is_meta
-    seen = watch_products(monkeypatch)
     x = torch.randn(4, D_IN)
-    for index in order:
-        torch.testing.assert_close(
-            layers[index](x).double(), expected(x, weights[index], layers[index]), rtol=1e-5, atol=1e-5
-        )
+    with Products() as products:
+        for index in order:
+            y = layers[index](x).double()
+            torch.testing.assert_close(y, expected(x, weights[index], layers[index]), rtol=1e-5, atol=1e-5)
     assert layers[0].values.is_meta
     if kind != "pruned" and len(set(order)) == len(order):
-        assert len(seen) == 1  # remembered although the dictionary has left again
+        assert products.dictionary == 1  # remembered although the dictionary has left again
 
 
 def test_autocast_is_part_of_what_is_remembered():

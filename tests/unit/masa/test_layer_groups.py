@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from cospadi.calibration import logit_lens as lens
+from cospadi.calibration.logit_lens import logit_lens
 from cospadi.errors import CalibrationError, NumericalError, RecipeError
-from cospadi.masa.retrofit import layer_groups as grouping
-from cospadi.masa.retrofit.layer_groups import divergences, group_layers, logit_lens
+from cospadi.masa.retrofit.layer_groups import divergences, group_layers
 from cospadi.model_view import discover
 from tiny import tiny_model, token_ids
 
@@ -42,7 +43,7 @@ def test_only_the_first_sequences_are_read(monkeypatch):
     ids = token_ids(6, 10)
     few = logit_lens(view, ids[:2])
     assert not torch.allclose(few, logit_lens(view, ids))
-    monkeypatch.setattr(grouping, "LENS_TOKENS", 25)
+    monkeypatch.setattr(lens, "LENS_TOKENS", 25)
     assert torch.equal(few, logit_lens(view, ids))
 
 

@@ -1,24 +1,18 @@
 """The method on random matrices: spectra, factors and specs against explicit references in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from cospadi.engine.plan.selection import chosen_modules, matching, narrowed, restricted
+from cospadi.engine.plan.plan import make_plan
+from cospadi.engine.plan.selection import attention_modules, chosen_modules, matching, narrowed, restricted
 from cospadi.errors import ModelError, RecipeError
-from cospadi.layers.shared_linear import SharedSpec
+from cospadi.format import GroupShape, SharedSpec
+from cospadi.masa.retrofit.atoms import MasaOptions, choices_of, search, split_projection
 from cospadi.masa.retrofit.matrix_pca import matrix_pca
-from cospadi.masa.retrofit.method import (
-    MasaOptions,
-    attention_modules,
-    family_of,
-    masa,
-    masa_plan,
-    projections,
-    rebuild_shared,
-    search,
-    split_projection,
-)
-from cospadi.methods import GroupShape, Problem, get_method
+from cospadi.methods import Problem, get_method
+from cospadi.methods.masa import masa, masa_plan
 from cospadi.model_view import discover
 from cospadi.recipe import Recipe
 from tiny import ARCHITECTURES, MORE_ARCHITECTURES, tiny_model
@@ -52,9 +46,9 @@ def missed(given, spec, weights):
 
 @pytest.mark.parametrize("shape", [(9, 6), (6, 9)])
 @pytest.mark.parametrize("rank_deficient", [False, True])
-def test_family_is_what_explicit_atoms_leave(shape, rank_deficient):
+def test_choices_are_what_explicit_atoms_leave(shape, rank_deficient):
     given = problem(shape, rank_deficient=rank_deficient)
-    family = family_of(given.weights, given.grams, NAMES, ABSOLUTE)
+    family = choices_of(given.weights, given.grams, NAMES, ABSOLUTE)
     assert [choice.atoms for choice in family.choices] == [0, 1, 2, 3, 4]
     assert family.rank_bytes == 2 * sum(shape)
     for choice in family.choices:
@@ -77,8 +71,8 @@ def test_family_is_what_explicit_atoms_leave(shape, rank_deficient):
 
 def test_relative_errors_are_shares_of_each_layers_energy():
     given = problem()
-    absolute = family_of(given.weights, given.grams, NAMES, ABSOLUTE)
-    relative = family_of(given.weights, given.grams, NAMES, MasaOptions())
+    absolute = choices_of(given.weights, given.grams, NAMES, ABSOLUTE)
+    relative = choices_of(given.weights, given.grams, NAMES, MasaOptions())
     for a, r in zip(absolute.choices, relative.choices, strict=True):
         for layer, (weight, gram) in enumerate(zip(given.weights, given.grams, strict=True)):
             energy = float(torch.trace(weight.T @ ridged(gram) @ weight))
@@ -89,12 +83,12 @@ def test_relative_errors_are_shares_of_each_layers_energy():
 @pytest.mark.parametrize("atoms", [0, 1, 2, 3, 4])
 def test_factors_miss_exactly_what_the_search_predicted(atoms):
     given = problem(seed=atoms)
-    choice = family_of(given.weights, given.grams, NAMES, ABSOLUTE).choices[atoms]
+    choice = choices_of(given.weights, given.grams, NAMES, ABSOLUTE).choices[atoms]
     ranks = (0, 0, 0, 0) if atoms == 4 else (1, 3, 2, 6)
     spec = SharedSpec(NAMES, 9, 6, atoms, ranks)
-    tensors = masa(given, spec, dtype=torch.float64).tensors()
+    tensors = masa(replace(given, dtype=torch.float64), spec).tensors()
     predicted = sum(float(values[rank:].sum()) for values, rank in zip(choice.gains, ranks, strict=True))
-    assert missed(given, spec, rebuild_shared(tensors, spec)) == pytest.approx(predicted, rel=1e-6, abs=1e-9)
+    assert missed(given, spec, spec.rebuild(tensors)) == pytest.approx(predicted, rel=1e-6, abs=1e-9)
     table = {f"{i}.{leaf}": shape for i in range(4) for leaf, (shape, _) in spec.tensors(i).items()}
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == table
 
@@ -105,7 +99,7 @@ def test_exact_to_the_last_bit_with_as_many_atoms_as_layers(dtype):
     kept = [w.to(dtype) for w in given.weights]
     stored = Problem("test", tuple(w.double() for w in kept), given.grams)
     spec = SharedSpec(NAMES, 9, 6, 4, (0,) * 4)
-    found = rebuild_shared(masa(stored, spec, dtype=dtype).tensors(), spec)
+    found = spec.rebuild(masa(replace(stored, dtype=dtype), spec).tensors())
     assert all(torch.equal(a.to(dtype), b) for a, b in zip(found, kept, strict=True))
 
 
@@ -114,13 +108,13 @@ def test_exact_to_the_last_bit_with_as_many_atoms_as_layers(dtype):
 def test_rounding_to_16_bits_costs_little(dtype, scale):
     given = problem((40, 30), seed=5)
     given = Problem("test", tuple(scale * w for w in given.weights), given.grams)
-    choice = family_of(given.weights, given.grams, NAMES, ABSOLUTE).choices[2]
+    choice = choices_of(given.weights, given.grams, NAMES, ABSOLUTE).choices[2]
     spec = SharedSpec(NAMES, 40, 30, 2, (10,) * 4)
-    tensors = masa(given, spec, dtype=dtype).tensors()
+    tensors = masa(replace(given, dtype=dtype), spec).tensors()
     assert all(t.dtype == dtype for t in tensors.values())
-    found = missed(given, spec, rebuild_shared(tensors, spec))
+    found = missed(given, spec, spec.rebuild(tensors))
     predicted = sum(float(values[10:].sum()) for values in choice.gains)
-    energy = family_of(given.weights, given.grams, NAMES, ABSOLUTE).choices[0].error
+    energy = choices_of(given.weights, given.grams, NAMES, ABSOLUTE).choices[0].error
     assert abs(found - predicted) < 2e-5 * energy + 1e-2 * predicted
 
 
@@ -137,15 +131,15 @@ def test_sharing_beats_low_rank_where_matrices_are_alike():
             shapes,
             lambda name: int(name.split(".")[1]),
             torch.zeros(3),
-            lambda part: Problem("p", alike, given.grams),
+            lambda part: (alike, given.grams),
             budget,
             MasaOptions(atoms=atoms),
             lambda *_: None,
         )
         (spec,) = specs
         assert spec.bytes <= budget
-        tensors = masa(Problem("p", alike, given.grams), spec, dtype=torch.float64).tensors()
-        errors[atoms] = missed(Problem("p", alike, given.grams), spec, rebuild_shared(tensors, spec))
+        tensors = masa(Problem("p", alike, given.grams, dtype=torch.float64), spec).tensors()
+        errors[atoms] = missed(Problem("p", alike, given.grams), spec, spec.rebuild(tensors))
     assert spec.atoms >= 1 and errors[None] < 0.1 * errors[0]
 
 
@@ -153,13 +147,13 @@ def test_dependent_matrices_and_silent_inputs():
     given = problem()
     first, second = given.weights[:2]
     twins = Problem("twins", (first, second, first, first - second), (*given.grams[:3], torch.zeros(9, 9)))
-    family = family_of(twins.weights, twins.grams, NAMES, MasaOptions())
+    family = choices_of(twins.weights, twins.grams, NAMES, MasaOptions())
     assert [choice.atoms for choice in family.choices] == [0, 1, 2, 4]
     assert family.choices[2].error < 1e-20
     for atoms in (2, 3):  # of three atoms one is empty
         spec = SharedSpec(NAMES, 9, 6, atoms, (0,) * 4)
         for found, weight in zip(
-            rebuild_shared(masa(twins, spec, dtype=torch.float64).tensors(), spec), twins.weights, strict=True
+            spec.rebuild(masa(replace(twins, dtype=torch.float64), spec).tensors()), twins.weights, strict=True
         ):
             torch.testing.assert_close(found, weight, rtol=0, atol=1e-9)
 
@@ -182,7 +176,7 @@ def test_more_atoms_than_layers_of_a_group():
     given = problem()
     for options in (MasaOptions(atoms=5), MasaOptions(least_atoms=5)):
         with pytest.raises(RecipeError, match=r"5 atoms for the 4 layers of m\.0\.q … m\.3\.q"):
-            family_of(given.weights, given.grams, NAMES, options)
+            choices_of(given.weights, given.grams, NAMES, options)
 
 
 def test_options_are_checked():
@@ -211,7 +205,7 @@ def test_attention_is_found_without_names(architecture):
     }.get(architecture, ["q_proj", "k_proj", "v_proj", "o_proj"])
     per_layer = [name.rsplit(".", 1)[-1] for name in found]
     assert sorted(per_layer) == sorted(3 * expected)
-    shapes = projections(view, found)
+    shapes = [group.spec.shape for group in make_plan(view, Recipe(method="masa", keep=0.7)).groups]
     assert len(shapes) == len(expected) and all(len(shape.modules) == 3 for shape in shapes)
 
 
@@ -222,7 +216,8 @@ def test_layers_of_unequal_shapes_are_kinds_of_their_own():
     model.model.layers[2].mlp.up_proj = torch.nn.Linear(24, 36, bias=False)
     model.model.layers[2].mlp.down_proj = torch.nn.Linear(36, 24, bias=False)
     view = discover(model)
-    shapes = projections(view, matching(view.module_names, ["gate_proj"]))
+    plan = make_plan(view, Recipe(method="masa", keep=0.7, only=["gate_proj"]))
+    shapes = [group.spec.shape for group in plan.groups]
     assert [shape.d_out for shape in shapes] == [(44,) * 3, (36,)]
     parts = [p for s in shapes for p in split_projection(s, lambda n: int(n.split(".")[2]), [range(2), range(2, 4)])]
     assert [[m.split(".")[2] for m in part.modules] for part in parts] == [["0", "1"], ["3"], ["2"]]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cospadi.errors import BudgetError
-from cospadi.masa.retrofit.search import AtomChoice, Family, allot
+from cospadi.masa.retrofit.search import AtomChoice, Projection, allot
 
 
 def family(seed, layers, rank_bytes, atom_bytes, most_rank=4):
@@ -17,7 +17,7 @@ def family(seed, layers, rank_bytes, atom_bytes, most_rank=4):
         left = 1 - atoms / layers
         gains = tuple(np.sort(left * random.gamma(0.5, size=most_rank if left else 0))[::-1] for _ in range(layers))
         choices.append(AtomChoice(atoms, atoms * atom_bytes, gains))
-    return Family(rank_bytes, tuple(choices))
+    return Projection(rank_bytes, tuple(choices))
 
 
 def cost(families, allotted):
@@ -97,9 +97,9 @@ def test_more_bytes_are_never_worse_by_much_and_all_bytes_leave_nothing():
 
 def test_layers_without_atoms_keep_at_least_one_rank():
     choice = AtomChoice(0, 0, (np.array([5.0, 1.0]), np.array([0.0, 0.0])))
-    assert allot([Family(10, (choice,))], 20)[0].ranks == (1, 1)
+    assert allot([Projection(10, (choice,))], 20)[0].ranks == (1, 1)
     # what has no gain is not bought
-    assert allot([Family(10, (choice,))], 1000)[0].ranks == (2, 1)
+    assert allot([Projection(10, (choice,))], 1000)[0].ranks == (2, 1)
 
 
 def test_too_small_a_budget_names_the_least():

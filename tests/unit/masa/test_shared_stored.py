@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from checkpoints.make_stored_masa import meaning
-from cospadi.checkpoint.formats.shared import read_shared_config, validate_shared
-from cospadi.checkpoint.formats.shared_hf import load_shared, save_shared
+from cospadi.checkpoint import load, read_config, save, validate
 
 STORED = sorted((Path(__file__).parents[2] / "checkpoints").glob("masa_v*"))
 
@@ -20,14 +19,14 @@ def test_they_are_there():
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.name)
 def test_loads_as_it_was(path, tmp_path):
     expected = json.loads((path / "expected.json").read_text())
-    specs = validate_shared(path)
+    specs = validate(path)
     assert [spec.to_dict() for spec in specs] == expected["groups"]
-    model = load_shared(path)
+    model = load(path)
     found = meaning(model)
     assert list(found["layers"]) == list(expected["layers"])
     for name, product in expected["layers"].items():
         torch.testing.assert_close(torch.tensor(found["layers"][name]), torch.tensor(product), rtol=1e-6, atol=1e-7)
     # 16-bit arithmetic may round differently on another machine
     torch.testing.assert_close(torch.tensor(found["logits"]), torch.tensor(expected["logits"]), rtol=0.02, atol=0.02)
-    save_shared(model, None, tmp_path, read_shared_config(path))
-    assert meaning(load_shared(tmp_path)) == found
+    save(model, None, tmp_path, read_config(path))
+    assert meaning(load(tmp_path)) == found

@@ -86,3 +86,18 @@ def test_float32_and_rank_deficient_grams():
     narrow = solve("geopair", [w.float() for w in weights], grams, 0.7, {})[1]
     assert narrow.codes.matrix.dtype == narrow.dictionary.matrix.dtype == torch.float32
     assert relative_error(inputs, weights, narrow) < 1.2 * wide + 1e-4
+
+
+@pytest.mark.parametrize("n", [(30,), (30, 30), (17, 18, 19)])
+def test_a_text_that_repeats_itself(n):
+    """One token over and over: Grams of rank one that float32 products leave slightly indefinite."""
+    grams = []
+    for i in range(len(n)):
+        token = calibration(1, 48, seed=60 + i).float()
+        noise = torch.randn(48, 48, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+        grams.append((token.T @ token).double() + 1e-6 * token.square().mean() * (noise + noise.T))
+        assert float(torch.linalg.eigvalsh(grams[-1] + 1e-6 * grams[-1].diagonal().mean() * torch.eye(48))[0]) < 0
+    weights = [decaying(48, m, seed=70 + i) for i, m in enumerate(n)]
+    factors = solve("geopair", weights, grams, 0.6, {"rounds": 4})[1]
+    losses = factors.info["losses"]
+    assert rebuilt(factors).isfinite().all() and losses[-1] <= losses[0] < 1

@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 import torch
 
-from cospadi.engine.factorise import output_error, pack_factors, rebuild
+from cospadi.engine.factorise import output_error
 from cospadi.methods import GroupShape, Problem, get_method
-from cospadi.solvers.whitening import symmetric_whitening
+from cospadi.solvers.whitening import cholesky_whitening
 
 METHOD = get_method("pursuit")
 
@@ -29,9 +29,9 @@ def stored_error(problem: Problem, shape: GroupShape, keep: float, **options) ->
     assert spec.bytes <= keep * shape.dense_bytes
     plan = {"rho", "pattern", "dictionary_bits", "value_bits", "group"}
     solve = {"rounds": 8} | {k: v for k, v in options.items() if k not in plan}
-    tensors = pack_factors(METHOD.factorise(problem, spec, solve), spec, torch.bfloat16)
+    tensors = METHOD.factorise(problem, spec, solve).pack(spec, torch.bfloat16)
     assert sum(t.numel() * t.element_size() for t in tensors.values()) == spec.bytes
-    missed, energy = output_error(torch.cat(problem.weights, 1), rebuild(tensors, spec), problem.grams[0])
+    missed, energy = output_error(torch.cat(problem.weights, 1), spec.weight(tensors), problem.grams[0])
     return missed / energy
 
 
@@ -51,14 +51,14 @@ def test_what_is_stored_is_what_was_solved(options):
     problem, shape = layer(48, (40, 12, 12), seed=1)
     spec = METHOD.spec(shape, int(0.6 * shape.dense_bytes), options)
     factors = METHOD.factorise(problem, spec, options | {"rounds": 8, "ridge": 1e-9})
-    tensors = pack_factors(factors, spec, torch.bfloat16)
-    missed, energy = output_error(torch.cat(problem.weights, 1), rebuild(tensors, spec), problem.grams[0])
+    tensors = factors.pack(spec, torch.bfloat16)
+    missed, energy = output_error(torch.cat(problem.weights, 1), spec.weight(tensors), problem.grams[0])
     assert missed / energy == pytest.approx(factors.info["whitened_error"], rel=0.03)
 
 
 def test_whitened_error_equals_output_error():
     problem, _ = layer(20, (30,), seed=2)
-    whitening = symmetric_whitening(problem.grams[0], ridge=0.0)
+    whitening = cholesky_whitening(problem.grams[0])
     approximation = problem.weights[0] + 0.1 * torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
     miss = (problem.weights[0] - approximation).double()
     direct = output_error(problem.weights[0], approximation, problem.grams[0])[0]

@@ -12,7 +12,6 @@ from cospadi import compress, estimate, load, prune
 from cospadi.errors import ModelError
 from cospadi.evaluation.compare import compare
 from cospadi.model_view import (
-    is_compressed,
     loading,
     model_name,
     open_config,
@@ -171,12 +170,9 @@ def test_weights_of_another_shape(saved):
     assert "down_proj.weight is (24, 44), not (24, 40)" in message
 
 
-def test_is_compressed(saved):
-    assert not is_compressed(open_config(saved))
-    edit_config(saved, quantization_config={"quant_method": "cospadi", "format_version": 1})
-    assert is_compressed(open_config(saved))
-    edit_config(saved, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert not is_compressed(open_config(saved))
+def test_a_format_that_transformers_does_not_know_is_refused(saved):
+    edit_config(saved, quantization_config={"quant_method": "nobody_knows"})
+    assert "does not know its format 'nobody_knows'" in refusal(saved)
 
 
 def test_skeleton_takes_no_memory_at_any_size():
@@ -282,7 +278,7 @@ def test_a_model_in_memory_is_no_name(tmp_path):
         lambda: compare(model, tmp_path / "out", methods=["svd"], keeps=[0.8], text=("text",), calibration=("text",)),
     ]
     for call in calls:
-        with pytest.raises(ModelError, match="not given as a LlamaForCausalLM: save it first"):
+        with pytest.raises(ModelError, match="not a LlamaForCausalLM: save the model"):
             call()
 
 

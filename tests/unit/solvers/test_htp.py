@@ -5,8 +5,8 @@ from itertools import combinations, pairwise
 import pytest
 import torch
 
-from cospadi.solvers.htp import dense_codes, htp, largest_eigenvalue, restricted_least_squares
-from cospadi.solvers.projection import support
+from cospadi.format.patterns import keep_largest
+from cospadi.solvers.htp import dense_codes, htp
 
 
 def case(d, k, n, seed):
@@ -28,35 +28,9 @@ def test_error_falls_with_every_step(pattern):
     for _ in range(6):
         codes = htp(gram, products, codes, 9, pattern=pattern, steps=1, iterations=1)
         errors.append(objective(gram, products, codes))
-        assert (codes != 0).equal(support(codes, 9, pattern))
+        assert (codes != 0).equal(keep_largest(codes, 9, pattern))
     assert all((later <= earlier + 1e-9).all() for earlier, later in pairwise(errors))
     assert errors[-1].sum() < errors[0].sum() * 1.02  # objectives are negative
-
-
-def test_restricted_least_squares_is_exact_given_the_iterations():
-    gram, products = case(30, 18, 11, seed=1)
-    generator = torch.Generator().manual_seed(2)
-    mask = support(torch.randn(18, 11, generator=generator), 5)
-    start = torch.randn(18, 11, generator=generator, dtype=torch.float64) * mask
-    codes = restricted_least_squares(gram, products, start, mask, iterations=30, tolerance=1e-12)
-    for column in range(11):
-        chosen = mask[:, column]
-        expected = torch.linalg.solve(gram[chosen][:, chosen], products[chosen, column])
-        torch.testing.assert_close(codes[chosen, column], expected, rtol=1e-8, atol=1e-8)
-        assert (codes[~chosen, column] == 0).all()
-
-
-def test_restricted_least_squares_never_worsens_and_stops():
-    gram, products = case(20, 25, 8, seed=3)
-    mask = support(products, 6)
-    start = products * mask
-    before = objective(gram, products, start)
-    for iterations in (0, 1, 3, 200):
-        codes = restricted_least_squares(gram, products, start, mask, iterations=iterations, tolerance=1e-6)
-        assert codes.isfinite().all()
-        assert (objective(gram, products, codes) <= before + 1e-9).all()
-    solved = restricted_least_squares(gram, products, codes, mask, iterations=5, tolerance=1e-3)
-    assert torch.equal(solved, codes)  # below the tolerance a column is left alone
 
 
 def test_zero_column_stays_zero():
@@ -80,13 +54,6 @@ def test_finds_the_best_support_where_atoms_are_nearly_orthogonal():
     found = objective(gram, products, codes)
     assert (found <= best * 0.99).all()
     assert torch.isclose(found, best).double().mean() >= 0.75
-
-
-@pytest.mark.parametrize("k", [1, 7, 60])
-def test_largest_eigenvalue(k):
-    gram, _ = case(80, k, 1, seed=6)
-    exact = float(torch.linalg.eigvalsh(gram)[-1])
-    assert exact * 0.999 <= float(largest_eigenvalue(gram)) <= exact * 1.03
 
 
 def test_dense_codes():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cospadi.solvers.ksvd import AtomSweep, ksvd, random_atoms
-from cospadi.solvers.mod import mod_update, unit_atoms
+from cospadi.solvers.mod import least_squares_dictionary, unit_atoms
 from cospadi.solvers.omp import batch_omp
 
 
@@ -106,12 +106,9 @@ def test_float32_reaches_the_error_of_float64():
 @pytest.mark.parametrize("update", ["ksvd", "mod"])
 def test_ksvd_learns(update):
     target = matrix(32, 70, seed=10)
-    seen = []
-    dictionary, codes, losses = ksvd(
-        target, 36, 6, rounds=8, seed=11, update=update, progress=lambda *args: seen.append(args)
-    )
+    dictionary, codes, losses = ksvd(target, 36, 6, rounds=8, seed=11, update=update)
     assert losses[-1] == pytest.approx(loss(target, dictionary, codes))
-    assert seen == list(enumerate(losses, start=1))
+    assert len(losses) == 8
     untrained = random_atoms(target, 36, seed=11)
     assert losses[-1] < 0.7 * loss(target, untrained, batch_omp(untrained, target, 6))
     torch.testing.assert_close(dictionary.norm(dim=0), torch.ones(36, dtype=torch.float64))
@@ -174,7 +171,7 @@ def test_mod_is_least_squares_and_keeps_unused_atoms():
     dictionary = random_atoms(target, 10, seed=19)
     codes = batch_omp(dictionary, target, 4)
     codes[6] = 0
-    new = mod_update(target, codes, dictionary, ridge=1e-13)
+    new = least_squares_dictionary(target, codes, fallback=dictionary, ridge=1e-13)
     used = [i for i in range(10) if i != 6]
     torch.testing.assert_close(new[:, used], torch.linalg.lstsq(codes[used].T, target.T).solution.T)
     assert torch.equal(new[:, 6], dictionary[:, 6])

@@ -19,13 +19,12 @@ def identity(n):
 @pytest.mark.parametrize(("d", "n", "k", "s"), [(20, 33, 20, 7), (31, 12, 9, 4), (16, 50, 11, 11)])
 def test_error_never_rises_and_atoms_are_orthonormal(d, n, k, s):
     target = gaussian(d, n, seed=d)
-    seen = []
-    dictionary, codes, losses = procrustes(target, k, s, rounds=12, progress=lambda *a: seen.append(a))
+    dictionary, codes, losses = procrustes(target, k, s, rounds=12)
     torch.testing.assert_close(dictionary.T @ dictionary, identity(k))
     assert ((codes != 0).sum(0) == s).all()
     assert losses[-1] == pytest.approx(float((target - dictionary @ codes).square().sum()))
     assert all(later <= earlier * (1 + 1e-10) for earlier, later in pairwise(losses))
-    assert seen == list(enumerate(losses[1:], start=1))
+    assert len(losses) == 13
     if s < k:
         assert losses[-1] < 0.98 * losses[0]
 

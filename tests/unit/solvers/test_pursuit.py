@@ -3,17 +3,14 @@
 import pytest
 import torch
 
+from cospadi.format.patterns import balanced_nonzeros, keep_largest, parse_pattern
 from cospadi.solvers.ksvd import ksvd
-from cospadi.solvers.projection import balanced_nonzeros, parse_pattern
 from cospadi.solvers.pursuit import (
     gradient_steps,
     initial_dictionary,
-    keep_largest,
-    least_squares_dictionary,
+    lipschitz_bound,
     order_by_use,
     pursuit,
-    refine_on_support,
-    spectral_norm,
     tightening,
 )
 
@@ -119,34 +116,13 @@ def test_initial_dictionary_is_orthonormal_up_to_d_and_unit_norm_beyond():
     torch.testing.assert_close(dictionary.norm(dim=0), torch.ones(14, dtype=target.dtype))
 
 
-def test_least_squares_dictionary_matches_lstsq():
-    target = decaying(8, 40, seed=6)
-    codes = torch.randn(40, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    expected = torch.linalg.lstsq(codes, target.T).solution.T
-    torch.testing.assert_close(least_squares_dictionary(target, codes, ridge=1e-12), expected)
-
-
-def test_refinement_reaches_the_restricted_least_squares_solution():
-    target = decaying(12, 9, seed=7)
-    dictionary = torch.randn(12, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    mask = keep_largest(target.T @ dictionary, 4, "free")
-    codes = refine_on_support(
-        torch.zeros(9, 10, dtype=torch.float64), mask, dictionary.T @ dictionary, target.T @ dictionary, steps=12
-    )
-    for row in range(9):
-        chosen = mask[row]
-        solved = torch.linalg.lstsq(dictionary[:, chosen], target[:, row : row + 1]).solution[:, 0]
-        torch.testing.assert_close(codes[row, chosen], solved, rtol=1e-6, atol=1e-9)
-    assert (codes[~mask] == 0).all()
-
-
 def test_gradient_steps_lower_the_error():
     target = decaying(16, 20, seed=8)
     dictionary = initial_dictionary(target, 16, torch.Generator().manual_seed(0))[:, torch.randperm(16)]
     dictionary = dictionary + 0.1 * torch.randn(16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     gram, right = dictionary.T @ dictionary, target.T @ dictionary
-    start = right * keep_largest(right, 6, "free")
-    lipschitz, _ = spectral_norm(gram, torch.ones(16, dtype=torch.float64), steps=30)
+    start = right * keep_largest(right, 6, dim=1)
+    lipschitz, _ = lipschitz_bound(gram, iterations=30)
     assert lipschitz >= float(torch.linalg.eigvalsh(gram)[-1])
     moved = gradient_steps(start, gram, right, lipschitz, 8, 6, "free")
     assert relative_error(target, dictionary, moved.T) < relative_error(target, dictionary, start.T)

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
+from cospadi.format.pack import integer_range
+from cospadi.format.patterns import keep_largest
 from cospadi.solvers.feedback import damped, feedback, refine, sweep, sweep_supports
-from cospadi.solvers.projection import support as project
-from cospadi.solvers.quantise import fit_grid, grouped, levels, quantise_rows
+from cospadi.solvers.quantise import fit_grid, grouped, quantise_rows
 from gram import correlated, loss, rand
 
 FORMATS = [(bits, symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)]
@@ -31,7 +32,7 @@ def test_values_lie_on_a_grid_of_few_levels(bits, symmetric, group):
     scales = made.scales.repeat_interleave(group or 23, 1)[:, :23]
     steps = made.matrix / scales
     assert torch.equal(steps, steps.round())
-    low, high = levels(bits, symmetric)
+    low, high = integer_range(bits, symmetric)
     if made.zeros is not None:
         steps = steps + made.zeros.repeat_interleave(group or 23, 1)[:, :23]
     assert low <= steps.min() and steps.max() <= high
@@ -43,7 +44,7 @@ def test_values_lie_on_a_grid_of_few_levels(bits, symmetric, group):
 def test_nearest_is_nearest(bits, symmetric):
     matrix = rand(3, 10, seed=2)
     made = quantise_rows(matrix, bits=bits, group=4, symmetric=symmetric)
-    low, high = levels(bits, symmetric)
+    low, high = integer_range(bits, symmetric)
     for r in range(3):
         for c in range(10):
             zero = 0 if made.zeros is None else made.zeros[r, c // 4]
@@ -112,7 +113,7 @@ def test_feedback_costs_add_up_to_the_loss():
 
 def test_sparse_feedback_is_the_published_recursion_on_each_support():
     rows, hessian = rand(5, 16, seed=9).double(), correlated(16, seed=10)
-    support = project(rows.T, 7).T
+    support = keep_largest(rows.T, 7).T
     rows = rows * support
     made = sweep_supports(rows, support, hessian, lambda target, row, column: target.round(), memory=2 * 8 * 49)
     assert not made[~support].any()
@@ -128,7 +129,7 @@ def test_sparse_feedback_is_the_published_recursion_on_each_support():
 @pytest.mark.parametrize(("bits", "symmetric"), [(2, False), (3, False), (4, True)])
 def test_feedback_beats_nearest_and_descent_beats_feedback(sparse, bits, symmetric):
     rows, hessian = rand(24, 40, seed=11), correlated(40, seed=12)
-    support = project(rows.T, 16).T.contiguous() if sparse else None
+    support = keep_largest(rows.T, 16).T.contiguous() if sparse else None
     rows = rows * support if sparse else rows
     made = {
         key: quantise_rows(rows, bits=bits, group=16, symmetric=symmetric, support=support, search=10, **more)
@@ -148,7 +149,7 @@ def test_feedback_beats_nearest_and_descent_beats_feedback(sparse, bits, symmetr
 
 def test_descent_ends_at_least_squares_on_the_support():
     rows, hessian = rand(3, 10, seed=13).double(), correlated(10, seed=14)
-    support = project(rows.T, 4).T
+    support = keep_largest(rows.T, 4).T
     made = refine(
         rows, rows * support, hessian, lambda target, _: target, sweeps=400, support=support, damping=0.05, block=3
     )

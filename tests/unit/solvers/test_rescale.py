@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from cospadi.format.pack import integer_range
 from cospadi.solvers.feedback import damped
-from cospadi.solvers.quantise import bfloat16_exact, levels, quantise_rows
+from cospadi.solvers.quantise import bfloat16_exact, quantise_rows
 from cospadi.solvers.rescale import rescaled
 
 
@@ -36,7 +37,7 @@ def test_no_row_gets_worse_and_all_stay_on_the_grid(bits, group, symmetric):
     zeros = 0 if symmetric else start.zeros.repeat_interleave(size, 1)[:, :50]
     integers = found.matrix / scales + zeros
     assert torch.allclose(integers, integers.round(), atol=1e-3)
-    low, high = levels(bits, symmetric)
+    low, high = integer_range(bits, symmetric)
     assert low - 1e-3 <= float(integers.min()) <= float(integers.max()) <= high + 1e-3
     assert torch.equal(found.scales, bfloat16_exact(found.scales))
     assert (found.zeros is None) == symmetric

@@ -1,96 +1,150 @@
-"""How transformers reads a model some of whose decoder layers are one linear map each.
+"""``cospadi_depth``: models some of whose decoder layers are one linear map each.
 
-ReplaceMe's transform, where it is not folded into the block before the cut, stands in the place of the removed run as
-a layer of its own: hidden ← hidden T. No stock architecture has that, so the checkpoint names a quantization method,
-``cospadi_depth``, which this module registers. Without the package transformers would build an ordinary layer there,
-finds a weight of one byte under the name of a matrix, and stops.
-
-Registration may happen while transformers is half imported: nothing here may need its model classes at import time.
+Where ReplaceMe's transform is not folded into the block before the cut, it replaces the removed run as a layer of its
+own: hidden ← hidden T. No stock architecture has such a layer. The guard, a tensor of one byte under the name of a
+matrix of the removed layer, stops a reader without this package.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from torch import nn
 
-from cospadi.checkpoint.formats.base import NativeQuantizer, mark, register_format
+from cospadi.checkpoint.checks import FLOATS, check_entry, entry_of
+from cospadi.checkpoint.formats.base import FORMATS, Format
+from cospadi.checkpoint.headers import Entry
 from cospadi.errors import CheckpointError
 from cospadi.layers.linear_block import LinearBlock
+from cospadi.layers.tensors import GUARD_DTYPE, GUARD_SHAPE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LINEAR_BLOCKS_METHOD = "cospadi_depth"
-FORMAT_VERSION = 1
-_KEYS = {"name": str, "width": int, "guard": str, "extra_outputs": (int, type(None))}
+_TYPES: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "width": (int,),
+    "guard": (str,),
+    "extra_outputs": (int, type(None)),
+}
 
 
-class LinearBlocksConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` of a checkpoint with linear blocks."""
+@dataclass(frozen=True)
+class LinearBlockSpec:
+    """A decoder layer that is one linear map.
 
-    def __init__(self, **data: Any) -> None:
-        """Take the JSON object as it is, after checking it.
+    Attributes:
+        name: of the layer in the model.
+        width: of the hidden states.
+        guard: path of the guard tensor within the layer.
+        extra_outputs: what the layer returns beside the hidden states; see :class:`~cospadi.model_view.ModelView`.
+    """
 
-        Raises:
-            CheckpointError: if it does not describe a checkpoint that this version reads.
-        """
-        self.quant_method = data.get("quant_method", LINEAR_BLOCKS_METHOD)
-        self.format_version = data.get("format_version")
-        self.blocks: list[dict[str, Any]] = _checked(self.format_version, data.get("blocks"))
+    name: str
+    width: int
+    guard: str
+    extra_outputs: int | None
 
-
-def _checked(version: object, blocks: object) -> list[dict[str, Any]]:
-    where = "config.json, quantization_config"
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{where}: format version {version!r} is unknown, only {FORMAT_VERSION}: update cospadi")
-    if not isinstance(blocks, list) or not blocks:
-        raise CheckpointError(f"{where}: 'blocks' must be a list of linear blocks")
-    for block in blocks:
-        for key, kind in _KEYS.items():
-            if not isinstance(block, dict) or not isinstance(block.get(key), kind):  # type: ignore[arg-type]
-                raise CheckpointError(f"{where}: a linear block has no usable {key!r}; copy the checkpoint again")
-    return [{key: block[key] for key in _KEYS} for block in blocks]
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The name of the layer."""
+        return (self.name,)
 
 
-class LinearBlocksQuantizer(NativeQuantizer):
-    """Builds linear blocks before the weights are read; see `cospadi.checkpoint.formats.factored_hf` for the hooks."""
+class LinearBlocksFormat(Format[LinearBlockSpec]):
+    """One dense square matrix in the place of each removed run of decoder layers."""
 
-    def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, dtype: torch.dtype | None = None, **kwargs: Any
-    ) -> PreTrainedModel:
-        prefix = f"{model.base_model_prefix}."
-        config = self.quantization_config
-        assert isinstance(config, LinearBlocksConfig)
-        for block in config.blocks:
-            names = (block["name"], block["name"].removeprefix(prefix), prefix + block["name"])
-            known = {name for name, _ in model.named_modules()}
-            name = next((name for name in names if name in known), None)
-            if name is None or block["guard"] not in dict(model.get_submodule(name).named_parameters()):
+    name = "cospadi_depth"
+    spec_type = LinearBlockSpec
+    keys = frozenset({"blocks"})
+    not_stock = "a decoder layer that is one linear map has no stock form; evaluate, generate and load take it as it is"
+
+    def read_body(self, data: Mapping[str, Any], where: str) -> tuple[LinearBlockSpec, ...]:
+        """See :meth:`Format.read_body`."""
+        blocks = data.get("blocks")
+        if not isinstance(blocks, list) or not blocks:
+            raise CheckpointError(f"{where}: quantization_config has no list of linear 'blocks'")
+        for block in blocks:
+            for key, kinds in _TYPES.items():
+                if not isinstance(block, dict) or not isinstance(block.get(key), kinds):
+                    raise CheckpointError(f"{where}: a linear block of quantization_config has no usable {key!r}")
+        return tuple(LinearBlockSpec(**{key: block[key] for key in _TYPES}) for block in blocks)
+
+    def body(self, specs: Sequence[LinearBlockSpec]) -> dict[str, Any]:
+        """See :meth:`Format.body`."""
+        return {"blocks": [asdict(spec) for spec in specs]}
+
+    def normalised(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Without keys of blocks that this version does not know. See :meth:`Format.normalised`."""
+        return self.describe(self.parse(data))
+
+    def rows(self, specs: Sequence[LinearBlockSpec]) -> list[dict[str, Any]]:
+        """See :meth:`Format.rows`."""
+        return [
+            {
+                "name": spec.name,
+                "modules": [spec.name],
+                "method": "linear block",
+                "atoms": None,
+                "nonzeros": None,
+                "pattern": "dense",
+                "bits": {"dictionary": None, "values": 16},
+                "bytes": 2 * spec.width**2,
+                "bytes_before": None,
+            }
+            for spec in specs
+        ]
+
+    def renamed(self, spec: LinearBlockSpec, rename: Callable[[str], str]) -> LinearBlockSpec:
+        """See :meth:`Format.renamed`."""
+        return replace(spec, name=rename(spec.name))
+
+    def names(self, specs: Sequence[LinearBlockSpec]) -> list[str]:
+        """See :meth:`Format.names`."""
+        return [f"{spec.name}.weight" for spec in specs]
+
+    def check_headers(self, entries: Mapping[str, Entry], specs: Sequence[LinearBlockSpec], where: Path) -> None:
+        """See :meth:`Format.check_headers`."""
+        for spec in specs:
+            name, guard = f"{spec.name}.weight", f"{spec.name}.{spec.guard}"
+            check_entry(entry_of(entries, name, where), name, (spec.width, spec.width), (*FLOATS, torch.float64))
+            check_entry(entry_of(entries, guard, where), guard, GUARD_SHAPE, (GUARD_DTYPE,))
+
+    def replace(
+        self, model: PreTrainedModel, specs: Sequence[LinearBlockSpec], dtype: torch.dtype | None = None
+    ) -> None:
+        """See :meth:`Format.replace`."""
+        for spec in specs:
+            layers = dict(model.named_modules())
+            held = dict(layers[spec.name].named_parameters()) if spec.name in layers else {}
+            if spec.guard not in held:
                 raise CheckpointError(
-                    f"config.json, quantization_config: the model has no layer {block['name']} with a "
-                    f"{block['guard']}; config.json belongs to another model"
+                    f"config.json, quantization_config: the model has no layer {spec.name} with a {spec.guard}; "
+                    "config.json belongs to another model"
                 )
-            with torch.device("meta"):
-                made = LinearBlock(block["width"], block["guard"], block["extra_outputs"], dtype=dtype)
-            model.set_submodule(name, made)
-            block["name"] = name  # saved again, the tensors have the names that the modules have here
-        return model
+            device = held[spec.guard].device
+            made = LinearBlock(spec.width, spec.guard, spec.extra_outputs, device=device, dtype=dtype or model.dtype)
+            model.set_submodule(spec.name, made)
 
 
-def register_linear_blocks() -> None:
-    """Make transformers know the format. May be called any number of times."""
-    register_format(LINEAR_BLOCKS_METHOD, LinearBlocksConfig, LinearBlocksQuantizer)
+LINEAR_BLOCKS = FORMATS.add(LinearBlocksFormat.name, LinearBlocksFormat())
+
+
+def linear_blocks(model: nn.Module) -> list[LinearBlockSpec]:
+    """Specs of all linear blocks of a model."""
+    return [
+        LinearBlockSpec(name, block.width, block.guard, block.extra_outputs)
+        for name, block in model.named_modules()
+        if isinstance(block, LinearBlock)
+    ]
 
 
 def attach_linear_blocks(model: PreTrainedModel) -> None:
     """Mark a model that has linear blocks, so that plain ``save_pretrained`` writes a checkpoint that loads."""
-    register_linear_blocks()
-    blocks = [
-        {"name": name, "width": m.width, "guard": m.guard, "extra_outputs": m.extra_outputs}
-        for name, m in model.named_modules()
-        if isinstance(m, LinearBlock)
-    ]
-    config = LinearBlocksConfig(format_version=FORMAT_VERSION, blocks=blocks)
-    mark(model, LINEAR_BLOCKS_METHOD, config, LinearBlocksQuantizer)
+    from cospadi.checkpoint.hooks import attach  # needs transformers, see `cospadi.checkpoint.formats.base`
+
+    attach(model, linear_blocks(model))

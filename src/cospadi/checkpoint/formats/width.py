@@ -1,20 +1,25 @@
-"""Models narrower than their configuration can say: per-layer shapes and shortcut matrices (docs/format.md).
+"""``cospadi_width``: models narrower than their configuration can say (docs/format.md).
 
-A model whose every layer was narrowed alike is a stock checkpoint and needs none of this.
+The description holds the shapes of linear layers and embeddings that differ from the configuration, and the decoder
+layers that have linear maps on their residual paths (SliceGPT). A model whose layers were all narrowed alike is a stock
+checkpoint and needs none of this.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from cospadi.checkpoint.headers import Entry, read_directory, read_json
+from cospadi.checkpoint.checks import check_entry, entry_of
+from cospadi.checkpoint.formats.base import FORMATS, Format
+from cospadi.checkpoint.formats.grouped import module_of
+from cospadi.checkpoint.headers import Entry
 from cospadi.errors import CheckpointError, ModelError
 from cospadi.layers.sliced import BlockParts, SlicedBlock, SlicedNorm, make_sliced
 from cospadi.layers.tensors import GUARD, GUARD_DTYPE, GUARD_SHAPE
@@ -22,10 +27,6 @@ from cospadi.layers.tensors import GUARD, GUARD_DTYPE, GUARD_SHAPE
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WIDTH_METHOD = "cospadi_width"
-WIDTH_VERSION = 1
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_KEYS = {"quant_method", "format_version", "linears", "embeddings", "blocks"}
 _NAME = re.compile(r"\w+(\.\w+)*")
 
 
@@ -40,7 +41,7 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class BlockShape:
-    """A decoder layer with shortcuts.
+    """A decoder layer with linear maps on its residual paths (shortcuts).
 
     Attributes:
         parts: names of its children.
@@ -57,10 +58,10 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class WidthSpec:
-    """Everything in which a model differs from what its configuration says, by dotted module name.
+    """All differences between a model and its configuration, by dotted module name.
 
     Attributes:
-        linears: linear layers of another shape, or with a bias more or less.
+        linears: linear layers of another shape, or with another bias.
         embeddings: widths of embeddings of another width.
         blocks: decoder layers with shortcuts.
     """
@@ -72,95 +73,166 @@ class WidthSpec:
     def __bool__(self) -> bool:
         return bool(self.linears or self.embeddings or self.blocks)
 
-    def renamed(self, rename: Callable[[str], str]) -> WidthSpec:
-        """The same under other module names."""
-        return replace(
-            self,
-            linears={rename(name): shape for name, shape in self.linears.items()},
-            embeddings={rename(name): width for name, width in self.embeddings.items()},
-            blocks={rename(name): shape for name, shape in self.blocks.items()},
-        )
-
     @property
     def modules(self) -> tuple[str, ...]:
         """Names of all modules that differ."""
         return (*self.linears, *self.embeddings, *self.blocks)
 
-    def to_dict(self) -> dict[str, Any]:
-        """What stands in ``config.json`` under ``quantization_config``."""
+
+class WidthFormat(Format[WidthSpec]):
+    """Ordinary dense tensors of other shapes; one spec describes the whole model."""
+
+    name = "cospadi_width"
+    spec_type = WidthSpec
+    keys = frozenset({"linears", "embeddings", "blocks"})
+    not_stock = "the model is width-pruned and has no stock form; evaluate, generate and load take it as it is"
+
+    def read_body(self, data: Mapping[str, Any], where: str) -> tuple[WidthSpec, ...]:
+        """See :meth:`Format.read_body`."""
+        try:
+            tables = [data[key] for key in ("linears", "embeddings", "blocks")]
+            for name in (name for table in tables for name in table):
+                if not _NAME.fullmatch(name):
+                    raise ValueError(f"{name!r} is not a module name")
+            linears, embeddings, blocks = tables
+            spec = WidthSpec(
+                {
+                    name: LinearShape(_size(s["inputs"]), _size(s["outputs"]), _exactly(bool, s["bias"]))
+                    for name, s in linears.items()
+                },
+                {name: _size(width) for name, width in embeddings.items()},
+                {name: _block(s) for name, s in blocks.items()},
+            )
+            if not spec:
+                raise ValueError("nothing differs from the configuration")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{where}: quantization_config is wrong: {type(error).__name__}: {error}") from None
+        return (spec,)
+
+    def body(self, specs: Sequence[WidthSpec]) -> dict[str, Any]:
+        """See :meth:`Format.body`."""
+        (spec,) = specs
         return {
-            "quant_method": WIDTH_METHOD,
-            "format_version": WIDTH_VERSION,
-            "linears": {
-                name: {"inputs": s.inputs, "outputs": s.outputs, "bias": s.bias} for name, s in self.linears.items()
-            },
-            "embeddings": dict(self.embeddings),
+            "linears": {name: asdict(shape) for name, shape in spec.linears.items()},
+            "embeddings": dict(spec.embeddings),
             "blocks": {
-                name: {
-                    "mixer_norm": s.parts.mixer_norm,
-                    "mixer": s.parts.mixer,
-                    "mlp_norm": s.parts.mlp_norm,
-                    "mlp": s.parts.mlp,
-                    "widths": list(s.widths),
-                    "full_width": s.full_width,
-                    "eps": list(s.eps),
-                }
-                for name, s in self.blocks.items()
+                name: asdict(block.parts)
+                | {"widths": list(block.widths), "full_width": block.full_width, "eps": list(block.eps)}
+                for name, block in spec.blocks.items()
             },
         }
 
-
-def parse_width(data: Any, where: str = "config.json") -> WidthSpec:
-    """Read a ``quantization_config``.
-
-    Args:
-        data: the JSON object.
-        where: file, for messages.
-
-    Raises:
-        CheckpointError: if it is not ours, of an unknown version, or impossible.
-    """
-    if not isinstance(data, Mapping) or data.get("quant_method") != WIDTH_METHOD:
-        raise CheckpointError(f"{where}: quantization_config is not of a width-pruned checkpoint")
-    version = data.get("format_version")
-    if version != WIDTH_VERSION or type(version) is not int:
-        raise CheckpointError(
-            f"{where}: format version {version!r} of {WIDTH_METHOD} is unknown (known: up to {WIDTH_VERSION}); "
-            "upgrade cospadi"
-        )
-    unknown = set(data) - _KEYS
-    if unknown:
-        raise CheckpointError(f"{where}: unknown keys {sorted(unknown)} in quantization_config")
-    try:
-        tables = [data[key] for key in ("linears", "embeddings", "blocks")]
-        for name in (name for table in tables for name in table):
-            if not _NAME.fullmatch(name):
-                raise ValueError(f"{name!r} is no module name")
-        linears, embeddings, blocks = tables
-        spec = WidthSpec(
+    def rows(self, specs: Sequence[WidthSpec]) -> list[dict[str, Any]]:
+        """One row for each narrowed linear layer and each pair of shortcuts. See :meth:`Format.rows`."""
+        (spec,) = specs
+        numbers = {name: shape.outputs * (shape.inputs + shape.bias) for name, shape in spec.linears.items()}
+        for name, block in spec.blocks.items():
+            first, second, last = block.widths
+            numbers |= {f"{name}.mixer_shortcut": first * second, f"{name}.mlp_shortcut": second * last}
+        return [
             {
-                name: LinearShape(_size(s["inputs"]), _size(s["outputs"]), _exactly(bool, s["bias"]))
-                for name, s in linears.items()
-            },
-            {name: _size(width) for name, width in embeddings.items()},
-            {name: _block(s) for name, s in blocks.items()},
+                "name": name,
+                "modules": [name],
+                "method": "width",
+                "atoms": None,
+                "nonzeros": None,
+                "pattern": "dense",
+                "bits": {"dictionary": None, "values": 16},
+                "bytes": 2 * count,
+                "bytes_before": None,
+            }
+            for name, count in numbers.items()
+        ]
+
+    def renamed(self, spec: WidthSpec, rename: Callable[[str], str]) -> WidthSpec:
+        """See :meth:`Format.renamed`."""
+        return WidthSpec(
+            {rename(name): shape for name, shape in spec.linears.items()},
+            {rename(name): width for name, width in spec.embeddings.items()},
+            {rename(name): block for name, block in spec.blocks.items()},
         )
-        if not spec:
-            raise ValueError("nothing differs from the configuration")
-        return spec
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{where}: quantization_config is wrong: {type(error).__name__}: {error}") from None
+
+    def names(self, specs: Sequence[WidthSpec]) -> list[str]:
+        """See :meth:`Format.names`."""
+        return list(_wanted(specs[0]))
+
+    def check_headers(self, entries: Mapping[str, Entry], specs: Sequence[WidthSpec], where: Path) -> None:
+        """Check every tensor that the description names. See :meth:`Format.check_headers`."""
+        (spec,) = specs
+        for name, shape in _wanted(spec).items():
+            check_entry(entry_of(entries, name, where), name, shape)
+        for name, linear in spec.linears.items():
+            if not linear.bias and f"{name}.bias" in entries:
+                file = entries[f"{name}.bias"].file
+                raise CheckpointError(f"{file}: tensor {name}.bias does not belong to the layer")
+        guard = _guarded(spec)
+        if guard is not None:
+            check_entry(entry_of(entries, f"{guard}.{GUARD}", where), f"{guard}.{GUARD}", GUARD_SHAPE, (GUARD_DTYPE,))
+
+    def replace(self, model: PreTrainedModel, specs: Sequence[WidthSpec], dtype: torch.dtype | None = None) -> None:
+        """Build the described shapes; new tensors have the dtype of the old ones. See :meth:`Format.replace`."""
+        (spec,) = specs
+        for name, shape in spec.linears.items():
+            old = module_of(model, name, nn.Linear)
+            like = {"device": old.weight.device, "dtype": old.weight.dtype}
+            _put(model, name, nn.Linear(shape.inputs, shape.outputs, shape.bias, **like))
+        for name, width in spec.embeddings.items():
+            table = module_of(model, name, nn.Embedding)
+            like = {"device": table.weight.device, "dtype": table.weight.dtype}
+            _put(model, name, nn.Embedding(table.num_embeddings, width, table.padding_idx, **like))
+        for name, block in spec.blocks.items():
+            layer = module_of(model, name)
+            for child in asdict(block.parts).values():
+                module_of(model, f"{name}.{child}")
+            first, second, last = block.widths
+            norms = (
+                SlicedNorm(first, block.full_width, block.eps[0]),
+                SlicedNorm(second, block.full_width, block.eps[1]),
+            )
+            make_sliced(layer, block.parts, norms, last)
+        self.place_guard(model, specs)
+
+    def place_guard(self, model: nn.Module, specs: Sequence[WidthSpec]) -> None:
+        """Put the guard tensor into the first norm of the first block with shortcuts, if there is one."""
+        name = _guarded(specs[0])
+        if name is not None:
+            norm = module_of(model, name, SlicedNorm)
+            norm.add_guard(next(model.get_submodule(name.rpartition(".")[0]).parameters()).device)
+
+
+WIDTH = FORMATS.add(WidthFormat.name, WidthFormat())
+
+
+def _guarded(spec: WidthSpec) -> str | None:
+    """Name of the norm that holds the guard."""
+    return next((f"{name}.{block.parts.mixer_norm}" for name, block in spec.blocks.items()), None)
+
+
+def _wanted(spec: WidthSpec) -> dict[str, tuple[int | None, ...]]:
+    """Shapes of all tensors that a spec describes, the guard excluded; None is any size."""
+    found: dict[str, tuple[int | None, ...]] = {}
+    for name, shape in spec.linears.items():
+        found[f"{name}.weight"] = (shape.outputs, shape.inputs)
+        if shape.bias:
+            found[f"{name}.bias"] = (shape.outputs,)
+    for name, width in spec.embeddings.items():
+        found[f"{name}.weight"] = (None, width)
+    for name, block in spec.blocks.items():
+        first, second, last = block.widths
+        found[f"{name}.mixer_shortcut.weight"] = (second, first)
+        found[f"{name}.mlp_shortcut.weight"] = (last, second)
+    return found
 
 
 def _size(value: Any) -> int:
     if type(value) is not int or value < 1:
-        raise ValueError(f"{value!r} is no size")
+        raise ValueError(f"{value!r} is not a size")
     return value
 
 
 def _exactly(kind: type, value: Any) -> Any:
     if type(value) is not kind:
-        raise ValueError(f"{value!r} is no {kind.__name__}")
+        raise ValueError(f"{value!r} is not a {kind.__name__}")
     return value
 
 
@@ -175,113 +247,13 @@ def _block(data: Mapping[str, Any]) -> BlockShape:
     return BlockShape(BlockParts(*names), (first, second, last), _size(data["full_width"]), (eps[0], eps[1]))
 
 
-def check_width_headers(entries: Mapping[str, Entry], spec: WidthSpec, where: Path) -> None:
-    """Check that every tensor that the description speaks of is there with its shape and dtype.
-
-    Args:
-        entries: tensors on disk, by full name.
-        spec: the description.
-        where: the directory, for messages.
-
-    Raises:
-        CheckpointError: naming file and tensor.
-    """
-    for name, shape in spec.linears.items():
-        _expect(entries, f"{name}.weight", (shape.outputs, shape.inputs), where)
-        if shape.bias:
-            _expect(entries, f"{name}.bias", (shape.outputs,), where)
-        elif f"{name}.bias" in entries:
-            raise CheckpointError(f"{entries[f'{name}.bias'].file}: tensor {name}.bias does not belong to the layer")
-    for name, width in spec.embeddings.items():
-        _expect(entries, f"{name}.weight", (None, width), where)
-    for number, (name, block) in enumerate(spec.blocks.items()):
-        first, second, last = block.widths
-        _expect(entries, f"{name}.mixer_shortcut.weight", (second, first), where)
-        _expect(entries, f"{name}.mlp_shortcut.weight", (last, second), where)
-        if number == 0:
-            _expect(entries, f"{name}.{block.parts.mixer_norm}.{GUARD}", GUARD_SHAPE, where, (GUARD_DTYPE,))
-
-
-def validate_width(path: str | Path) -> WidthSpec:
-    """Check description and file headers of a width-pruned checkpoint directory without building the model.
-
-    Raises:
-        CheckpointError: naming file and tensor.
-    """
-    directory = Path(path)
-    file = directory / "config.json"
-    spec = parse_width(read_json(file).get("quantization_config"), str(file))
-    check_width_headers(read_directory(directory), spec, directory)
-    return spec
-
-
-def _expect(
-    entries: Mapping[str, Entry],
-    name: str,
-    shape: tuple[int | None, ...],
-    where: Path,
-    dtypes: tuple[torch.dtype, ...] = _FLOATS,
-) -> None:
-    if name not in entries:
-        raise CheckpointError(f"{where}: tensor {name} is missing; copy the checkpoint again")
-    entry = entries[name]
-    fits = len(entry.shape) == len(shape) and all(s in (None, e) for s, e in zip(shape, entry.shape, strict=True))
-    if not fits or entry.dtype not in dtypes:
-        wanted = [size if size is not None else "any" for size in shape]
-        raise CheckpointError(
-            f"{entry.file}: tensor {name} is {entry.dtype} {list(entry.shape)}, expected {dtypes[0]} {wanted}"
-        )
-
-
-def narrow(model: PreTrainedModel, spec: WidthSpec) -> None:
-    """Give a model, built from its configuration, the shapes it has; the new tensors are unset.
-
-    Args:
-        model: changed in place; ``meta`` included.
-        spec: what differs.
-
-    Raises:
-        ModelError: if a module is missing or of another kind.
-    """
-    for name, shape in spec.linears.items():
-        old = _module(model, name, nn.Linear)
-        like = {"device": old.weight.device, "dtype": old.weight.dtype}
-        _put(model, name, nn.Linear(shape.inputs, shape.outputs, shape.bias, **like))
-    for name, width in spec.embeddings.items():
-        table = _module(model, name, nn.Embedding)
-        like = {"device": table.weight.device, "dtype": table.weight.dtype}
-        _put(model, name, nn.Embedding(table.num_embeddings, width, table.padding_idx, **like))
-    for number, (name, block) in enumerate(spec.blocks.items()):
-        layer = _module(model, name, nn.Module)
-        for child in (block.parts.mixer_norm, block.parts.mixer, block.parts.mlp_norm, block.parts.mlp):
-            _module(model, f"{name}.{child}", nn.Module)
-        first, second, last = block.widths
-        norms = (
-            SlicedNorm(first, block.full_width, block.eps[0]),
-            SlicedNorm(second, block.full_width, block.eps[1]),
-        )
-        make_sliced(layer, block.parts, norms, last)
-        if number == 0:
-            norms[0].add_guard(next(layer.parameters()).device)
-
-
-def _module(model: nn.Module, name: str, kind: type[nn.Module]) -> Any:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        raise ModelError(f"{name}: the model {type(model).__name__} has no such module") from None
-    if not isinstance(module, kind):
-        raise ModelError(f"{name}: is a {type(module).__name__}, expected {kind.__name__}")
-    return module
-
-
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     module.train(model.get_submodule(name).training)
     model.set_submodule(name, module)
 
 
 def describe_width(model: PreTrainedModel) -> WidthSpec:
-    """In what a model differs from what transformers would build from its configuration.
+    """The differences between a model and what transformers would build from its configuration.
 
     Args:
         model: with narrowed linear layers, narrowed embeddings, sliced blocks, or none of these.
@@ -326,3 +298,25 @@ def describe_width(model: PreTrainedModel) -> WidthSpec:
                 "such a model cannot be stored"
             )
     return WidthSpec(linears, embeddings, blocks)
+
+
+def attach_width(model: PreTrainedModel) -> PreTrainedModel:
+    """Mark a narrowed model as one of this format, as if it had been loaded; a stock one stays unmarked.
+
+    Afterwards plain ``model.save_pretrained`` writes a complete checkpoint.
+
+    Args:
+        model: its modules are narrowed already.
+
+    Returns:
+        the same model.
+
+    Raises:
+        ModelError: if it differs from its configuration in more than this format can say.
+    """
+    from cospadi.checkpoint.hooks import attach  # needs transformers, see `cospadi.checkpoint.formats.base`
+
+    spec = describe_width(model)
+    if spec:
+        attach(model, [spec])
+    return model

@@ -1,6 +1,6 @@
 """Candidates of a group: ways to store it, their bytes, and what error to expect of them.
 
-A *family* is a method with fixed options; asked for a number of bytes, it gives a spec. A few members of each family
+A *representation* is a method with fixed options; asked for a number of bytes, it returns a spec. A few specs of each
 are solved quickly, and the errors of the others interpolated between them. Where the layers of a group share nothing,
 each of them is a *piece* with errors and choices of its own.
 """
@@ -11,79 +11,18 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, inf, log
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from cospadi.calibration import Statistics
-from cospadi.engine.factorise import rebuild, solve
-from cospadi.engine.plan.plan import least_spec
-from cospadi.errors import BudgetError
-from cospadi.format import GroupSpec
-from cospadi.methods import GroupShape, Problem, get_method
-from cospadi.runtime.fingerprints import derived_seed
+from cospadi.engine.factorise import solve
+from cospadi.format import Spec
+from cospadi.methods import Problem
+from cospadi.methods.representation import Representation
 
 TINY = 1e-30
-QUICK = {"rounds": 8, "refits": 1, "clip_search": 4, "search": 8, "sweeps": 0, "rescale": 0}
-"""Most of each of these options in a trial. Errors of all sizes suffer alike, so comparisons stand."""
-FURTHER = 2.0
-"""How many times below the least share a size may lie that is the only one of its family: there is none nearer."""
 LOWER = 0.55
 """Where the second of two anchors lies, as a share of the target."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """A method with options.
-
-    Attributes:
-        method: its name.
-        options: of that method.
-        least: least share of bytes at which it is tried.
-        most: largest such share.
-        costly: whether it is solved at few sizes only, and given up where it has shown to be behind.
-        fixed: whether the options leave no choice of size.
-        learnt: whether its errors, compared to those of other families, are carried over from other groups.
-        each: whether nothing is shared between the layers of a group, so that each of them may choose for itself.
-    """
-
-    method: str
-    options: dict[str, Any]
-    least: float = 0.0
-    most: float = 1.0
-    costly: bool = False
-    fixed: bool = False
-    learnt: bool = False
-    each: bool = False
-
-    def specs(self, shape: GroupShape, shares: Sequence[float]) -> list[GroupSpec]:
-        """The distinct specs within the family's range at the given shares of the dense bytes, by rising bytes."""
-        method, found = get_method(self.method), {}
-        if self.fixed:
-            spec = method.spec(shape, shape.dense_bytes, self.options)
-            return [spec] if shares[0] / FURTHER <= spec.bytes / shape.dense_bytes <= shares[-1] else []
-        for share in shares:
-            if not self.least <= share <= self.most:
-                continue
-            try:
-                spec = method.spec(shape, int(share * shape.dense_bytes), self.options)
-            except BudgetError:
-                continue
-            found[spec.bytes] = spec
-        return [found[size] for size in sorted(found)]
-
-    @property
-    def hurried(self) -> dict[str, Any]:
-        """The options of a trial."""
-        full = get_method(self.method).check(self.options)
-        return self.options | {
-            key: min(full[key], most) for key, most in QUICK.items() if isinstance(full.get(key), int)
-        }
-
-    def smallest(self, shape: GroupShape) -> GroupSpec:
-        """The least spec, whatever the range."""
-        return least_spec(shape, get_method(self.method), self.options)
 
 
 @dataclass(frozen=True)
@@ -96,7 +35,7 @@ class Trial:
         relative: ‖W − Ŵ‖ / ‖W‖ in the weights' own space.
     """
 
-    spec: GroupSpec
+    spec: Spec
     missed: tuple[float, ...]
     relative: float
 
@@ -121,54 +60,28 @@ class Task:
     widths: tuple[int, ...]
 
     @classmethod
-    def of(
-        cls,
-        name: str,
-        weights: Sequence[Tensor],
-        statistics: Statistics,
-        widths: Sequence[int],
-        *,
-        seed: int,
-        device: torch.device,
-        fisher: Sequence[Tensor] = (),
-    ) -> Task:
-        """Bring a group to the device.
+    def of(cls, problem: Problem, widths: Sequence[int]) -> Task:
+        """A problem whose weights lie side by side.
 
         Args:
-            name: of the group.
-            weights: W (d_in, d_out) of every module.
-            statistics: of their common input.
+            problem: of one group with one input.
             widths: columns of each piece.
-            seed: of the run.
-            device: where to compute.
-            fisher: mean squared gradient of every weight, for methods that need it.
         """
-        held = tuple(weight.to(device).float() for weight in weights)
-        problem = Problem(
-            name=name,
-            weights=held,
-            grams=(statistics.mean_gram.to(device),),
-            mean_abs=(statistics.mean_abs.to(device),),
-            fisher=tuple(item.to(device) for item in fisher),
-            seed=derived_seed(seed, name),
-        )
-        return cls(problem, torch.cat(held, 1).double(), tuple(widths))
+        return cls(problem, torch.cat(problem.weights, 1).double(), tuple(widths))
 
 
-def solve_trial(task: Task, family: Family, spec: GroupSpec, dtype: torch.dtype) -> tuple[Trial, Tensor]:
+def solve_trial(task: Task, representation: Representation, spec: Spec) -> tuple[Trial, Tensor]:
     """Factorise with few rounds.
 
     Args:
         task: the group.
-        family: method and options.
+        representation: method and options.
         spec: what to reach.
-        dtype: the model's 16-bit float.
 
     Returns:
         the trial, and Ŵ (d_in, n) float32 on the CPU, as packed and read back.
     """
-    tensors = solve(get_method(family.method), family.hurried, spec, task.problem, dtype)
-    found = rebuild(tensors, spec)
+    found = spec.weight(solve(spec, representation.hurried, task.problem))
     miss = task.weight - found
     columns = (miss * (task.problem.grams[0] @ miss)).sum(0)
     missed = tuple(float(part.sum()) for part in torch.split(columns, list(task.widths)))
@@ -176,7 +89,7 @@ def solve_trial(task: Task, family: Family, spec: GroupSpec, dtype: torch.dtype)
     return Trial(spec, missed, relative), found.float().cpu()
 
 
-def anchors(specs: Sequence[GroupSpec], target: int, count: int) -> list[GroupSpec]:
+def anchors(specs: Sequence[Spec], target: int, count: int) -> list[Spec]:
     """Specs to solve: all if they are few, else the one at the target, one well below, then both ends.
 
     Args:
@@ -265,6 +178,6 @@ def error_curve(points: Sequence[tuple[int, float]], dense_bytes: int) -> Curve:
     return Curve([(float(size), error) for size, error in points], falling=True, left=slopes, right=slopes)
 
 
-def harm_curve(points: Sequence[tuple[float, float]]) -> Curve:
+def loss_curve(points: Sequence[tuple[float, float]]) -> Curve:
     """Measured divergence over squared error: proportional for small errors, of which it is a quadratic form."""
     return Curve(points, falling=False, left=(1.0, 1.0), right=(1.0, 2.0), powers=True)

@@ -1,8 +1,8 @@
-"""What every candidate of every group costs the model: trials, measured harm, and curves between them."""
+"""The predicted loss of every candidate of every group: trials, measured sensitivity, and curves between them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import inf
@@ -10,23 +10,24 @@ from math import inf
 import torch
 from torch import Tensor
 
-from cospadi.calibration import Statistics, StatisticsStore
-from cospadi.engine.allocate.candidates import Curve, Family, Task, Trial, error_curve, harm_curve
-from cospadi.engine.allocate.sensitivity import DamageMeter, probe_ids
+from cospadi.calibration import Statistics
+from cospadi.engine.allocate.candidates import Curve, Task, Trial, error_curve, loss_curve
+from cospadi.engine.allocate.sensitivity import SensitivityMeter, probe_ids
 from cospadi.engine.allocate.trials import Trier
+from cospadi.engine.context import RunContext
 from cospadi.engine.plan.plan import PlannedGroup
-from cospadi.format import GroupSpec
-from cospadi.methods import GroupShape
-from cospadi.model_view import LinearGroup, ModelView
+from cospadi.format import GroupShape, GroupSpec, Spec
+from cospadi.methods.representation import Representation
+from cospadi.model_view import LinearGroup
 
 STEPS_PER_OCTAVE = 8
 REACH_DOWN, REACH_UP = 1.4, 2.5
 """A group may get this many times less or more than the share that all together keep. Below the smallest size at which
-harm is measured (`MEASURED`) it would be extrapolated. What a reach of 3 did better and worse: docs/methods.md."""
+the loss is measured (`MEASURED`) it would be extrapolated. docs/benchmarks.md (Design choices) has a reach of 3."""
 FAR_DOWN = 3.0
 """The same where losses are errors, which are not extrapolated."""
 MEASURED = (1.0, 0.55)
-"""Sizes, as shares of the target, about which the harm of each piece is measured: at it, and where errors are large."""
+"""Sizes, as shares of the target, at which the loss of each piece is measured: at the target, and well below it."""
 MOST_COMBINATIONS = 256
 """Combinations of the pieces of a group that are handed to the knapsack."""
 
@@ -46,11 +47,11 @@ class Option:
     """A candidate of a group and its predicted loss.
 
     Attributes:
-        parts: what is stored: one spec for the whole group, or one for each of its pieces, and their families.
+        parts: what is stored: one spec for the whole group, or one for each of its pieces, and their representations.
         loss: predicted.
     """
 
-    parts: tuple[tuple[Family, GroupSpec], ...]
+    parts: tuple[tuple[Representation, Spec], ...]
     loss: float
 
     @property
@@ -67,21 +68,21 @@ class Profile:
         shape: of the group.
         relative: losses are errors of the weights instead of their outputs.
         pieces: the layers that may choose for themselves; the group itself if they may not.
-        families: those that were tried, by number.
+        offered: representations that were tried, by number.
         seen: their trials.
-        harm: of each piece, pairs of squared error and measured divergence.
+        losses: of each piece, pairs of squared error and measured divergence.
         options: all candidates, once known.
     """
 
     shape: GroupShape
     relative: bool
     pieces: tuple[GroupShape, ...]
-    families: dict[int, Family] = field(default_factory=dict)
+    offered: dict[int, Representation] = field(default_factory=dict)
     seen: dict[int, list[Trial]] = field(default_factory=dict)
-    harm: list[list[tuple[float, float]]] = field(default_factory=list)
+    losses: list[list[tuple[float, float]]] = field(default_factory=list)
     options: list[Option] = field(default_factory=list)
     _curves: dict[int, tuple[Curve, ...]] = field(default_factory=dict)
-    _harm: list[Curve] = field(default_factory=list)
+    _loss_curves: list[Curve] = field(default_factory=list)
 
     def settle(self, grid: Sequence[float]) -> None:
         """Turn what was solved and measured into candidates at all shares of the grid."""
@@ -93,32 +94,32 @@ class Profile:
                 )
                 for piece in range(len(self.pieces))
             )
-        self._harm = [harm_curve(points) for points in self.harm if points]
+        self._loss_curves = [loss_curve(points) for points in self.losses if points]
         whole: list[Option] = []
         singles: list[list[Option]] = [[] for _ in self.pieces]
         for index, trials in self.seen.items():
-            family = self.families[index]
-            specs = {spec.bytes: spec for spec in family.specs(self.shape, grid)}
+            item = self.offered[index]
+            specs = {spec.bytes: spec for spec in item.specs(self.shape, grid)}
             specs |= {trial.spec.bytes: trial.spec for trial in trials}
             for _, spec in sorted(specs.items()):
-                if family.each and len(self.pieces) > 1:
+                if item.each and len(self.pieces) > 1:
                     for piece in range(len(self.pieces)):
-                        part = family, piece_spec(spec, piece)
+                        part = item, piece_spec(spec, piece)
                         singles[piece].append(Option((part,), self._piece_loss(index, spec, piece)))
                 else:
-                    whole.append(Option(((family, spec),), self._loss(index, spec)))
+                    whole.append(Option(((item, spec),), self._loss(index, spec)))
         self.options = whole + (combined(singles) if all(singles) else [])
 
-    def predict(self, family: Family, spec: GroupSpec) -> float:
-        """Predicted loss of any spec of the whole group of a family that was tried."""
-        return self._loss(next(i for i, known in self.families.items() if known is family), spec)
+    def predict(self, item: Representation, spec: Spec) -> float:
+        """Predicted loss of any spec of the whole group of a representation that was tried."""
+        return self._loss(next(i for i, known in self.offered.items() if known is item), spec)
 
-    def _loss(self, index: int, spec: GroupSpec) -> float:
+    def _loss(self, index: int, spec: Spec) -> float:
         return sum(self._piece_loss(index, spec, piece) for piece in range(len(self.pieces)))
 
-    def _piece_loss(self, index: int, spec: GroupSpec, piece: int) -> float:
+    def _piece_loss(self, index: int, spec: Spec, piece: int) -> float:
         error = self._curves[index][piece](spec.bytes)
-        return self._harm[piece](error) if self._harm else error
+        return self._loss_curves[piece](error) if self._loss_curves else error
 
 
 def combined(singles: Sequence[Sequence[Option]], most: int = MOST_COMBINATIONS) -> list[Option]:
@@ -149,47 +150,36 @@ def piece_spec(spec: GroupSpec, piece: int) -> GroupSpec:
 
 
 def profile(
-    view: ModelView,
+    context: RunContext,
     groups: Sequence[PlannedGroup],
-    families: Sequence[Family],
+    offered: Sequence[Representation],
     keep: float,
-    store: StatisticsStore,
     *,
-    ids: Tensor | None,
+    measure: bool,
     relative: bool,
-    seed: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Callable[..., None],
-    fisher: Mapping[str, Tensor],
 ) -> list[Profile]:
-    """Solve trials of every group, measure the harm of some, and predict the loss of every candidate.
+    """Solve trials of every group, measure the sensitivity of some, and predict the loss of every candidate.
 
     Args:
-        view: of the real model.
+        context: of the run.
         groups: each with one input.
-        families: what may be chosen.
+        offered: representations that may be chosen.
         keep: share of bytes that all groups together keep.
-        store: statistics of every layer.
-        ids: calibration tokens on which harm is measured; None: losses are errors.
+        measure: whether losses are measured divergences; otherwise they are errors.
         relative: errors are relative errors of the weights, not squared errors of the outputs.
-        seed: of the run.
-        device: where to compute.
-        dtype: the model's 16-bit float.
-        progress: called as progress("plan", done, total, detail).
-        fisher: mean squared gradient of every weight by name, for methods that need it.
 
     Returns:
         profiles in the order of the groups.
     """
     grid = shares(keep, FAR_DOWN if relative else REACH_DOWN)
-    trier = Trier(families, grid, keep, dtype)
+    trier = Trier(offered, grid, keep)
     if roomy(trier.active, groups, grid, keep):
-        ids = None  # all can have the most there is: harm decides nothing
-    found = [Profile(shape_of(group.spec), relative, _pieces(group, families)) for group in groups]
+        measure = False  # all can have the most there is: sensitivity decides nothing
+    view = context.view
+    found = [Profile(group.spec.shape, relative, _pieces(group, offered)) for group in groups]
     measured: list[tuple[int, int, float]] = []
     with ExitStack() as stack:
-        meter = None if ids is None else stack.enter_context(DamageMeter(view, probe_ids(ids), device))
+        meter = stack.enter_context(SensitivityMeter(view, probe_ids(context.ids), context.device)) if measure else None
         done = 0
         for layer in range(len(view.layers)):
             variants: list[dict[str, Tensor]] = []
@@ -197,18 +187,15 @@ def profile(
             for index, group in enumerate(groups):
                 if group.layer != layer:
                     continue
-                progress("plan", done, len(groups), group.spec.name)
+                context.progress("plan", done, len(groups), group.spec.name)
                 if group.source not in loaded:
-                    loaded = {group.source: store.load(group.source)}
-                item, weights = found[index], [view.weight(name) for name in group.spec.modules]
-                own = [fisher[name] for name in group.spec.modules if name in fisher]
-                widths = [sum(piece.d_out) for piece in item.pieces]
-                task = Task.of(
-                    group.spec.name, weights, loaded[group.source], widths, seed=seed, device=device, fisher=own
-                )
-                item.families, item.seen, solved = trier.trials(item.shape, task)
+                    loaded = {group.source: context.store.load(group.source)}
+                item = found[index]
+                problem = context.problem_of(group.spec.modules, [loaded[group.source]], group.spec.name)
+                task = Task.of(problem, [sum(piece.d_out) for piece in item.pieces])
+                item.offered, item.seen, solved = trier.trials(item.shape, task)
                 if meter is not None:
-                    item.harm = [[] for _ in item.pieces]
+                    item.losses = [[] for _ in item.pieces]
                     target = int(keep * group.spec.dense_bytes)
                     for piece, missed, weight in telling(solved, task, target):
                         shape = item.pieces[piece]
@@ -220,45 +207,42 @@ def profile(
                 meter.layer(layer, list(variants))
         if meter is not None:
             for (index, piece, missed), divergence in zip(measured, meter.divergences(), strict=True):
-                found[index].harm[piece].append((missed, divergence))
+                found[index].losses[piece].append((missed, divergence))
     for item in found:
         item.settle(grid)
-    progress("plan", len(groups), len(groups))
+    context.progress("plan", len(groups), len(groups))
     return found
 
 
-def roomy(families: Sequence[Family], groups: Sequence[PlannedGroup], grid: Sequence[float], keep: float) -> bool:
+def roomy(
+    offered: Sequence[Representation], groups: Sequence[PlannedGroup], grid: Sequence[float], keep: float
+) -> bool:
     """Whether sizes do not depend on the budget and the largest of all groups fit together.
 
     Args:
-        families: whose sizes come near the budget.
+        offered: representations whose sizes come near the budget.
         groups: each with one input.
         grid: shares of bytes to consider.
         keep: share that all groups together keep.
     """
-    if not families or not all(family.fixed for family in families):
+    if not offered or not all(item.fixed for item in offered):
         return False
     room = keep * sum(group.spec.dense_bytes for group in groups)
     for group in groups:
-        sizes = [spec.bytes for family in families for spec in family.specs(shape_of(group.spec), grid)]
+        sizes = [spec.bytes for item in offered for spec in item.specs(group.spec.shape, grid)]
         room -= max(sizes, default=group.spec.dense_bytes)
     return room >= 0
 
 
-def shape_of(spec: GroupSpec) -> GroupShape:
-    """Names and sizes of a group."""
-    return GroupShape(spec.modules, spec.d_in, spec.d_out)
-
-
-def _pieces(group: PlannedGroup, families: Sequence[Family]) -> tuple[GroupShape, ...]:
-    spec = group.spec
-    if not any(family.each for family in families):
-        return (shape_of(spec),)
+def _pieces(group: PlannedGroup, offered: Sequence[Representation]) -> tuple[GroupShape, ...]:
+    spec = group.spec.shape
+    if not any(item.each for item in offered):
+        return (spec,)
     return tuple(GroupShape((name,), spec.d_in, (d,)) for name, d in zip(spec.modules, spec.d_out, strict=True))
 
 
 def telling(solved: Sequence[tuple[Trial, Tensor]], task: Task, target: int) -> list[tuple[int, float, Tensor]]:
-    """What to put in the place of each piece to learn how much its errors harm.
+    """What to replace each piece with to measure how sensitive the model is to its errors.
 
     Of the trials that no other one beats in bytes and error, those nearest to the sizes `MEASURED`. Where there is but
     one, its error is taken once more, twice as large.

@@ -1,13 +1,13 @@
-"""What replacing one group alone does to the model's predictions, for many groups in a single pass.
+"""Sensitivity: how far the model's predictions move when one group alone is replaced, for many groups in one pass.
 
-Equal squared errors of two groups' outputs do not harm a model equally: the same relative error costs a hundred times
-more in one group than in another, and large errors in early layers cost far more than their square says. So the
-harm is measured: the Kullback-Leibler divergence of the model's next-token distribution from the original's, with one
-group replaced at a time. It needs no labels, and being a comparison on the same tokens it has little noise, so one or
-two thousand tokens do.
+Equal squared errors of two groups' outputs do not cost the model equally: the same relative error costs a hundred times
+more in one group than in another, and large errors in early layers cost far more than their square predicts. So the
+loss is measured: the Kullback-Leibler divergence of the model's next-token distribution from the original's, with one
+group replaced at a time. This needs no labels, and since it compares the same tokens it has little noise: one or two
+thousand tokens suffice.
 
-All variants travel through the model together, layer by layer: a layer is brought to the device once, however many
-variants there are, and a variant costs nothing before the layer in which it differs.
+All variants pass through the model together, layer by layer. A layer is moved to the device once, however many variants
+there are, and a variant costs nothing before the layer in which it differs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cospadi.runtime.memory import guard_memory
 
 REMEDY = "use --device cpu, or --allocation uniform"
 TOKENS, LENGTH = 2048, 256
-"""Tokens on which harm is measured, and in how long pieces: many short ones hold more texts than a few long ones."""
+"""Tokens on which sensitivity is measured, and their sequence length: many short sequences cover more texts."""
 
 
 def probe_ids(ids: Tensor, tokens: int = TOKENS, length: int = LENGTH) -> Tensor:
@@ -39,7 +39,7 @@ def probe_ids(ids: Tensor, tokens: int = TOKENS, length: int = LENGTH) -> Tensor
     return ids[: -(-tokens // length), :length]
 
 
-class DamageMeter:
+class SensitivityMeter:
     """Carries the original and all variants through the decoder layers, first to last.
 
     Use as a context manager, and call :meth:`layer` for every decoder layer in order, then :meth:`divergences`.
@@ -56,8 +56,8 @@ class DamageMeter:
         self.variants: list[Tensor] = []
         self._stack = ExitStack()
 
-    def __enter__(self) -> DamageMeter:
-        with guard_memory("measuring the harm of errors", REMEDY):
+    def __enter__(self) -> SensitivityMeter:
+        with guard_memory("measuring sensitivity", REMEDY):
             # Small errors drown in the rounding of 16-bit activations.
             self._stack.enter_context(placed(self.view.model, "cpu", torch.float32))
             for part in _outside(self.view):
@@ -76,10 +76,10 @@ class DamageMeter:
 
         Args:
             index: which.
-            variants: of this layer: what stands in for some of its weights, (d_in, d_out) by module name.
+            variants: of this layer: weights that replace some of its own, (d_in, d_out) by module name.
             further: the same for the first of the variants that earlier layers began, which differ in this layer too.
         """
-        with guard_memory(f"measuring the harm of errors in decoder layer {index}", REMEDY):
+        with guard_memory(f"measuring sensitivity in decoder layer {index}", REMEDY):
             self.replay.fetch(index)
             for number, hidden in enumerate(self.variants):
                 with _replaced(self.view, further[number] if number < len(further) else {}, self.device):

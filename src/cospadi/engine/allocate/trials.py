@@ -6,21 +6,20 @@ from collections import defaultdict
 from collections.abc import Sequence
 from math import prod
 
-import torch
 from torch import Tensor
 
-from cospadi.engine.allocate.candidates import TINY, Family, Task, Trial, anchors, error_curve, solve_trial
-from cospadi.format import GroupSpec
-from cospadi.methods import GroupShape
+from cospadi.engine.allocate.candidates import TINY, Task, Trial, anchors, error_curve, solve_trial
+from cospadi.format import GroupShape, Spec
+from cospadi.methods.representation import Representation
 
 ANCHORS, COSTLY_ANCHORS = 3, 2
-"""Trials per family and group, where sizes are continuous."""
+"""Trials per representation and group, where sizes are continuous."""
 TEACHERS = 2
-"""Groups of a kind on which a family is solved before its errors are carried over to others."""
+"""Groups of a kind on which a representation is solved before its errors are carried over to others."""
 NEAR = 0.75
-"""A family that ends below this share of the budget is not tried."""
+"""A representation that ends below this share of the budget is not tried."""
 BEHIND = 1.3
-"""A costly family is given up for a kind of groups where its error was so many times that of others of one size."""
+"""A costly representation is given up for a kind of groups where its error was this many times that of others."""
 
 Kind = tuple[tuple[str, ...], int, tuple[int, ...]]
 Solved = list[tuple[Trial, Tensor]]
@@ -36,29 +35,28 @@ class Trier:
 
     Groups are of one kind if their layers have the same names and sizes. How much worse than a given representation
     another one is hardly differs within a kind (by a few per cent), so it is found on the first groups of each kind
-    and carried over. A costly family is given up for the kind where it has shown to be far behind, or behind at all
-    on every one of the first groups.
+    and carried over. A costly representation is given up for the kind where it was far behind once, or behind at all on
+    every one of the first groups.
 
     Args:
-        families: what may be chosen.
+        offered: representations that may be chosen.
         grid: shares of the dense bytes to consider.
         keep: share that all groups together keep.
-        dtype: the model's 16-bit float.
     """
 
-    def __init__(self, families: Sequence[Family], grid: Sequence[float], keep: float, dtype: torch.dtype) -> None:
-        self.families, self.grid, self.keep, self.dtype = families, grid, keep, dtype
+    def __init__(self, offered: Sequence[Representation], grid: Sequence[float], keep: float) -> None:
+        self.offered, self.grid, self.keep = offered, grid, keep
         # What is only good for far fewer bytes serves a few insensitive groups at best.
-        self.near = [index for index, family in enumerate(families) if family.most >= NEAR * keep]
+        self.near = [index for index, item in enumerate(offered) if item.most >= NEAR * keep]
         self.ratios: defaultdict[tuple[Kind, int], list[float]] = defaultdict(list)
         self.lags: defaultdict[tuple[Kind, int], list[float]] = defaultdict(list)
 
     @property
-    def active(self) -> list[Family]:
+    def active(self) -> list[Representation]:
         """Families whose sizes come near the budget."""
-        return [self.families[index] for index in self.near]
+        return [self.offered[index] for index in self.near]
 
-    def trials(self, shape: GroupShape, task: Task) -> tuple[dict[int, Family], dict[int, list[Trial]], Solved]:
+    def trials(self, shape: GroupShape, task: Task) -> tuple[dict[int, Representation], dict[int, list[Trial]], Solved]:
         """Solve what has to be solved of a group.
 
         Args:
@@ -66,60 +64,60 @@ class Trier:
             task: its weights and Gram.
 
         Returns:
-            by their numbers, the families that are worth considering and their trials; and the trials that were
+            by their numbers, the representations that are worth considering and their trials; and the trials that were
             solved, with their weights.
         """
         kind = kind_of(shape)
         seen: dict[int, list[Trial]] = {}
         solved: Solved = []
         for index in [i for i in self.near if not self._given_up(kind, i)] or self.near:
-            family = self.families[index]
-            specs = self._specs(family, shape, [trial.spec for trials in seen.values() for trial in trials])
+            item = self.offered[index]
+            specs = self._specs(item, shape, [trial.spec for trials in seen.values() for trial in trials])
             if not specs:
                 continue
-            known = [trial for other, trials in seen.items() if not self.families[other].learnt for trial in trials]
+            known = [trial for other, trials in seen.items() if not self.offered[other].learnt for trial in trials]
             learnt = self.ratios[kind, index]
-            if family.learnt and known and len(learnt) >= TEACHERS:
+            if item.learnt and known and len(learnt) >= TEACHERS:
                 seen[index] = [_carried_over(spec, known, learnt) for spec in specs]
                 continue
-            new = self._solve(family, specs, task, [trial for trial, _ in solved], shape)
+            new = self._solve(item, specs, task, [trial for trial, _ in solved], shape)
             seen[index] = [trial for trial, _ in new]
             solved += new
-            if family.learnt and known and len(learnt) < TEACHERS:
+            if item.learnt and known and len(learnt) < TEACHERS:
                 learnt.append(seen[index][0].total / max(_nearest(specs[0], known).total, TINY))
         self._compare(kind, shape, seen)
         if not seen:  # far too small a budget: it takes the smallest there is to say so
             index, spec = min(
-                ((i, family.smallest(shape)) for i, family in enumerate(self.families)), key=lambda pair: pair[1].bytes
+                ((i, item.smallest(shape)) for i, item in enumerate(self.offered)), key=lambda pair: pair[1].bytes
             )
-            solved = [solve_trial(task, self.families[index], spec, self.dtype)]
+            solved = [solve_trial(task, self.offered[index], spec)]
             seen[index] = [trial for trial, _ in solved]
-        return {index: self.families[index] for index in seen}, seen, solved
+        return {index: self.offered[index] for index in seen}, seen, solved
 
-    def _specs(self, family: Family, shape: GroupShape, taken: list[GroupSpec]) -> list[GroupSpec]:
+    def _specs(self, item: Representation, shape: GroupShape, taken: list[Spec]) -> list[Spec]:
         target = int(self.keep * shape.dense_bytes)
-        specs = anchors(family.specs(shape, self.grid), target, COSTLY_ANCHORS if family.costly else ANCHORS)
-        return [spec for spec in specs if spec not in taken] if family.fixed else specs
+        specs = anchors(item.specs(shape, self.grid), target, COSTLY_ANCHORS if item.costly else ANCHORS)
+        return [spec for spec in specs if spec not in taken] if item.fixed else specs
 
     def _solve(
-        self, family: Family, specs: list[GroupSpec], task: Task, others: list[Trial], shape: GroupShape
+        self, item: Representation, specs: list[Spec], task: Task, others: list[Trial], shape: GroupShape
     ) -> Solved:
-        """All specs; of a costly family only the one nearest to the target where that is far behind."""
-        if family.costly and others:
+        """All specs; of a costly representation only the one nearest to the target where that is far behind."""
+        if item.costly and others:
             target = self.keep * shape.dense_bytes
             first = min(specs, key=lambda spec: abs(spec.bytes - target))
-            found = [solve_trial(task, family, first, self.dtype)]
+            found = [solve_trial(task, item, first)]
             if (lag := _lag([found[0][0]], others, shape)) is not None and lag > BEHIND:
                 return found
             specs = [spec for spec in specs if spec is not first]
-            found += [solve_trial(task, family, spec, self.dtype) for spec in specs]
+            found += [solve_trial(task, item, spec) for spec in specs]
             return sorted(found, key=lambda pair: pair[0].spec.bytes)
-        return [solve_trial(task, family, spec, self.dtype) for spec in specs]
+        return [solve_trial(task, item, spec) for spec in specs]
 
     def _compare(self, kind: Kind, shape: GroupShape, seen: dict[int, list[Trial]]) -> None:
-        """Note by how much every costly family is behind all others, or ahead of them."""
+        """Note by how much every costly representation is behind all others, or ahead of them."""
         for index, trials in seen.items():
-            if self.families[index].costly:
+            if self.offered[index].costly:
                 others = [trial for other, found in seen.items() if other != index for trial in found]
                 lag = _lag(trials, others, shape)
                 self.lags[kind, index].append(0.0 if lag is None else lag)
@@ -129,12 +127,12 @@ class Trier:
         return any(lag > BEHIND for lag in lags) or (len(lags) >= TEACHERS and min(lags) > 1)
 
 
-def _nearest(spec: GroupSpec, known: list[Trial]) -> Trial:
+def _nearest(spec: Spec, known: list[Trial]) -> Trial:
     """The solved trial nearest in bytes."""
     return min(known, key=lambda trial: abs(trial.spec.bytes - spec.bytes))
 
 
-def _carried_over(spec: GroupSpec, known: list[Trial], ratios: list[float]) -> Trial:
+def _carried_over(spec: Spec, known: list[Trial], ratios: list[float]) -> Trial:
     near = _nearest(spec, known)
     ratio = prod(ratios) ** (1 / len(ratios))
     return Trial(spec, tuple(ratio * missed for missed in near.missed), near.relative * ratio**0.5)

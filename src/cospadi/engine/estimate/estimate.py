@@ -1,9 +1,9 @@
-"""What a run will give and take, from the configuration alone: sizes, layer table, memory, seconds by phase.
+"""What a run will produce and cost, from the configuration alone: sizes, layer table, memory, seconds by phase.
 
-The aim is a factor of two. Constants were fitted to whole runs of `pursuit` and `cospadi` on two CPU cores and on an
-H200, and to single groups of the other methods on one CPU thread; what refinement takes is counted only. What `auto`
-gives up on the way is taken from runs on trained models. Where else a method's work depends on what it finds there is
-no honest guess, and none is given.
+Times should be right within a factor of two. Constants were fitted to whole runs of `pursuit` and `cospadi` on two CPU
+cores and on an H200, and to single groups of the other methods on one CPU thread; the cost of tuning is counted, not
+fitted. Which representations `auto` drops on the way is taken from runs on trained models. Where a method's work
+depends on the weights in any other way, no time is stated.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ import torch
 from cospadi.calibration import sequences_per_batch
 from cospadi.calibration.statistics import CHUNK_TOKENS
 from cospadi.engine.allocate.rules import allocation_rule
-from cospadi.engine.estimate.effort import START, Work, measure_speed
 from cospadi.engine.estimate.planning_work import parts, planning_work
 from cospadi.engine.estimate.solver_work import solver_work
-from cospadi.engine.plan.plan import Plan, group_row, make_plan
+from cospadi.engine.estimate.speed import START, measure_speed
+from cospadi.engine.plan.plan import Plan, make_plan
 from cospadi.engine.plan.pruning import check_section, prune_skeleton
 from cospadi.engine.tune.tuner import EVALUATIONS
 from cospadi.errors import RecipeError
+from cospadi.format import GroupSpec
 from cospadi.methods import get_method
+from cospadi.methods.cost import Work
 from cospadi.model_view import LinearGroup, ModelView, check_length, discover, model_name, open_config, skeleton
 from cospadi.recipe import Recipe, Refine
 from cospadi.runtime.devices import compute_dtype, device_name, parse_device, resolve_device
@@ -91,7 +93,7 @@ class Estimate:
             "seconds": {key: None if value is None else round(value, 3) for key, value in self.seconds.items()},
             "device": self.device,
             "warnings": self.notes,
-            "groups": [*(group_row(g) for g in plan.groups), *(g.row() for g in plan.shared)],
+            "groups": [group.row() for group in plan.groups],
         }
 
 
@@ -157,10 +159,10 @@ def phases(view: ModelView, plan: Plan, recipe: Recipe) -> dict[str, Work | None
         found = {"prune": None, **found}
     if allocation_rule(recipe) != "uniform":
         found["allocate"] = planning_work(view, plan, recipe)
-    solves = [solver_work(part, g.options) for g in plan.groups for part in parts(g.spec)] + [None for _ in plan.shared]
+    solves = [solver_work(part, g.options) for g in plan.groups for part in parts(g.spec)]
     known = [work for work in solves if work is not None]
     found["factorise"] = sum(known, Work()) if len(known) == len(solves) else None
-    if recipe.anchor or recipe.refine is not None:
+    if recipe.sequential:
         following = streams_work(view, plan, recipe)
         found["factorise"] = None if found["factorise"] is None else found["factorise"] + following
     if recipe.refine is not None:
@@ -250,7 +252,8 @@ def refine_work(view: ModelView, plan: Plan, recipe: Recipe, options: Refine) ->
     samples, length = recipe.calibration.samples, recipe.calibration.seq_len
     lengths = [steps for steps in (options.steps, options.output_steps) if steps]
     steps = sum(n + PROBES * min(n, max(EVALUATIONS, n * options.probe)) for n in lengths)
-    composed = sum(6.0 * g.spec.d_in * g.spec.atoms * g.spec.codes.rows for g in plan.groups if g.spec.dictionary)
+    factored = [spec for spec in plan.specs if isinstance(spec, GroupSpec) and spec.dictionary]
+    composed = sum(6.0 * spec.d_in * spec.atoms * spec.codes.rows for spec in factored)
     step = 3 * forward_work(view, min(options.batch, samples) * length, length)
     step = step + Work(products=composed, kernels=100 * len(plan.groups))
     looks = EVALUATIONS * (1 + PROBES) * options.held_out * len(lengths)
@@ -276,7 +279,7 @@ def host_memory(view: ModelView, plan: Plan, recipe: Recipe, device: torch.devic
     wide = compute_dtype(weights, device)
     item = (wide or view.model.dtype).itemsize
     states = _tokens(recipe) * view.hidden_width
-    if recipe.anchor or recipe.refine is not None:
+    if recipe.sequential:
         # the original, the compressed and the target stream; errors between two of them are taken in float32
         states *= 3 * item + (8 if item == 4 else 12)
     else:
@@ -287,8 +290,7 @@ def host_memory(view: ModelView, plan: Plan, recipe: Recipe, device: torch.devic
     batch = length * min(recipe.calibration.samples, sequences_per_batch(length))
     widest = max(sum(g.d_out) for g in view.groups)
     activations = batch * (2 * widest + 4 * view.hidden_width) * item
-    solves = [9 * g.spec.atoms * g.spec.codes.rows + 6 * g.spec.d_in * g.spec.codes.rows for g in plan.groups]
-    solve = max([*(4 * numbers for numbers in solves), *(g.working_bytes for g in plan.shared)])
+    solve = int(max(get_method(g.spec.method).memory(g.spec) for g in plan.groups))
     square = 24 * max(g.d_in for g in view.groups) ** 2
     working = 2 * grams if device.type == "cuda" else max(activations + 2 * grams, solve + square)
     return {
@@ -306,5 +308,4 @@ def _tokens(recipe: Recipe) -> int:
 def _sources(view: ModelView, plan: Plan) -> list[LinearGroup]:
     """The inputs that a compressed layer reads."""
     chosen = {name for g in plan.groups for name in g.spec.modules}
-    chosen |= {name for g in plan.shared for name in g.spec.modules}
     return [group for group in view.groups if chosen & {*group.modules}]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
@@ -11,12 +11,10 @@ from transformers import PreTrainedModel
 
 from cospadi.engine.plan.grouping import arranged
 from cospadi.engine.plan.selection import chosen_modules, narrowed, restricted
-from cospadi.engine.plan.shared import PlannedShared, plan_from_shapes
 from cospadi.engine.plan.target import side_bytes
 from cospadi.errors import BudgetError, RecipeError
-from cospadi.format import GroupSpec
-from cospadi.layers.shared_linear import METHOD as MASA
-from cospadi.methods import GroupShape, Method, get_method
+from cospadi.format import GroupShape, Spec
+from cospadi.methods import Method, get_method, refuse_decided
 from cospadi.model_view import LinearGroup, ModelView
 from cospadi.recipe import Recipe, parse_size
 
@@ -26,18 +24,30 @@ class PlannedGroup:
     """One group to factorise.
 
     Attributes:
-        layer: index of its decoder layer.
-        source: the layers that read the same input, of which the group is all or one.
+        layer: index of its (first) decoder layer.
+        sources: the layers that read the same input: one set for all modules of the group, or one for each.
         spec: how it will be stored; `spec.method` solves it.
         options: of that method.
-        sources: the same as `source` for every one of its modules, where they read different inputs; else empty.
     """
 
     layer: int
-    source: LinearGroup
-    spec: GroupSpec
+    sources: tuple[LinearGroup, ...]
+    spec: Spec
     options: dict[str, Any] = field(default_factory=dict)
-    sources: tuple[LinearGroup, ...] = ()
+
+    @property
+    def source(self) -> LinearGroup:
+        """The layers that read the first module's input."""
+        return self.sources[0]
+
+    @property
+    def own_input(self) -> bool:
+        """Whether all modules read one input."""
+        return len(self.sources) == 1
+
+    def row(self) -> dict[str, Any]:
+        """As it stands in reports."""
+        return self.spec.row(self.layer)
 
 
 @dataclass(frozen=True)
@@ -48,33 +58,52 @@ class Plan:
         groups: in model order.
         keep_requested: share of bytes asked for.
         other_bytes: bytes of everything that is left alone (embeddings, norms, head).
-        shared: what layers share matrix atoms (MASA); then there are no `groups`.
     """
 
     groups: tuple[PlannedGroup, ...]
     keep_requested: float
     other_bytes: int
-    shared: tuple[PlannedShared, ...] = ()
 
     @property
     def bytes_before(self) -> int:
         """Bytes of the compressed layers at 16 bits a weight."""
-        return sum(g.spec.dense_bytes for g in self.groups) + sum(g.spec.dense_bytes for g in self.shared)
+        return sum(g.spec.dense_bytes for g in self.groups)
 
     @property
     def bytes_after(self) -> int:
         """Bytes of all factored tensors."""
-        return sum(g.spec.bytes for g in self.groups) + sum(g.spec.bytes for g in self.shared)
+        return sum(g.spec.bytes for g in self.groups)
 
     @property
     def keep_actual(self) -> float:
         """bytes_after / bytes_before."""
         return self.bytes_after / self.bytes_before
 
+    @property
+    def budget(self) -> int:
+        """Bytes that all groups may take together."""
+        return int(self.keep_requested * self.bytes_before)
 
-def uniform_specs(
-    shapes: Sequence[GroupShape], method: Method, keep: float, options: dict[str, Any]
-) -> list[GroupSpec]:
+    @property
+    def specs(self) -> list[Spec]:
+        """Of all groups."""
+        return [group.spec for group in self.groups]
+
+
+def sources_of(view: ModelView, modules: Sequence[str]) -> tuple[LinearGroup, ...]:
+    """The layers that read the same input: one set where all modules are in it, else one for each module."""
+    by_name = {name: group for group in view.groups for name in group.modules}
+    read = tuple(by_name[name] for name in modules)
+    return read if len(set(read)) > 1 else read[:1]
+
+
+def planned(view: ModelView, spec: Spec, options: dict[str, Any]) -> PlannedGroup:
+    """A spec as a group of the plan."""
+    sources = sources_of(view, spec.modules)
+    return PlannedGroup(sources[0].layer, sources, spec, options)
+
+
+def uniform_specs(shapes: Sequence[GroupShape], method: Method, keep: float, options: dict[str, Any]) -> list[Spec]:
     """The same share for every group; what rounding leaves over is handed to the next group.
 
     Raises:
@@ -101,21 +130,10 @@ def least_keep(shapes: Sequence[GroupShape], method: Method, options: dict[str, 
         RecipeError: if the method cannot be planned with these options.
     """
     try:
-        least = max(least_spec(shape, method, options).bytes / shape.dense_bytes for shape in shapes)
+        least = max(method.least(shape, options).bytes / shape.dense_bytes for shape in shapes)
     except (ValueError, ArithmeticError) as error:
         raise RecipeError(f"method {method.name!r} cannot work with these options: {error}") from None
     return ceil(1e4 * least) / 1e4
-
-
-def least_spec(shape: GroupShape, method: Method, options: dict[str, Any]) -> GroupSpec:
-    """The smallest spec of a method."""
-    return method.plan(shape, 0, **_plan_options(method, method.check(options)))
-
-
-def _plan_options(method: Method, options: dict[str, Any]) -> dict[str, Any]:
-    import inspect
-
-    return {k: v for k, v in options.items() if k in inspect.signature(method.plan).parameters}
 
 
 def other_bytes(model: PreTrainedModel, groups: Sequence[LinearGroup]) -> int:
@@ -150,16 +168,16 @@ def make_plan(view: ModelView, recipe: Recipe) -> Plan:
 
     Raises:
         BudgetError: if the size cannot be reached.
-        RecipeError: if the method or one of its options does not exist, or is out of range.
+        RecipeError: if the method or one of its options does not exist, is out of range, or does not go with another
+            field of the recipe.
     """
     recipe.require_budget()
     method = get_method(recipe.method)
+    refuse_decided(method, recipe.given("grouping", "allocation", "anchor", "refine"))
     modules = chosen_modules(view, recipe)
     view = restricted(view, modules)
     chosen = [narrowed(group, set(modules)) for group in view.groups]
     others = other_bytes(view.model, chosen)
-    if method.name == MASA:
-        return _shared_plan(view, recipe, modules, others)
     together = arranged(view.groups, chosen, recipe.grouping or method.grouping, view.layers_name)
     shapes = [item.shape for item in together]
     if recipe.keep is not None:
@@ -167,21 +185,11 @@ def make_plan(view: ModelView, recipe: Recipe) -> Plan:
     else:
         keep = _keep_for_target(parse_size(str(recipe.target_size)), view, shapes, method, others, recipe.options)
     specs = uniform_specs(shapes, method, keep, recipe.options)
-    planned = tuple(
-        PlannedGroup(item.source.layer, item.source, replace(spec, method=method.name), recipe.options, item.sources)
+    groups = tuple(
+        PlannedGroup(item.sources[0].layer, item.sources, spec, recipe.options)
         for item, spec in zip(together, specs, strict=True)
     )
-    return Plan(planned, keep, others)
-
-
-def _shared_plan(view: ModelView, recipe: Recipe, modules: Sequence[str], others: int) -> Plan:
-    if recipe.keep is not None:
-        return Plan((), recipe.keep, others, plan_from_shapes(view, recipe, modules, recipe.keep))
-    target = parse_size(str(recipe.target_size))
-    shared = plan_from_shapes(view, recipe, modules, 1.0)  # any plan tells what stands beside the tensors
-    before = sum(group.spec.dense_bytes for group in shared)
-    keep = target_keep(target, before, others + side_bytes(view.model, [group.spec for group in shared], target))
-    return Plan((), keep, others, plan_from_shapes(view, recipe, modules, keep))
+    return Plan(groups, keep, others)
 
 
 def _keep_for_target(
@@ -199,20 +207,3 @@ def _keep_for_target(
             f"is {lowest:,}"
         )
     return keep
-
-
-def group_row(group: PlannedGroup) -> dict[str, Any]:
-    """A group as it stands in reports."""
-    spec = group.spec
-    return {
-        "name": spec.name,
-        "layer": group.layer,
-        "modules": list(spec.modules),
-        "method": spec.method,
-        "atoms": spec.atoms if spec.dictionary else None,
-        "nonzeros": spec.codes.nonzeros if spec.codes.sparse else None,
-        "pattern": spec.codes.pattern,
-        "bits": {"dictionary": spec.dictionary.bits if spec.dictionary else None, "values": spec.codes.bits},
-        "bytes": spec.bytes,
-        "bytes_before": spec.dense_bytes,
-    }

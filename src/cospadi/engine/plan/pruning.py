@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cospadi.checkpoint import is_compressed
 from cospadi.engine.plan.selection import chosen_modules, narrowed, restricted
 from cospadi.errors import BudgetError, RecipeError
-from cospadi.model_view import ModelView, discover, discover_layers, is_compressed, model_name, open_config, skeleton
+from cospadi.model_view import ModelView, discover, discover_layers, model_name, open_config, skeleton
+from cospadi.progress import Progress
 from cospadi.pruning import Edit, Evidence, Tokens, block_bytes, get_depth_method, without_blocks
 from cospadi.pruning.base import fewest_blocks
 from cospadi.recipe import Prune, Recipe
@@ -45,7 +46,7 @@ def check_section(section: Prune) -> None:
 
 
 def prune_first(
-    view: ModelView, recipe: Recipe, ids: Tensor, device: torch.device, progress: Callable[..., None]
+    view: ModelView, recipe: Recipe, ids: Tensor, device: torch.device, progress: Progress
 ) -> tuple[ModelView, Recipe, dict[str, Any]]:
     """Prune a model that is then to be compressed under one budget.
 
@@ -78,7 +79,7 @@ def prune_first(
     model = edit.apply(view)
     if is_compressed(model.config):
         raise RecipeError(
-            f"pruning method {recipe.prune.method!r} with these options gives layers of its own, which cannot be "
+            f"pruning method {recipe.prune.method!r} with these options creates layers of its own, which cannot be "
             "factorised afterwards: choose a method that keeps the architecture"
         )
     pruned = discover(model)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from cospadi.errors import RecipeError
-from cospadi.layers.shared_linear import METHOD as MASA
-from cospadi.masa.retrofit.method import attention_modules
+from cospadi.errors import ModelError, RecipeError
+from cospadi.methods import get_method
 from cospadi.model_view import LinearGroup, ModelView
 from cospadi.recipe import Recipe
 
@@ -22,7 +22,7 @@ def chosen_modules(view: ModelView, recipe: Recipe) -> tuple[str, ...]:
     """
     if recipe.only is not None:
         return matching(view.module_names, recipe.only)
-    return attention_modules(view) if recipe.method == MASA else view.module_names
+    return attention_modules(view) if get_method(recipe.method).covers == "attention" else view.module_names
 
 
 def matching(names: Sequence[str], patterns: Sequence[str]) -> tuple[str, ...]:
@@ -53,3 +53,26 @@ def narrowed(group: LinearGroup, modules: Collection[str]) -> LinearGroup:
     """A group of siblings without those that are not chosen."""
     kept = [(name, d) for name, d in zip(group.modules, group.d_out, strict=True) if name in modules]
     return replace(group, modules=tuple(name for name, _ in kept), d_out=tuple(d for _, d in kept))
+
+
+def attention_modules(view: ModelView) -> tuple[str, ...]:
+    """Names of the linear layers inside attention: below a module whose forward takes an attention mask.
+
+    Raises:
+        ModelError: if there are none.
+    """
+    found = tuple(name for name in view.module_names if _inside_attention(view, name))
+    if not found:
+        raise ModelError(
+            f"{type(view.model).__name__}: found no linear layers inside attention; name the layers with --only"
+        )
+    return found
+
+
+def _inside_attention(view: ModelView, name: str) -> bool:
+    parts = name.removeprefix(f"{view.layers_name}.").split(".")
+    for end in range(2, len(parts)):  # from the first child of the decoder layer down to the linear layer's parent
+        parent = view.module(f"{view.layers_name}.{'.'.join(parts[:end])}")
+        if "attention_mask" in inspect.signature(type(parent).forward).parameters:
+            return True
+    return False

@@ -6,15 +6,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from transformers import PreTrainedModel
 
-from cospadi.checkpoint import quantization_config
-from cospadi.checkpoint.formats.shared import shared_config
-from cospadi.format import GroupSpec
-from cospadi.layers import module_tensors
-from cospadi.layers.shared_linear import SharedSpec
+from cospadi.checkpoint import format_for
+from cospadi.format import Spec
 from cospadi.model_view import open_tokenizer
 
 # A header entry, {"dtype":"BF16","shape":[…],"data_offsets":[…,…]}, and an entry of the index of several shards, with
@@ -23,7 +19,7 @@ ENTRY, INDEX_ENTRY = 104, 48
 SHARD = 5_000_000_000
 
 
-def side_bytes(model: PreTrainedModel, specs: Sequence[GroupSpec] | Sequence[SharedSpec], total: int) -> int:
+def side_bytes(model: PreTrainedModel, specs: Sequence[Spec], total: int) -> int:
     """Bytes of the headers of the weight files, of the configuration, and of the tokenizer.
 
     An upper bound, by a few kilobytes: only the finished files tell exactly.
@@ -38,12 +34,13 @@ def side_bytes(model: PreTrainedModel, specs: Sequence[GroupSpec] | Sequence[Sha
     """
     layers = {name for spec in specs for name in spec.modules}
     names = [name for name, _ in model.named_parameters() if name.removesuffix(".weight") not in layers]
-    names += [name for spec in specs for name in _factor_names(spec)]
+    stored = format_for(specs)
+    names += stored.bound_names(specs)
     names.append(f"{specs[0].modules[0]}.guard")
     each = ENTRY + (INDEX_ENTRY if total > SHARD // 2 else 0)
     factor = 2 if total > SHARD // 2 else 1
     headers = sum(factor * len(name) + each for name in names)
-    groups = len(json.dumps({"quantization_config": _description(specs)}, indent=2))
+    groups = len(json.dumps({"quantization_config": stored.bound(specs)}, indent=2))
     with TemporaryDirectory() as folder:
         source = model.config.name_or_path
         if source:
@@ -52,20 +49,3 @@ def side_bytes(model: PreTrainedModel, specs: Sequence[GroupSpec] | Sequence[Sha
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
         return headers + groups + sum(path.stat().st_size for path in Path(folder).iterdir())
-
-
-def _factor_names(spec: GroupSpec | SharedSpec) -> list[str]:
-    """Full names of a group's tensors; of shared atoms all that there may be, whatever groups and ranks come out."""
-    if isinstance(spec, SharedSpec):
-        leaves = ("atoms", "coefficients", "down", "up")
-        return [f"{module}.{leaf}" for module in spec.modules for leaf in leaves]
-    return [f"{module}.{leaf}" for i, module in enumerate(spec.modules) for leaf in module_tensors(spec, i)]
-
-
-def _description(specs: Sequence[GroupSpec] | Sequence[SharedSpec]) -> dict[str, Any]:
-    """What ``config.json`` will say of them; of shared atoms the longest that it may become."""
-    shared = [spec for spec in specs if isinstance(spec, SharedSpec)]
-    if not shared:
-        return quantization_config([spec for spec in specs if isinstance(spec, GroupSpec)])
-    alone = [SharedSpec((m,), s.d_in, s.d_out, 0, (min(s.d_in, s.d_out),)) for s in shared for m in s.modules]
-    return shared_config(alone)

@@ -12,7 +12,7 @@ compressed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from cospadi.engine.tune.tunable import Knob, TunableGroup
 from cospadi.engine.tune.tuner import Schedule, Tuner, deterministic, split_sequences
 from cospadi.format import GroupSpec
 from cospadi.model_view import LayerReplay, ModelView
+from cospadi.progress import Progress
 from cospadi.recipe import Refine
 from cospadi.runtime.devices import placed
 from cospadi.runtime.memory import guard_memory
@@ -96,7 +97,7 @@ def refine_predictions(
     seed: int,
     device: torch.device,
     dtype: torch.dtype,
-    progress: Callable[..., None],
+    progress: Progress,
 ) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
     """Tune all groups together.
 

@@ -1,42 +1,41 @@
-"""Layer by layer with feedback: each decoder layer is fitted to what the compressed layers before it really give.
+"""Sequential runs: each decoder layer is fitted on the outputs of the compressed layers before it.
 
-Two things may follow from that, each by itself or both: the *anchored* objective, which gives a method another target
-and another Gram (`streams.anchored_target`), and *refinement* (`refine`). Layers must be worked on in order; what is
-durable is a finished layer.
+Two things may follow, each by itself or both: the *anchored* objective, which hands a method another target and another
+Gram (`streams.anchored_target`), and *tuning* (`block`, `distill`). Layers are worked on in order; what is durable is a
+finished layer.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cospadi.calibration import StatisticsStore
-from cospadi.engine.factorise import measure, rebuild, solve
+from cospadi.engine.context import RunContext
+from cospadi.engine.factorise import measure, solve
 from cospadi.engine.journal import Journal
 from cospadi.engine.plan.plan import Plan, PlannedGroup
 from cospadi.engine.tune.block import block_error, refine_layer
 from cospadi.engine.tune.distill import refine_predictions
 from cospadi.engine.tune.streams import Moments, Streams, anchored_error, anchored_target
 from cospadi.errors import RecipeError
-from cospadi.methods import Problem, get_method
-from cospadi.model_view import LinearGroup, ModelView
+from cospadi.format import GroupSpec
+from cospadi.model_view import LinearGroup
 from cospadi.recipe import Recipe
 from cospadi.runtime.fingerprints import derived_seed
 
-# Measured on the embedded model: the full correction gives the least error of every layer's output, but with a good
-# solver half of it gives the lower perplexity (a weak one, a plain low rank, gains from all of it).
+# Measured on the embedded model: the full correction minimises the error of every layer's output, but with a good
+# solver half of it leads to a lower perplexity (a weak one, plain low rank, gains from all of it).
 ANCHOR_RIDGE = 1e-2
 ANCHOR_BLEND = 0.5
 
 
 @dataclass
 class Outcome:
-    """What came of it.
+    """What a sequential run found.
 
     Attributes:
         groups: numbers of every group, in the order of the plan.
@@ -63,69 +62,61 @@ class _Layer:
     info: dict[str, Any] = field(default_factory=dict)
 
 
-def require_layers(plan: Plan) -> None:
+def require_layers(plan: Plan) -> list[GroupSpec]:
     """Check that a plan can be worked on layer by layer.
 
+    Returns:
+        the specs of its groups.
+
     Raises:
-        RecipeError: if a group spans several decoder layers.
+        RecipeError: if a group spans several decoder layers, or is stored in another way than as dictionary and codes.
     """
+    specs: list[GroupSpec] = []
     for group in plan.groups:
-        if not set(group.spec.modules) <= set(group.source.modules):
+        if not isinstance(group.spec, GroupSpec):
+            raise RecipeError(
+                f"anchor and refine tune dictionaries and codes, and {group.spec.name} of method "
+                f"{group.spec.method!r} has none: leave them out"
+            )
+        specs.append(group.spec)
+        if not group.own_input:
             raise RecipeError(
                 f"anchor and refine work layer by layer, and {group.spec.name} of method {group.spec.method!r} spans "
                 "several: leave them out, or choose another grouping"
             )
+    return specs
 
 
-class LayerByLayer:
+class Sequential:
     """Factorise a whole model in order.
 
     The model ends up with the weights that the packed tensors stand for, and with tuned norms and biases.
 
     Args:
-        view: of the real model.
+        context: of the run.
         plan: what will be stored.
-        recipe: `anchor`, `refine`, `seed`.
-        store: statistics of the original model.
-        ids: the calibration text (sequences, length).
-        device: where to compute.
-        journal: one entry for every group, and after all groups of the plan one for every layer, which says that the
-            layer is finished and holds its norms and biases.
-        dtype: 16-bit float of the stored tensors.
-        progress: called as progress(phase, done, total, detail, error).
-        fisher: mean squared gradient of every weight by name, for methods that need it.
+        recipe: `anchor`, `refine`.
+        journal: one entry for every group; one for every layer, which says that the layer is finished and holds its
+            norms and biases; one for the tuning towards the predictions.
     """
 
-    def __init__(
-        self,
-        view: ModelView,
-        plan: Plan,
-        recipe: Recipe,
-        store: StatisticsStore,
-        ids: Tensor,
-        device: torch.device,
-        journal: Journal,
-        dtype: torch.dtype,
-        progress: Callable[..., None],
-        fisher: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        require_layers(plan)
-        self.fisher = fisher or {}
-        self.view, self.plan, self.recipe, self.store, self.ids = view, plan, recipe, store, ids
-        self.device, self.journal, self.dtype, self.progress = device, journal, dtype, progress
+    def __init__(self, context: RunContext, plan: Plan, recipe: Recipe, journal: Journal) -> None:
+        self.specs = require_layers(plan)
+        self.context, self.plan, self.recipe, self.journal = context, plan, recipe, journal
+        self.view, self.device = context.view, context.device
         self.originals: dict[int, tuple[Tensor, ...]] = {}
 
     def go(self) -> Outcome:
         """Work on all layers, or on those that an interrupted run left."""
         outcome = Outcome(groups=[{} for _ in self.plan.groups])
         count = len(self.view.layers)
-        unfinished = [index for index in range(count) if not self.journal.has(self._entry(index))]
+        unfinished = [index for index in range(count) if not self.journal.layers.has(index)]
         refine = self.recipe.refine
         predictions = refine is not None and refine.output_steps > 0
         # what the original layers make of the text is known only as long as it has been followed through all of them
-        pending = predictions and not self.journal.has(self._entry(count))
+        pending = predictions and not self.journal.predictions.has(0)
         last = count - 1 if pending else max(unfinished, default=-1)
-        streams = Streams(self.view, self.ids, self.device) if last >= 0 else None
+        streams = Streams(self.view, self.context.ids, self.device) if last >= 0 else None
         for index in range(count):
             layer = _Layer(index, {i: g for i, g in enumerate(self.plan.groups) if g.layer == index})
             targets = None
@@ -163,24 +154,23 @@ class LayerByLayer:
             outcome: gets the errors of the groups as they are now.
             targets: output of the original model's last layer; None: the entry exists.
         """
-        entry = self._entry(len(self.view.layers))
-        specs = [group.spec for group in self.plan.groups]
+        specs = self.specs
         if targets is not None and self.recipe.refine is not None:
-            before = [self.journal.read(i)[0] for i in range(len(specs))]
+            before = [self.journal.groups.read(i)[0] for i in range(len(specs))]
             tuned, info = refine_predictions(
                 self.view,
                 list(zip(specs, before, strict=True)),
-                self.ids,
+                self.context.ids,
                 targets,
                 self.recipe.refine,
-                seed=derived_seed(self.recipe.seed, "refine predictions"),
+                seed=derived_seed(self.context.seed, "refine predictions"),
                 device=self.device,
-                dtype=self.dtype,
-                progress=self.progress,
+                dtype=self.context.dtype,
+                progress=self.context.progress,
             )
             flat = {f"{i} {key}": tensor for i, packed in enumerate(tuned) for key, tensor in packed.items()}
-            self.journal.write(entry, flat, info)
-        found, info = self.journal.read(entry)
+            self.journal.predictions.write(0, flat, info)
+        found, info = self.journal.predictions.read(0)
         packed: list[dict[str, Tensor]] = [{} for _ in specs]
         for name, tensor in found.items():
             number, key = name.split(" ", 1)
@@ -189,17 +179,14 @@ class LayerByLayer:
             outcome.groups[i] |= self._measure(
                 group, packed[i], None, tuple(w.to(self.device) for w in self.originals.pop(i))
             )
-            self.journal.write(i, packed[i], outcome.groups[i])
+            self.journal.groups.write(i, packed[i], outcome.groups[i])
         return info
-
-    def _entry(self, layer: int) -> int:
-        return len(self.plan.groups) + layer
 
     def _report(self, outcome: Outcome, done: int, count: int) -> None:
         energy = sum(info["energy"] for info in outcome.groups if info)
         error = sum(info["missed"] for info in outcome.groups if info) / energy if energy else None
         name = f"{self.view.layers_name}.{done}" if done < count else ""
-        self.progress("factorise", done, count, name, error)
+        self.context.progress("factorise", done, count, name, error)
 
     def _work(self, layer: _Layer, streams: Streams, targets: Tensor) -> None:
         begun = time.perf_counter()
@@ -216,11 +203,11 @@ class LayerByLayer:
             refined = refine_layer(
                 streams,
                 layer.index,
-                [(group.spec, layer.packed[i]) for i, group in layer.planned.items()],
+                [(self.specs[i], layer.packed[i]) for i in layer.planned],
                 targets,
                 self.recipe.refine,
-                seed=derived_seed(self.recipe.seed, f"refine {layer.index}"),
-                dtype=self.dtype,
+                seed=derived_seed(self.context.seed, f"refine {layer.index}"),
+                dtype=self.context.dtype,
             )
             layer.others = refined.others
             layer.packed = dict(zip(layer.planned, refined.packed, strict=True))
@@ -239,19 +226,16 @@ class LayerByLayer:
 
     def _factorise(self, group: PlannedGroup, moments: Moments | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
         begun = time.perf_counter()
-        weights = self._weights(group)
-        if moments is None:
-            statistics = self.store.load(group.source)
-            gram, mean_abs, targets = statistics.mean_gram.to(self.device), statistics.mean_abs.to(self.device), weights
-        else:
-            gram, mean_abs = moments.gram, moments.mean_abs
-            targets = tuple(
-                anchored_target(w, moments, ridge=ANCHOR_RIDGE, blend=ANCHOR_BLEND).float() for w in weights
+        problem = self.context.problem(group.spec.modules, group.sources, group.spec.name)
+        if moments is not None:
+            targets = (anchored_target(w, moments, ridge=ANCHOR_RIDGE, blend=ANCHOR_BLEND) for w in problem.weights)
+            problem = replace(
+                problem,
+                weights=tuple(target.float() for target in targets),
+                grams=(moments.gram,),
+                mean_abs=(moments.mean_abs,),
             )
-        name = group.spec.name
-        fisher = tuple(self.fisher[m].to(self.device) for m in group.spec.modules if m in self.fisher)
-        problem = Problem(name, targets, (gram,), (mean_abs,), fisher, derived_seed(self.recipe.seed, name))
-        packed = solve(get_method(group.spec.method), group.options, group.spec, problem, self.dtype)
+        packed = solve(group.spec, group.options, problem)
         tensors = {key: tensor.cpu() for key, tensor in packed.items()}
         return tensors, self._measure(group, tensors, moments) | {"seconds": time.perf_counter() - begun}
 
@@ -271,18 +255,18 @@ class LayerByLayer:
             original: its weights, where the model no longer holds them.
         """
         weights, packed = original or self._weights(group), self._on_device(packed)
-        gram = self.store.load(group.source).mean_gram.to(self.device)
+        gram = self.context.store.load(group.source).mean_gram.to(self.device)
         info: dict[str, Any] = measure(weights, packed, group.spec, (gram,))
         if moments is not None:
-            weight, approximation = torch.cat(weights, 1), rebuild(packed, group.spec)
+            weight, approximation = torch.cat(weights, 1), group.spec.weight(packed)
             info["anchored_error"] = anchored_error(weight, approximation, moments, info["energy"])
         return info
 
     def _dense(self, index: int, group: PlannedGroup, packed: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights by name within the layer, as ``nn.Linear`` holds them, in the model's dtype."""
-        weight = rebuild(self._on_device(packed), group.spec).T
+        weight = group.spec.weight(self._on_device(packed)).T
         prefix = f"{self.view.layers_name}.{index}."
-        parts = zip(group.spec.modules, torch.split(weight, list(group.spec.d_out)), strict=True)
+        parts = zip(group.spec.modules, torch.split(weight, list(group.spec.shape.d_out)), strict=True)
         return {f"{m.removeprefix(prefix)}.weight": part.to(self.view.weight(m).dtype) for m, part in parts}
 
     @torch.no_grad()
@@ -297,10 +281,10 @@ class LayerByLayer:
 
     def _write(self, layer: _Layer) -> None:
         for i, packed in layer.packed.items():
-            self.journal.write(i, packed, layer.infos[i])
-        self.journal.write(self._entry(layer.index), layer.others, layer.info)
+            self.journal.groups.write(i, packed, layer.infos[i])
+        self.journal.layers.write(layer.index, layer.others, layer.info)
 
     def _read(self, layer: _Layer) -> None:
         for i in layer.planned:
-            layer.packed[i], layer.infos[i] = self.journal.read(i)
-        layer.others, layer.info = self.journal.read(self._entry(layer.index))
+            layer.packed[i], layer.infos[i] = self.journal.groups.read(i)
+        layer.others, layer.info = self.journal.layers.read(layer.index)

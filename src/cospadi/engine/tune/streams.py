@@ -1,7 +1,7 @@
 """Two streams of hidden states: of the original model, and of the model whose first layers are compressed.
 
-Layers before the one at work are compressed in the second stream, so what is fitted to it sees, and can make good for,
-the errors that came before (the anchored objective, as in AA-SVD).
+In the second stream the layers before the current one are compressed, so whatever is fitted to it sees the errors of
+those layers and can correct them (the anchored objective, as in AA-SVD).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cospadi.calibration.statistics import CHUNK_TOKENS, Accumulator, full_preci
 from cospadi.model_view import LayerReplay, LinearGroup, ModelView
 from cospadi.runtime.memory import guard_memory
 
-REMEDY = "give fewer --samples or a smaller --seq-len, or use --device cpu"
+REMEDY = "use fewer --samples, a smaller --seq-len, or --device cpu"
 
 
 class _Captured(Exception):

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cospadi.engine.factorise import pack_factors, split_packed
-from cospadi.format import Factors, GroupSpec, MatrixSpec, Packed, Stored
+from cospadi.format import Factors, GroupSpec, MatrixSpec, Packed, Stored, split_packed
 from cospadi.format.pack import decode_values, integer_range, spread, unpack_bits, unpack_mask
 
 
@@ -70,7 +69,7 @@ class TunableMatrix:
         wide = spread(self._scales, spec)
         levels = torch.where(wide != 0, values / wide, 0.0).round()
         self.knobs = [knob(levels), knob(torch.zeros_like(self._scales), 1.0)]
-        low, high = integer_range(spec)
+        low, high = integer_range(spec.bits, spec.symmetric)
         self._zeros = None if spec.symmetric else unpack_bits(packed["zeros"], spec.bits, spec.groups)
         offset = 0.0 if self._zeros is None else spread(self._zeros, spec).float()
         self._low, self._high = low - offset, high - offset
@@ -135,4 +134,4 @@ class TunableGroup:
     def packed(self) -> dict[str, Tensor]:
         """Packed tensors on the CPU."""
         factors = Factors(self.codes.stored(), self.dictionary.stored() if self.dictionary else None)
-        return {key: tensor.cpu() for key, tensor in pack_factors(factors, self.spec, self.dtype).items()}
+        return {key: tensor.cpu() for key, tensor in factors.pack(self.spec, self.dtype).items()}

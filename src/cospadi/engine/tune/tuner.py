@@ -118,7 +118,7 @@ class Tuner:
         return found | {"rate": rate, "steps": self.steps}
 
     def _find_rate(self) -> float | None:
-        """The best of a ladder of learning rates by short runs, each from the start; None if all do harm."""
+        """The best of a ladder of learning rates by short runs, each from the start; None if all make it worse."""
         first, steps = self.schedule.first_rate, self.schedule.steps
         length = min(steps, max(EVALUATIONS, round(steps * self.schedule.probe)))
         found = {0: self._run(first, length)}

@@ -27,7 +27,7 @@ WORST_ERROR = 2e-2  # bfloat16 rounding gives a tenth of it
 
 
 @dataclass(frozen=True)
-class Stored:
+class PackedGroup:
     """One copy of a group's stored tensors."""
 
     spec: GroupSpec
@@ -47,10 +47,10 @@ class Stored:
         """The product of coordinates with S alone."""
         return _product(hidden, self.codes, self.spec.codes, None)
 
-    def clone(self) -> Stored:
+    def clone(self) -> PackedGroup:
         """The same elsewhere in memory."""
         dictionary = None if self.dictionary is None else _clone(self.dictionary)
-        return Stored(self.spec, dictionary, _clone(self.codes))
+        return PackedGroup(self.spec, dictionary, _clone(self.codes))
 
 
 def _clone(packed: Packed) -> Packed:
@@ -66,12 +66,12 @@ def _product(x: Tensor, packed: Packed, spec: MatrixSpec, reader: MatrixSpec | N
     return factored_linear(x, None, None, packed, spec)
 
 
-def random_stored(spec: GroupSpec, device: torch.device, seed: int) -> Stored:
+def random_group(spec: GroupSpec, device: torch.device, seed: int) -> PackedGroup:
     """Random factors of a spec."""
     dictionary = None
     if spec.dictionary is not None:
         dictionary = random_packed(spec.dictionary, DTYPE, device, seed)
-    return Stored(spec, dictionary, random_packed(spec.codes, DTYPE, device, seed + 1))
+    return PackedGroup(spec, dictionary, random_packed(spec.codes, DTYPE, device, seed + 1))
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ class Bench:
     seed: int
     copied: float  # bytes a second of a large copy
 
-    def copies(self, spec: GroupSpec) -> list[Stored]:
+    def copies(self, spec: GroupSpec) -> list[PackedGroup]:
         """Enough copies of one random layer to empty the cache."""
-        first = random_stored(spec, self.device, self.seed)
+        first = random_group(spec, self.device, self.seed)
         return [first, *(first.clone() for _ in range(copies(spec.bytes, self.device) - 1))]
 
     def dense(self, group: LinearGroup) -> list[Tensor]:
@@ -146,7 +146,7 @@ def _share(
 
 
 def _calls(
-    x: Tensor, weights: list[Tensor], rivals: dict[str, list[Stored]], ours: dict[GroupSpec, list[Stored]]
+    x: Tensor, weights: list[Tensor], rivals: dict[str, list[PackedGroup]], ours: dict[GroupSpec, list[PackedGroup]]
 ) -> dict[str, list[Call]]:
     """What is timed together for one x: every way on all copies, or on two where caches no longer matter."""
     most = None if len(x) <= FEW_TOKENS else 2
@@ -184,7 +184,7 @@ def _row(
     return row
 
 
-def relative_error(stored: Stored, x: Tensor) -> float:
+def relative_error(stored: PackedGroup, x: Tensor) -> float:
     """Error of the operation against float64, over the first rows of x.
 
     Raises:

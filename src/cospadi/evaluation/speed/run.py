@@ -32,10 +32,10 @@ from cospadi.evaluation.speed.shapes import (
 from cospadi.evaluation.speed.timing import CACHES_OVER, cache_bytes, copy_bandwidth
 from cospadi.evaluation.speed.whole import CACHE_TOKENS, SEEN_TOKENS, measure_model
 from cospadi.format import GroupSpec
+from cospadi.progress import Progress, silent
 from cospadi.runtime.devices import device_name, resolve_device
 from cospadi.runtime.fingerprints import versions
 
-Progress = Callable[..., None]
 Results = dict[str, Any]
 
 ROUNDS, QUICK_ROUNDS = 11, 5
@@ -129,7 +129,7 @@ def benchmark(
     """
     device = resolve_device(settings.device)
     settings = settings.filled(device)
-    report = progress or (lambda *_, **__: None)
+    report = progress or silent
     layers = settings.layers
     subjects = (
         [of_model(settings.model, layers)] if settings.model else [named_shape(n, layers) for n in settings.shapes]

@@ -17,20 +17,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from cospadi.checkpoint import read_config
+from cospadi.checkpoint import format_of
 from cospadi.errors import ModelError, RecipeError
 from cospadi.format import GroupSpec, MatrixSpec
-from cospadi.methods.base import GroupShape, get_method
-from cospadi.model_view import (
-    LinearGroup,
-    ModelView,
-    discover,
-    discover_layers,
-    is_compressed,
-    model_name,
-    open_config,
-    skeleton,
-)
+from cospadi.methods import GroupShape, get_method
+from cospadi.model_view import LinearGroup, ModelView, discover, discover_layers, model_name, open_config, skeleton
 from cospadi.pruning.depth.surgery import without_blocks
 
 METHOD = "pursuit"
@@ -159,12 +150,13 @@ def of_model(source: str | Path, layers: int | None = None) -> Subject:
     name = Path(model_name(source)).name
     quantisation = getattr(config, "quantization_config", None)
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-    if quantisation is not None and (method != "cospadi" or not is_compressed(config)):
+    found = format_of(quantisation)
+    if quantisation is not None and (found is None or found.spec_type is not GroupSpec):
         raise ModelError(
             f"{source}: its layers are stored by {method or 'another package'!r}, whose speed this command does not "
             "measure; name a dense model or one that `cospadi compress` wrote"
         )
-    stored = tuple(read_config(source)) if quantisation is not None else ()
+    stored = () if found is None else found.parse(quantisation, f"{source}: config.json")
     if quantisation is not None:
         del config.quantization_config
     return Subject(name, _prepared(config, name, layers), stored)
@@ -212,7 +204,10 @@ def planned(group: LinearGroup, keep: float, bits: int) -> GroupSpec:
         BudgetError: if the share is too small.
     """
     shape = GroupShape(group.modules, group.d_in, group.d_out)
-    return get_method(METHOD).spec(shape, int(keep * group.dense_bytes), {"dictionary_bits": bits, "value_bits": bits})
+    options = {"dictionary_bits": bits, "value_bits": bits}
+    spec = get_method(METHOD).spec(shape, int(keep * group.dense_bytes), options)
+    assert isinstance(spec, GroupSpec)
+    return spec
 
 
 def low_rank(group: LinearGroup, budget: int) -> GroupSpec:
@@ -221,7 +216,9 @@ def low_rank(group: LinearGroup, budget: int) -> GroupSpec:
     Raises:
         BudgetError: if rank one needs more.
     """
-    return get_method("svd").spec(GroupShape(group.modules, group.d_in, group.d_out), budget, {})
+    spec = get_method("svd").spec(GroupShape(group.modules, group.d_in, group.d_out), budget, {})
+    assert isinstance(spec, GroupSpec)
+    return spec
 
 
 def bitmask(group: LinearGroup, budget: int) -> GroupSpec | None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache
 
-from cospadi.checkpoint import install_packed, replace_modules
-from cospadi.evaluation.speed.layers import Bench, Stored, random_stored
+from cospadi.checkpoint import format_for
+from cospadi.evaluation.speed.layers import Bench, PackedGroup, random_group
 from cospadi.evaluation.speed.shapes import Subject, Variant, anonymous
 from cospadi.evaluation.speed.timing import Call, Timed, alternate
 from cospadi.format import GroupSpec
@@ -43,7 +43,8 @@ def random_model(subject: Subject, variant: Variant | None, device: torch.device
     """
     model = subject.build()
     specs = [] if variant is None else list(variant.specs.values())
-    replace_modules(model, specs)
+    if specs:
+        format_for(specs).replace(model, specs)
     model.to_empty(device=device)
     model.tie_weights()
     torch.manual_seed(seed)
@@ -57,10 +58,12 @@ def random_model(subject: Subject, variant: Variant | None, device: torch.device
     for module in model.modules():
         if next(module.buffers(recurse=False), None) is not None:
             initialise(module)  # what is computed and not stored, such as rotary frequencies
-    made: dict[GroupSpec, Stored] = {}
+    made: dict[GroupSpec, PackedGroup] = {}
     for spec in specs:
-        stored = made.setdefault(anonymous(spec), random_stored(anonymous(spec), device, seed))
-        install_packed(model, spec, stored.dictionary, stored.codes)
+        stored = made.setdefault(anonymous(spec), random_group(anonymous(spec), device, seed))
+        tensors = {f"codes.{role}": tensor for role, tensor in stored.codes.items()}
+        tensors |= {f"dictionary.{role}": tensor for role, tensor in (stored.dictionary or {}).items()}
+        format_for(spec).install(model, spec, tensors)
     model.train(False)
     return model
 

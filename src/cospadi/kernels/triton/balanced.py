@@ -1,8 +1,8 @@
-"""The Triton kernel for balanced sparse rows: every mask word holds the same number of values.
+"""The Triton kernel for balanced sparse rows, in which every mask word has the same number of values.
 
-Their values then begin at a 64- or 32-bit boundary (a *unit*), and a thread takes whole words and walks over their set
-bits: work follows the values, not the bits, half of it at half density. See `cospadi.kernels.triton.general` for the
-others.
+The values of a word then begin at a 64- or 32-bit boundary (a *unit*). A thread takes whole words and walks over their
+set bits, so the work is proportional to the number of values, not of bits. Other sparse rows are multiplied by the
+kernels of `cospadi.kernels.triton.general`.
 """
 # Triton's arguments have no Python types.
 # ruff: noqa: ANN001, ANN201
@@ -43,10 +43,10 @@ def walked(
     PLANES: tl.constexpr,
     EACH: tl.constexpr,
 ):
-    """Multiply the EACH values of units by z at the lowest set bits; returns the bits that are left, and the sums."""
+    """Multiply the EACH values of units by z at the lowest set bits; returns the remaining bits, and the sums."""
     token = tl.arange(0, TOKENS)[None, None, :]
     for part in tl.static_range(EACH):
-        # the lowest set bit b: bits ^ (bits - 1) is b + 1 ones; a plain count of trailing zeros costs a branch for 0
+        # of the lowest set bit b: bits ^ (bits - 1) has b + 1 ones; counting trailing zeros would add a branch for 0
         rest = bits - 1
         place = popcount(bits ^ rest)
         bits = bits & rest
@@ -84,12 +84,12 @@ def balanced_linear_kernel(
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Out (tokens, rows) = z (tokens, columns) times the transposed matrix; a mask word holds PER_WORD values.
+    """Out (tokens, rows) = z (tokens, columns) times the transposed matrix; a mask word has PER_WORD values.
 
-    A thread owns whole words: it loads their values one or two units of UNIT bits at a time, takes the set bits of the
-    mask one after the other, and gathers z, all tokens of a column at once, from the first-level cache. Work and
-    instructions follow the values, not the bits. `values` points to units, z to (PLANES, words, PITCH, TOKENS): PLANES
-    is 1 or 2, `plane` the columns of one, TOKENS a power of two, at most the 16 bytes a thread loads at once.
+    A thread owns whole words. It loads their values one or two units of UNIT bits at a time, takes the set bits of the
+    mask one after the other, and gathers z from the L1 cache, all tokens of a column at once. `values` points to units,
+    z to (PLANES, words, PITCH, TOKENS): PLANES is 1 or 2, `plane` the number of columns of a plane, and TOKENS a power
+    of two, at most the 16 bytes that a thread loads at once.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     safe = tl.minimum(row, rows - 1).to(tl.int64)
@@ -99,7 +99,7 @@ def balanced_linear_kernel(
     WIDE: tl.constexpr = 1 if CHUNKS % 2 else 2  # units of a load
     STEPS: tl.constexpr = CHUNKS // WIDE
     lane = tl.arange(0, WIDE)[None, None, :]
-    # what stands for zero where a word lies beyond the row
+    # packed zeros, for words beyond the end of the row
     ALL: tl.constexpr = (1 << (UNIT - 1)) - 1
     ZERO: tl.constexpr = 0x7777777777777777 & ALL if BITS == 4 else (0x5555555555555555 & ALL if BITS == 2 else 0)
     of_mask = mask + (safe * words)[:, None]
@@ -108,7 +108,7 @@ def balanced_linear_kernel(
     sums = tl.zeros([ROWS, WORDS, TOKENS], dtype=tl.float32)
     more = tl.zeros([ROWS, WORDS, TOKENS], dtype=tl.float32)
     scale = tl.full([ROWS, WORDS], 1.0, tl.float32)
-    # Loads keep their order, so the next values and mask words are asked for before those at hand are used.
+    # Loads complete in order, so the next values and mask words are loaded before the present ones are used.
     near = tl.minimum(word, words - 1)[None, :]
     ahead = tl.load(
         of_values + (near * STEPS)[:, :, None] * WIDE + lane, mask=(word < words)[None, :, None], other=ZERO

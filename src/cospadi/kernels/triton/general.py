@@ -1,14 +1,13 @@
-"""Triton kernels that read stored tensors as they are. Launched by `cospadi.kernels.cuda`.
+"""The general Triton kernels: sparse rows of any pattern and dense rows of any kind, read as they are stored.
 
-Sparse rows, any pattern. A tile of the matrix is (ROWS, WORDS, LANES): every lane owns 32 / LANES neighbouring bits of
-one mask word. The place of its first value in the row is the number of values before the word plus the bits set below
-the lane's own in the word. Under a pattern n:m every full word holds the same number of values, so the former is a
-product; under ``"free"`` it is a running count of the words gone by. Within the lane the place moves on by one a set
-bit. Lanes of a word read neighbouring addresses, so every byte of values comes from memory once.
+Sparse rows: a tile of the matrix is (ROWS, WORDS, LANES), and each lane owns 32 / LANES adjacent bits of one mask word.
+The index of its first value in the row is the number of values before the word plus the number of bits set below the
+lane's own bits in the word. With a pattern n:m every full word has the same number of values, so the former is a
+product; with ``"free"`` it is a running count over the previous words. Within the lane the index advances by one per
+set bit. The lanes of a word read adjacent addresses, so each byte of values is read from memory once.
 
-Integers are widened in registers. A single scale per row multiplies the sum, one per group every value. Kernels that do
-better on the layers that plans make are in `cospadi.kernels.triton.balanced` and `triton_walk` (balanced sparse rows)
-and `triton_integers` (dense integers); those here read everything else.
+Integers are widened in registers. A single scale per row multiplies the sum; scales of groups multiply each value.
+Faster kernels for common layers are in `balanced` and `walk` (balanced sparse rows) and `integers` (dense integers).
 """
 # Triton's arguments have no Python types.
 # ruff: noqa: ANN001, ANN201, ANN202
@@ -23,7 +22,7 @@ from triton.language.extra import libdevice
 
 @triton.jit
 def _parallel_sums(word):
-    """Set bits of 32-bit words by sums in parallel, for the interpreter, which has no device library."""
+    """Count the set bits of 32-bit words by parallel sums, for the interpreter, which has no device library."""
     word = word.to(tl.uint32, bitcast=True)
     word = word - ((word >> 1) & 0x55555555)
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
@@ -51,7 +50,7 @@ def half(word, part: tl.constexpr, FLOAT: tl.constexpr):
 def stored_value(rows, index, keep, BITS: tl.constexpr):
     """Value number `index` of the rows at the pointers `rows`; 0 where not `keep`.
 
-    Sub-byte levels of a symmetric spec are stored minus their least, 1 − 2^(BITS−1).
+    Sub-byte levels of a symmetric spec are stored minus the lowest level, 1 − 2^(BITS−1).
     """
     if BITS == 16 or BITS == 8:
         value = tl.load(rows + index, mask=keep, other=0).to(tl.float32)
@@ -64,9 +63,9 @@ def stored_value(rows, index, keep, BITS: tl.constexpr):
 
 @triton.jit
 def value_of_bit(of_row, of_scales, own, place, index, BITS: tl.constexpr, GROUP: tl.constexpr):
-    """Value at bit `place` of the words `own`, 0 where it is not set, if `index` is the number of values before it.
+    """The value in float32 at bit `place` of the words `own`, 0 where the bit is not set; and the bit.
 
-    Returns the value in float32 and the bit.
+    `index` is the number of values before it in the row.
     """
     one = (own >> place) & 1
     value = stored_value(of_row, index, one != 0, BITS)
@@ -99,8 +98,8 @@ def sparse_linear_kernel(
 ):
     """Out (tokens, rows) = z (tokens, columns) times the transposed sparse matrix.
 
-    Args beyond the tensors: `stride` of a row of values in elements (bytes below 8 bits); PER_WORD: values of a full
-    mask word, 0 where it varies; TOKENS: 1, or at least 16 for the tensor cores (the rest is padding).
+    `stride` is that of a row of values, in elements (bytes below 8 bits). PER_WORD is the number of values per full
+    mask word, 0 if it varies. TOKENS is 1, or at least 16 for the tensor cores (the rest is padding).
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     safe = tl.minimum(row, rows - 1).to(tl.int64)
@@ -184,15 +183,15 @@ def dense_linear_kernel(
 ):
     """Out (tokens, rows) = x (tokens, columns) times the transposed dense matrix of 16, 8, 4 or 2 bits.
 
-    PER values stand in one stored element (a 32-bit word, or a float or signed byte of its own); COLUMNS counts
-    elements of a step. For one token the outputs lie in runs of 32, PITCH numbers from run to run, as the balanced
-    kernel reads them. Other arguments as above.
+    A stored element (a 32-bit word, a float or a signed byte) holds PER values; COLUMNS is the number of elements per
+    step. For one token the outputs lie in runs of 32, PITCH numbers from run to run, as the balanced kernel reads them.
+    The other arguments are those of `sparse_linear_kernel`.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     safe = tl.minimum(row, rows - 1).to(tl.int64)
     token = tl.arange(0, TOKENS)
     LEVELS: tl.constexpr = (1 << BITS) - 1
-    LOW: tl.constexpr = LEVELS // 2 if SYMMETRIC and PER > 1 else 0  # what is added to stored symmetric levels
+    LOW: tl.constexpr = LEVELS // 2 if SYMMETRIC and PER > 1 else 0  # was added to stored symmetric levels
     SHARED: tl.constexpr = GROUP % PER == 0  # values of an element share scale and zero point
     of_values = values + (safe * stride)[:, None]
     of_scales = scales + (safe * groups)[:, None]
@@ -280,11 +279,11 @@ def expand_kernel(
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Out (rows, columns) = the sparse matrix made dense, scales applied. Arguments as above."""
+    """Out (rows, columns) = the dense form of a sparse matrix, scales applied. Arguments as above."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     safe = tl.minimum(row, rows - 1).to(tl.int64)
     word = tl.arange(0, WORDS)
-    # a lane owns four bits, so that it stores four neighbours at once
+    # a lane owns four bits, so that it stores four adjacent numbers at once
     first = (tl.arange(0, 8) * 4)[None, None, :]
     below = (1 << first) - 1
     of_mask = mask + (safe * words)[:, None]

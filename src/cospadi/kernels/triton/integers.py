@@ -1,7 +1,7 @@
-"""Triton kernels for dense rows of integers: 8, 4 or 2 bits, with a scale and perhaps a zero point a group.
+"""Triton kernels for dense rows of integers: 8, 4 or 2 bits, with a scale and perhaps a zero point per group.
 
-What costs in such rows is everything that is done for every value beside the product, so scales multiply sums of the
-values that share them. See `cospadi.kernels.triton.general` for dense rows of any other kind.
+The cost of such rows is what is done for each value besides the product, so scales multiply sums of the values that
+share them. `cospadi.kernels.triton.general` has the kernel for dense rows of any other kind.
 """
 # Triton's arguments have no Python types.
 # ruff: noqa: ANN001, ANN201, ANN202
@@ -38,7 +38,7 @@ _byte = _byte_by_shift if os.environ.get("TRITON_INTERPRET") == "1" else _byte_b
 
 @triton.jit
 def _level(word, part: tl.constexpr, BITS: tl.constexpr):
-    """2^23 plus level number `part` of 32-bit words, as float32: the level stands in the low bits of the mantissa."""
+    """2^23 plus level number `part` of 32-bit words, as float32: the level occupies the low bits of the mantissa."""
     if BITS == 8:  # noqa: SIM108
         found = _byte(word, part)
     else:
@@ -75,16 +75,16 @@ def one_token_kernel(
 ):
     """Out (rows) = x (columns) times the transposed matrix.
 
-    A thread takes chunks of 16 bytes, 128 / BITS values, which begin where a group or the row does and of which the
-    columns are a multiple; `values` points to 32-bit words, x to 64-bit ones, four 16-bit floats. The outputs lie in
-    runs of 32, PITCH numbers from run to run.
+    A thread takes chunks of 16 bytes, 128 / BITS values. Rows and groups are whole numbers of chunks. `values` points
+    to 32-bit words, x to 64-bit ones of four 16-bit floats. The outputs lie in runs of 32, PITCH numbers from run to
+    run.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     safe = tl.minimum(row, rows - 1).to(tl.int64)
     PER: tl.constexpr = 32 // BITS
     EACH: tl.constexpr = 4 * PER
     FOURS: tl.constexpr = PER // 4  # 64-bit words of x to a word of values
-    # symmetric bytes are signed, smaller levels are stored minus the least
+    # symmetric bytes are signed; smaller levels are stored minus the lowest
     LEAST: tl.constexpr = 128 if BITS == 8 else (1 << (BITS - 1)) - 1
     chunk = tl.arange(0, CHUNKS)
     four = tl.arange(0, 4)[None, None, :]
@@ -111,7 +111,7 @@ def one_token_kernel(
             word = word ^ -2139062144  # 0x80808080: signed to unsigned
         within = tl.zeros([ROWS, CHUNKS, 4], dtype=tl.float32)
         for quarter in tl.static_range(FOURS):
-            # every row loads x anew, from the first-level cache: to hand it round costs barriers
+            # every row loads x again from the L1 cache: sharing it between threads would need barriers
             of_x = tl.broadcast_to(x + (here[None, :, None] * 4 + four) * FOURS + quarter, [ROWS, CHUNKS, 4])
             weights = tl.load(of_x, mask=live[:, :, None], other=0)
             for part in tl.static_range(4):
@@ -149,8 +149,8 @@ def few_tokens_kernel(
     """Out (tokens, rows) = x (tokens, columns) times the transposed matrix, on the tensor cores.
 
     Spans of SPAN columns, a power of two that divides GROUP, are multiplied side by side, SPANS at a time, as exact
-    levels in the dtype of x; what comes out of each is scaled in float32. `values` points to bytes, SIGNED or not, a
-    row in `stride`.
+    levels in the dtype of x; the result of each is scaled in float32. `values` points to bytes, SIGNED or not, with
+    `stride` bytes per row.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     safe = tl.minimum(row, rows - 1).to(tl.int64)[None, :]
@@ -213,10 +213,10 @@ def expand_integers_kernel(
     ROWS: tl.constexpr,
     RUNS: tl.constexpr,
 ):
-    """Out (rows, columns) = the matrix made dense, scales applied.
+    """Out (rows, columns) = the dense form of the matrix, scales applied.
 
-    PER values stand in an element of `values`: a signed byte of its own, or a 32-bit word. Runs of RUN columns share
-    scale, zero point and, unless PER is 1, the word.
+    An element of `values`, a signed byte or a 32-bit word, holds PER values. The columns of a run of RUN share scale,
+    zero point and, unless PER is 1, the word.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     safe = tl.minimum(row, rows - 1).to(tl.int64)[:, None, None]

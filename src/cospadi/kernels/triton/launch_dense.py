@@ -1,4 +1,4 @@
-"""Launching the Triton kernels for dense rows. See `cospadi.kernels.triton.launch`."""
+"""Launching the Triton kernels for dense rows. `cospadi.kernels.triton.launch` chooses among them."""
 
 from functools import lru_cache
 
@@ -6,20 +6,20 @@ import torch
 from torch import Tensor
 
 from cospadi.format import MatrixSpec, Packed
-from cospadi.kernels.triton import general as triton_kernels
-from cospadi.kernels.triton import integers as triton_integers
+from cospadi.kernels.triton.general import dense_linear_kernel
+from cospadi.kernels.triton.integers import expand_integers_kernel, few_tokens_kernel, one_token_kernel
 from cospadi.kernels.triton.launch_common import FLOATS, Config, aligned, common, elements, output, padded, parts, pitch
 
 
 def one_token_fits(spec: MatrixSpec) -> bool:
-    """Whether `one_token` reads this: dense integers whose rows and groups are whole chunks of 16 bytes."""
+    """Whether `one_token` reads this spec: dense integers whose rows and groups are whole chunks of 16 bytes."""
     chunk = 128 // spec.bits
     return not spec.sparse and spec.bits in (8, 4, 2) and spec.columns % chunk == 0 and spec.group % chunk == 0
 
 
 @lru_cache(maxsize=4096)
 def span(spec: MatrixSpec) -> int:
-    """Columns that `few_tokens` multiplies before it applies a scale; 0 where it does not read this."""
+    """Columns that `few_tokens` multiplies before it applies a scale; 0 if it does not read this spec."""
     if spec.sparse or spec.bits not in (8, 4, 2):
         return 0
     size = min(64, spec.group & -spec.group) if spec.groups > 1 else 64
@@ -31,13 +31,13 @@ def dense(
 ) -> Tensor:
     """Dense rows of 16, 8, 4 or 2 bits; 1 to MOST_TOKENS tokens.
 
-    With `spaced`, for one token and rows in whole runs of 32, the result is as :func:`pitched` gives it.
+    With `spaced`, for one token and rows in whole runs of 32, the result has the layout of `launch_sparse.pitched`.
     """
     tokens = x.shape[0]
     out = output(x, spec, out_dtype, spaced)
     values = packed["values"].contiguous()
     zeros = x if spec.symmetric else packed["zeros"].contiguous()
-    triton_kernels.dense_linear_kernel[(parts(spec.rows, config.rows),)](
+    dense_linear_kernel[(parts(spec.rows, config.rows),)](
         x,
         values,
         packed.get("scales", x),
@@ -65,10 +65,10 @@ def dense(
 def one_token(
     x: Tensor, packed: Packed, spec: MatrixSpec, config: Config, out_dtype: torch.dtype, spaced: bool = False
 ) -> Tensor:
-    """Dense integers that satisfy :func:`one_token_fits`, one token of 16-bit floats; `spaced` as for `dense`."""
+    """Dense integers that satisfy :func:`one_token_fits`; one token of 16-bit floats; `spaced` as for `dense`."""
     out = output(x, spec, out_dtype, spaced)
     zeros = packed["scales" if spec.symmetric else "zeros"].contiguous()
-    triton_integers.one_token_kernel[(parts(spec.rows, config.rows),)](
+    one_token_kernel[(parts(spec.rows, config.rows),)](
         aligned(x).view(-1).view(torch.int64),
         aligned(packed["values"]).view(-1).view(torch.int32),
         packed["scales"],
@@ -92,10 +92,10 @@ def one_token(
 
 
 def few_tokens(x: Tensor, packed: Packed, spec: MatrixSpec, config: Config, out_dtype: torch.dtype) -> Tensor:
-    """Dense integers of which :func:`span` knows a size; 2 to MOST_TOKENS tokens."""
+    """Dense integers for which :func:`span` is not 0; 2 to MOST_TOKENS tokens."""
     out = torch.empty(x.shape[0], spec.rows, dtype=out_dtype, device=x.device)
     values, zeros = elements(packed, spec), packed["scales" if spec.symmetric else "zeros"].contiguous()
-    triton_integers.few_tokens_kernel[(parts(spec.rows, config.rows),)](
+    few_tokens_kernel[(parts(spec.rows, config.rows),)](
         x,
         values,
         packed["scales"],
@@ -122,7 +122,7 @@ def few_tokens(x: Tensor, packed: Packed, spec: MatrixSpec, config: Config, out_
 
 
 def expand_integers(packed: Packed, spec: MatrixSpec, dtype: torch.dtype, config: Config) -> Tensor:
-    """Dense integers as floats, (rows, columns) `dtype`."""
+    """Unpack dense integers to (rows, columns) in `dtype`."""
     values, zeros = packed["values"].contiguous(), packed["scales" if spec.symmetric else "zeros"].contiguous()
     out = torch.empty(spec.rows, spec.columns, dtype=dtype, device=values.device)
     per = 32 // spec.bits if values.dtype == torch.int32 else 1
@@ -130,7 +130,7 @@ def expand_integers(packed: Packed, spec: MatrixSpec, dtype: torch.dtype, config
     if spec.groups > 1 and spec.group % run:
         run = 1
     runs = config.width // run
-    triton_integers.expand_integers_kernel[(parts(spec.rows, config.rows), parts(parts(spec.columns, run), runs))](
+    expand_integers_kernel[(parts(spec.rows, config.rows), parts(parts(spec.columns, run), runs))](
         values,
         packed["scales"],
         zeros,

@@ -1,9 +1,10 @@
 """A leaner Triton kernel for balanced sparse rows and one token.
 
-What `cospadi.kernels.triton.balanced` computes, in fewer instructions a value, which limit it where values are small:
+It computes what `cospadi.kernels.triton.balanced` does with fewer instructions per value, which are the limit where
+values are small:
 
-* the set bits are taken from the highest down: finding one and clearing it takes three instructions, not four;
-* a scale multiplies the sum of as many values as share it within a word, not every value.
+* set bits are taken from the highest down: finding and clearing one takes three instructions instead of four;
+* a scale multiplies the sum of the values that share it within a word, not every value.
 """
 # Triton's arguments have no Python types.
 # ruff: noqa: ANN001, ANN201, ANN202
@@ -26,7 +27,7 @@ def _bfind(word):
 
 @triton.jit
 def _bisected(word):
-    """The same for the interpreter, which has no assembler: halves, quarters and so on."""
+    """The same by bisection, for the interpreter, which has no assembler."""
     rest = word.to(tl.uint32, bitcast=True)
     place = tl.zeros_like(word)
     for step in tl.static_range(5):
@@ -53,7 +54,7 @@ def _number(unit, part: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr):
 
 @triton.jit
 def _walked(unit, bits, window, sums, BITS: tl.constexpr, FLOAT: tl.constexpr):
-    """Multiply the values of units, last to first, by z at the highest set bits; returns the bits left and the sums."""
+    """Multiply the values of units, last to first, by z at the highest set bits; returns the rest of the bits, sums."""
     EACH: tl.constexpr = 32 // BITS
     for back in tl.static_range(EACH):
         place = highest(bits)
@@ -81,9 +82,9 @@ def walk_linear_kernel(
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Out (rows) = z (words, PITCH) float32 times the transposed matrix; a mask word holds PER_WORD values.
+    """Out (rows) = z (words, PITCH) float32 times the transposed matrix; a mask word has PER_WORD values.
 
-    `values` points to 32-bit units, which a thread loads up to four at a time, for words of its own. Groups of scales
+    `values` points to 32-bit units. A thread owns whole words and loads up to four units at a time. Groups of scales
     end at units.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -93,14 +94,14 @@ def walk_linear_kernel(
     EACH: tl.constexpr = 32 // BITS
     WIDE: tl.constexpr = 4 if UNITS % 4 == 0 else (2 if UNITS % 2 == 0 else 1)
     LAST: tl.constexpr = UNITS // WIDE - 1
-    WHOLE: tl.constexpr = GROUP > 0 and GROUP % PER_WORD == 0  # one scale a word
+    WHOLE: tl.constexpr = GROUP > 0 and GROUP % PER_WORD == 0  # one scale per word
     ZERO: tl.constexpr = 0x77777777 if BITS == 4 else (0x55555555 if BITS == 2 else 0)  # for words beyond the row
     lane = tl.arange(0, WIDE)[None, None, :]
     of_mask = mask + (safe * words)[:, None]
     of_values = values + (safe * words * UNITS)[:, None, None]
     of_scales = scales + (safe * groups)[:, None]
     total = tl.zeros([ROWS, WORDS], dtype=tl.float32)
-    # Loads keep their order, so the next values, masks and scales are asked for before those at hand are used.
+    # Loads complete in order, so the next values, masks and scales are loaded before the present ones are used.
     near = tl.minimum(word, words - 1)[None, :]
     ahead = tl.load(
         of_values + (near * UNITS + LAST * WIDE)[:, :, None] + lane, mask=(word < words)[None, :, None], other=ZERO

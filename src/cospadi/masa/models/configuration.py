@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
@@ -14,31 +15,32 @@ from cospadi.errors import RecipeError
 from cospadi.masa.models.coefficients import STARTS
 
 DESIGNS = ("dense", "gqa", "low_rank", "sequential", "repeat", "masa")
-"""Every layer its own matrices; fewer key and value heads; rank r; consecutive layers share a matrix; matrices repeat
-cyclically; matrices are combinations of shared atoms."""
+"""In this order: every layer has its own matrices; there are fewer key and value heads; matrices have rank r;
+consecutive layers share a matrix; matrices repeat cyclically; matrices are combinations of shared atoms."""
 PROJECTIONS = ("q", "k", "v", "o")
 WITH_ATOMS = ("sequential", "repeat", "masa")
 
 
 @dataclass(kw_only=True)
 class SharedAttentionFields:
-    """What all configurations here add to those of transformers.
+    """The fields that the configurations of this module add to those of transformers.
 
     Attributes:
         attention_sharing: the design, one of `DESIGNS`.
-        shared_types: projections that the design replaces, of "q", "k", "v", "o"; the others stay dense. All four
-            (MASA-QKVO) by default; without "o" it is MASA-QKV. Not used by "dense" and "gqa".
-        num_atoms: S, matrices stored per projection type, for all layers together; a third of the layers by default.
-        attention_rank: r of "low_rank"; a third of the hidden size by default, as in the paper's comparison.
-        coefficient_embedding_size: width of the per-block embeddings of "masa" in training.
-        coefficient_hidden_size: width of the perceptron that turns them into coefficients.
-        coefficient_rate: how fast embeddings and perceptron learn under optimizers of the Adam family, relative to the
-            learning rate: they are stored 1 / rate as large as they are used.
-        coefficient_start: "network", what a random perceptron gives for random embeddings, or "spread", coefficients
-            that differ from layer to layer as much as they can.
-        folded: whether coefficients are plain numbers instead of the output of that perceptron.
-        compose_weights: whether `from_pretrained` composes every layer's matrix once (fast, as large as a dense model
-            and its atoms besides). Otherwise they are composed at every call and the model stays small.
+        shared_types: projections that the design replaces, some of "q", "k", "v", "o"; the others stay dense. By
+            default all four (MASA-QKVO); without "o" it is MASA-QKV. "dense" and "gqa" ignore it.
+        num_atoms: S, the number of matrices stored per projection type for all layers together; by default a third of
+            the number of layers.
+        attention_rank: r of "low_rank"; by default a third of the hidden size, as in the paper's comparison.
+        coefficient_embedding_size: width of the per-block embeddings that "masa" trains.
+        coefficient_hidden_size: width of the perceptron that maps them to coefficients.
+        coefficient_rate: learning rate of embeddings and perceptron under optimizers of the Adam family, relative to
+            the other parameters. They are stored divided by it.
+        coefficient_start: "network" for the output of a random perceptron on random embeddings, or "spread" for
+            coefficients that differ as much as possible between layers.
+        folded: whether coefficients are stored as plain numbers instead of computed by that perceptron.
+        compose_weights: whether `from_pretrained` composes every layer's matrix once: fast, but as large as a dense
+            model plus the atoms. Otherwise matrices are composed at every call and the model stays small.
     """
 
     attention_sharing: str = "masa"
@@ -54,14 +56,14 @@ class SharedAttentionFields:
 
 
 class MasaConfig(SharedAttentionFields, LlamaConfig):
-    """A Llama decoder with shared attention matrices; other fields are those of ``LlamaConfig``.
+    """A Llama decoder with shared attention matrices; the other fields are those of ``LlamaConfig``.
 
     Raises:
-        RecipeError: if a field does not make sense, for instance more atoms than layers.
+        RecipeError: if a field is invalid, for instance if there are more atoms than layers.
     """
 
     model_type = "masa"
-    base_model_tp_plan = None  # type: ignore[assignment]  # that of Llama would split layers that do not exist here
+    base_model_tp_plan = None  # type: ignore[assignment]  # Llama's plan would split layers that do not exist here
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -75,14 +77,14 @@ class MasaConfig(SharedAttentionFields, LlamaConfig):
             raise RecipeError(
                 f"attention_sharing 'dense' has all {heads} key and value heads; {kept} of them are 'gqa'"
             )
-        _register()
+        _announce()
 
 
 class MasaViTConfig(SharedAttentionFields, ViTConfig):
-    """A vision transformer with shared attention matrices; other fields are those of ``ViTConfig``.
+    """A vision transformer with shared attention matrices; the other fields are those of ``ViTConfig``.
 
     Raises:
-        RecipeError: if a field does not make sense, for instance more atoms than layers.
+        RecipeError: if a field is invalid, for instance if there are more atoms than layers.
     """
 
     model_type = "masa_vit"
@@ -92,21 +94,30 @@ class MasaViTConfig(SharedAttentionFields, ViTConfig):
         if self.attention_sharing == "gqa":
             raise RecipeError("attention_sharing 'gqa' is not possible: a vision transformer has as many of all heads")
         _complete(self)
-        _register()
+        _announce()
 
 
 SharedAttentionConfig = MasaConfig | MasaViTConfig
 
+_listeners: list[Callable[[], None]] = []
 
-def _register() -> None:
-    # Only now are the model classes needed, and only now is transformers sure to be imported to the end.
-    from cospadi.masa.models.registration import register_models
 
-    register_models()
+def when_created(listener: Callable[[], None]) -> None:
+    """Have a function called whenever a configuration of this module is created.
+
+    Model classes can be registered then: they are needed from now on, and transformers has been imported to the end.
+    """
+    if listener not in _listeners:
+        _listeners.append(listener)
+
+
+def _announce() -> None:
+    for listener in _listeners:
+        listener()
 
 
 def _complete(config: SharedAttentionConfig) -> None:
-    """Check the added fields and fill those that depend on others."""
+    """Check the added fields and fill in defaults that depend on other fields."""
     design, layers = config.attention_sharing, config.num_hidden_layers
     if design not in DESIGNS:
         near = get_close_matches(str(design), DESIGNS, 1)
@@ -130,7 +141,7 @@ def _complete(config: SharedAttentionConfig) -> None:
         if not 1 <= config.num_atoms <= layers:
             raise RecipeError(
                 f"num_atoms {config.num_atoms} is not possible for {layers} layers: there must be at least one, and "
-                "more atoms than layers would need more memory than dense layers"
+                "more atoms than layers would take more memory than dense layers"
             )
     if design == "low_rank":
         if config.attention_rank is None:
@@ -144,13 +155,13 @@ def _complete(config: SharedAttentionConfig) -> None:
 
 
 def stock_fields(config: SharedAttentionConfig) -> dict[str, Any]:
-    """The configuration as a dictionary without what this package adds: that of the dense model of the same shape."""
+    """The configuration of the dense model of the same shape, as a dictionary without the fields added here."""
     added = {field.name for field in fields(SharedAttentionFields)} | {"model_type", "architectures"}
     return {name: value for name, value in config.to_dict().items() if name not in added}
 
 
 def projection_shapes(config: SharedAttentionConfig) -> dict[str, tuple[int, int]]:
-    """Shape (d_out, d_in) of one layer's weight of each projection type, as the configuration says."""
+    """Configured shape (d_out, d_in) of one layer's weight, by projection type."""
     heads, hidden = config.num_attention_heads, config.hidden_size
     size = getattr(config, "head_dim", None) or hidden // heads
     kept = getattr(config, "num_key_value_heads", None) or heads
@@ -159,7 +170,7 @@ def projection_shapes(config: SharedAttentionConfig) -> dict[str, tuple[int, int
 
 
 def assignment(config: SharedAttentionConfig) -> tuple[int, ...] | None:
-    """Which of the S matrices each layer uses: "sequential" l·S // L, "repeat" l mod S; None for other designs."""
+    """Index of the matrix that each layer uses: l·S // L for "sequential", l mod S for "repeat"; else None."""
     layers, atoms = config.num_hidden_layers, config.num_atoms
     if atoms is not None and config.attention_sharing == "sequential":
         return tuple(layer * atoms // layers for layer in range(layers))
@@ -173,11 +184,11 @@ def attention_parameters(config: SharedAttentionConfig, *, folded: bool = True) 
 
     Args:
         config: of the model.
-        folded: count plain coefficients (L S per type). Otherwise the embeddings and perceptrons of training, which
-            folding drops, in their place.
+        folded: count plain coefficients (L S per type). Otherwise count in their place the embeddings and perceptrons
+            that are trained and that folding drops.
 
     Returns:
-        the number.
+        The number of parameters.
     """
     layers, atoms, rank = config.num_hidden_layers, config.num_atoms or 0, config.attention_rank or 0
     wide, hidden = config.coefficient_embedding_size, config.coefficient_hidden_size
@@ -198,7 +209,7 @@ def attention_parameters(config: SharedAttentionConfig, *, folded: bool = True) 
 
 
 def removed_share(config: SharedAttentionConfig) -> float:
-    """Share of attention parameters removed, of a dense model with all key and value heads.
+    """Share of attention parameters removed, relative to a dense model with all key and value heads.
 
     For MASA-QKVO it is 1 − S (d h + L) / (L d h), the formula of arXiv 2508.04581.
     """

@@ -1,4 +1,4 @@
-"""Makes the auto classes of transformers know the models with shared attention."""
+"""Registers the models with shared attention with the auto classes of transformers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from __future__ import annotations
 def register_configurations() -> None:
     """Register the configurations. May be called any number of times, also while transformers is half imported.
 
-    The models follow when the first such configuration is made (see `register_models`), which is before transformers
-    looks for a model's class.
+    The models follow when the first configuration is created (see `cospadi.masa.models`), which is before transformers
+    looks up the class of a model.
     """
     from transformers.models.auto.configuration_auto import AutoConfig
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from cospadi.checkpoint.formats.width_hf import attach_width
+from cospadi.checkpoint.formats.width import attach_width
 from cospadi.errors import BudgetError, CalibrationError, ModelError, NumericalError
 from cospadi.model_view import ModelView, discover
 from cospadi.pruning.base import block_bytes, depth_method

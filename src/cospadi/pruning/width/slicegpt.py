@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cospadi.calibration import Accumulator
-from cospadi.checkpoint.formats.width_hf import attach_width
+from cospadi.checkpoint.formats.width import attach_width
 from cospadi.errors import BudgetError
 from cospadi.layers.sliced import SlicedNorm, make_sliced
 from cospadi.model_view import LayerReplay, ModelView

@@ -1,0 +1,94 @@
+"""Writing to disk: files that are complete or absent, and errors that name the cause and the remedy."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from cospadi.errors import OutputError
+
+UNFINISHED = ".part"
+"""Suffix of a file that is still being written."""
+RESUMES = "free some space and run the same command again; it resumes where it stopped"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def disk_errors(path: str | os.PathLike[str], when_full: str = RESUMES) -> Iterator[None]:
+    """Turn a full disk, a missing permission and the like into one clear line.
+
+    Args:
+        path: what is being written, for the message.
+        when_full: the remedy for a full disk.
+
+    Raises:
+        OutputError: in place of an error of the operating system or of safetensors.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = _error_number(error)
+        if number in _FULL:
+            raise OutputError(f"no space left on the disk of {os.fspath(path)}: {when_full}") from error
+        reason = os.strerror(number) if number else str(error)
+        raise OutputError(
+            f"{os.fspath(path)} cannot be written: {reason}; check it or choose another directory"
+        ) from error
+
+
+def _error_number(error: Exception) -> int | None:
+    """The errno of an error; safetensors mentions it only in its message."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None
+
+
+def write_durably(path: str | os.PathLike[str], content: bytes | str) -> Path:
+    """Write a file that is either complete or absent, even after a power cut.
+
+    The content goes to a file beside it, is flushed to disk, and is then renamed.
+
+    Args:
+        path: its directory is created if absent. An existing file is replaced.
+        content: bytes, or text to be encoded as UTF-8 (lone surrogates become question marks).
+
+    Returns:
+        the path.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    target = Path(path)
+    data = content.encode("utf-8", "replace") if isinstance(content, str) else content
+    temporary = target.with_name(target.name + UNFINISHED)
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return target
+
+
+def flush(path: str | os.PathLike[str]) -> None:
+    """Flush a file or a directory to disk, so that it survives a power cut.
+
+    Raises:
+        OSError: if that fails.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
