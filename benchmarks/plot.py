@@ -11,7 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
-from cospadi.report.plots import quality_against_bytes, save
+from cospadi.report.figures import save
+from cospadi.report.plots import quality_against_bytes
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Two methods beside each other and beside plain quantisation at the same bytes: table, CSV, plot and page."""
+"""Compare two methods, and plain quantisation, at the same number of bytes: table, CSV, plot and page."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Multiply the factors out again: a stock checkpoint that loads without cospadi, as large as the original."""
+"""Export a compressed checkpoint as a stock one, which loads without cospadi and is as large as the original."""
 
 import sys
 
@@ -16,5 +16,5 @@ export_dense(small, dense)
 
 assert AutoModelForCausalLM.from_pretrained(dense).get_submodule("model.layers.0.self_attn.q_proj").weight.ndim == 2
 figures = evaluate(small, text=stdlib_texts("heldout")[:2], against=dense, seq_len=256, max_blocks=4)
-print(f"perplexity {figures['perplexity']:.3f} with factors, {figures['dense_perplexity']:.3f} multiplied out")
-print(f"{figures['bytes']:,} bytes with factors, {figures['dense_bytes']:,} multiplied out")
+print(f"perplexity {figures['perplexity']:.3f} compressed, {figures['dense_perplexity']:.3f} exported")
+print(f"{figures['bytes']:,} bytes compressed, {figures['dense_bytes']:,} exported")

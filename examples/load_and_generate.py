@@ -1,4 +1,4 @@
-"""Load a compressed checkpoint as an ordinary transformers model and let it write."""
+"""Load a compressed checkpoint as an ordinary transformers model and generate text."""
 
 import sys
 
@@ -17,7 +17,7 @@ prompt = tokenizer("def main():\n", return_tensors="pt", add_special_tokens=Fals
 tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
 print(tokenizer.decode(tokens[0]))
 
-# transformers by itself gives the same model, bit by bit
+# transformers alone loads the same model, bit for bit
 same = AutoModelForCausalLM.from_pretrained(out)
 with torch.no_grad():
     assert torch.equal(model(**prompt).logits, same(**prompt).logits)

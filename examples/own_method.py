@@ -1,4 +1,4 @@
-"""A method of one's own: one decorated function, whose keyword-only arguments become options everywhere."""
+"""Add a method: one decorated function, whose keyword-only arguments become options of recipes and of `--set`."""
 
 import sys
 
@@ -13,7 +13,7 @@ from cospadi.methods.sizing import low_rank_plan
 
 @method("scaled_svd", plan=low_rank_plan)
 def scaled_svd(problem: Problem, spec: GroupSpec, *, power: float = 0.5) -> Factors:
-    """SVD of the weights with every input scaled by a power of its energy."""
+    """SVD of the weights, with each input scaled by a power of its energy."""
     weight = torch.cat(problem.weights, 1)  # (d_in, d_out of all modules)
     scale = problem.grams[0].diagonal().clamp_min(1e-12).pow(power / 2).to(weight)
     left, values, right = torch.linalg.svd(scale[:, None] * weight, full_matrices=False)

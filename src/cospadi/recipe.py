@@ -1,4 +1,4 @@
-"""The recipe: everything a user may say about a run, validated strictly. Importing it does not import torch."""
+"""The recipe: every setting of a run, strictly validated. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -18,22 +18,46 @@ from cospadi.errors import BudgetError, RecipeError
 
 DEFAULT_METHOD = "auto"
 _LONGEST_VALUE = 60
-_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([kKMGT]?i?)B?\s*")
-_POWERS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
+_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of ``"5GB"``, ``"500 MB"``, ``"1.5GiB"`` or a plain number (SI prefixes are powers of 1000).
+    """Bytes of ``"5GB"``, ``"500 mb"``, ``"1.5GiB"`` or a plain number (SI prefixes are powers of 1000).
 
     Raises:
-        RecipeError: if the text is none of these.
+        RecipeError: if the text is not a size.
     """
     found = _SIZE.fullmatch(text)
     if not found or float(found[1]) <= 0:
-        raise RecipeError(f"{text!r} is not a size; write for example 5GB, 500MB or 1.5GiB")
-    prefix = found[2]
+        raise RecipeError(f"{text!r} is not a size; write it as 5GB, 500MB or 1.5GiB")
+    prefix = found[2].lower()
     base = 1024 if prefix.endswith("i") else 1000
     return int(float(found[1]) * base ** _POWERS[prefix.removesuffix("i")])
+
+
+def parse_share(text: str) -> float:
+    """The number of ``"0.8"``, ``"80%"`` or ``"0,8"``; whether it lies between 0 and 1 is not checked.
+
+    Raises:
+        RecipeError: if the text is not a number.
+    """
+    digits = text.strip().removesuffix("%").rstrip()
+    try:
+        value = float(digits.replace(",", "."))
+    except ValueError:
+        raise RecipeError(f"{text!r} is not a share; write it as 0.8 or 80%") from None
+    return value / 100 if text.strip().endswith("%") else value
+
+
+def _number_of(share: Any) -> Any:
+    """A share given as text as a number; anything else is left for pydantic to judge."""
+    if not isinstance(share, str):
+        return share
+    try:
+        return parse_share(share)
+    except RecipeError:
+        raise ValueError("it must be a share such as 0.8 or 80%") from None
 
 
 class _Strict(BaseModel):
@@ -42,7 +66,7 @@ class _Strict(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML's ``true`` would pass for 1."""
+        """Refuse ``true``, which pydantic would accept as 1."""
         annotation = cls.model_fields[str(info.field_name)].annotation
         for kind in (int, float):
             if isinstance(value, bool) and kind in (annotation, *get_args(annotation)):
@@ -51,91 +75,110 @@ class _Strict(BaseModel):
 
 
 class Calibration(_Strict):
-    """The text from which layer statistics are taken."""
+    """The text from which layer statistics are collected."""
 
-    source: str | None = Field(None, description="A .txt, .json, .jsonl or .parquet file, or a hub data set name.")
+    source: str | None = Field(
+        None, description="A .txt, .json, .jsonl or .parquet file, or the name of a hub dataset."
+    )
     samples: int = Field(256, ge=1, description="Number of sequences.")
     seq_len: int = Field(1024, ge=8, description="Tokens per sequence.")
     field: str = Field("text", description="Name of the text field in structured files.")
 
 
 class Refine(_Strict):
-    """Block-local tuning of the factors after each decoder layer."""
+    """Tuning of the factors after each decoder layer is factorised."""
 
-    steps: int = Field(240, ge=1, description="Adam steps on each decoder layer, once the learning rate is found.")
-    batch: int = Field(8, ge=1, description="Sequences in a step.")
+    steps: int = Field(240, ge=1, description="Adam steps per decoder layer, after the learning-rate search.")
+    batch: int = Field(8, ge=1, description="Sequences per step.")
     held_out: float = Field(
-        0.125, gt=0, lt=1, description="Share of the calibration sequences that decides which parameters are kept."
+        0.125,
+        gt=0,
+        lt=1,
+        description="Share of the calibration sequences held out to decide which parameters are kept.",
     )
-    probe: float = Field(0.15, gt=0, le=1, description="Share of the steps spent on every learning rate that is tried.")
-    patience: int = Field(4, ge=1, description="Tenths of a run without improvement after which it ends.")
+    probe: float = Field(0.15, gt=0, le=1, description="Share of the steps spent on each learning rate that is tried.")
+    patience: int = Field(4, ge=1, description="Tuning stops after this many tenths of the steps without improvement.")
     output_steps: int = Field(
-        0, ge=0, description="Adam steps on all layers together afterwards, towards the original model's predictions."
+        0, ge=0, description="Adam steps on all layers together afterwards, to match the original model's predictions."
     )
 
 
 class Prune(_Strict):
-    """Blocks (decoder layers), or a share of their width, that are removed before anything else."""
+    """Removal of blocks (decoder layers), or of a share of their width, before compression."""
 
-    method: str = Field("replaceme", description="Name of a pruning method, see `cospadi prune --help`.")
-    blocks: int | None = Field(None, ge=1, description="How many blocks go.")
+    method: str = Field("replaceme", description="Name of a pruning method; `cospadi prune --help` lists them.")
+    blocks: int | None = Field(None, ge=1, description="Number of blocks to remove.")
     keep_blocks: float | None = Field(
-        None, gt=0, lt=1, description="Instead: share of the blocks' 16-bit bytes that stays, 0 to 1."
+        None, gt=0, lt=1, description="Instead of `blocks`: share of the blocks' 16-bit bytes to keep, between 0 and 1."
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the method.")
+
+    @field_validator("keep_blocks", mode="before")
+    @classmethod
+    def _keep_blocks_in_percent(cls, keep: Any) -> Any:
+        return _number_of(keep)
 
     @model_validator(mode="after")
     def _one_size(self) -> Prune:
         if self.blocks is not None and self.keep_blocks is not None:
-            raise BudgetError(f"blocks ({self.blocks}) and keep_blocks ({self.keep_blocks:g}) are both given: give one")
+            raise BudgetError(
+                f"blocks ({self.blocks}) and keep_blocks ({self.keep_blocks:g}) are both given: pass only one"
+            )
         return self
 
     def require_size(self) -> None:
-        """Check that the section says how much goes.
+        """Check that the section gives a size.
 
         Raises:
             BudgetError: if it does not.
         """
         if self.blocks is None and self.keep_blocks is None:
-            raise BudgetError("say how much to prune: either --blocks (such as 2) or --keep-blocks (such as 0.75)")
+            raise BudgetError("no size given: pass --blocks or --keep-blocks")
 
 
 class Recipe(_Strict):
-    """A whole compression run.
+    """All settings of a compression run.
 
     Raises:
         RecipeError: on unknown keys (naming the nearest) or wrong values.
-        BudgetError: on a `keep` that is no share, or both `keep` and `target_size`.
+        BudgetError: if `keep` is not between 0 and 1, or both `keep` and `target_size` are given.
     """
 
-    method: str = Field(DEFAULT_METHOD, description="Name of a method, see `cospadi methods`.")
-    keep: float | None = Field(None, description="Share of the compressed linear layers' 16-bit bytes to keep, 0 to 1.")
-    target_size: str | None = Field(None, description="Size of all files instead of `keep`, such as 5GB.")
+    method: str = Field(DEFAULT_METHOD, description="Name of a compression method; `cospadi methods` lists them.")
+    keep: float | None = Field(
+        None, description="Share of the compressed linear layers' 16-bit bytes to keep, between 0 and 1."
+    )
+    target_size: str | None = Field(None, description="Total size of all files, such as 5GB; instead of `keep`.")
     options: dict[str, Any] = Field(
         default_factory=dict,
         description="Options of the method. `num_bits` and `group_size` are accepted for `bits` and `group`.",
     )
     grouping: Literal["matrix", "siblings", "cross_layer", "pairs"] | None = Field(
-        None, description="Which layers share a dictionary; left out: what the method publishes."
+        None, description="Which layers share a dictionary; default: as published for the method."
     )
     allocation: Literal["uniform", "pooled", "truncation", "rocket", "knapsack"] | None = Field(
-        None, description="Who gets how many bytes; left out: what the method publishes."
+        None, description="How bytes are divided among layers; default: as published for the method."
     )
     only: list[str] | None = Field(
         None, description="Compress only these modules: names or patterns such as q_proj, self_attn, layers.3, mlp.*."
     )
     calibration: Calibration = Field(default_factory=Calibration)
     prune: Prune | None = Field(
-        None, description="Remove blocks first; `keep` still counts against the layers of the original model."
+        None, description="Remove blocks first; `keep` still refers to the layers of the original model."
     )
     anchor: bool = Field(
-        False, description="Fit every layer to the input that the compressed layers before it really give."
+        False, description="Fit each layer to the original outputs, given inputs from the already compressed layers."
     )
     refine: Refine | None = Field(
-        None, description="Tune every decoder layer after its factorisation: true, or a section of settings."
+        None, description="Tune each decoder layer after it is factorised: true, or a section of settings."
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     seed: int = Field(0, ge=0, description="Seed of every random choice.")
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _keep_in_percent(cls, keep: Any) -> Any:
+        return _number_of(keep)
 
     @field_validator("options")
     @classmethod
@@ -147,15 +190,15 @@ class Recipe(_Strict):
     def _keep_is_a_share(cls, keep: float | None) -> float | None:
         if keep is not None and not 0 < keep < 1:
             raise BudgetError(
-                f"keep must lie between 0 and 1, not {keep:g}: it is the share of the linear layers' bytes to keep "
-                "(0.8 keeps 80 %)"
+                f"keep must lie between 0 and 1, not {keep:g}: it is the share of the linear layers' bytes to keep; "
+                "to keep 80%, write 0.8 or 80%"
             )
         return keep
 
     @field_validator("target_size", mode="before")
     @classmethod
     def _target_is_a_size(cls, size: Any) -> Any:
-        # A plain number of bytes is a number in YAML.
+        # in YAML, a plain number of bytes is an integer
         text = str(size) if isinstance(size, int) and not isinstance(size, bool) else size
         if isinstance(text, str):
             parse_size(text)
@@ -168,7 +211,7 @@ class Recipe(_Strict):
         if isinstance(patterns, list) and all(isinstance(item, str) for item in patterns):
             patterns = [item.strip() for item in patterns if item.strip()]
             if not patterns:
-                raise ValueError("names no module; leave it out to compress all")
+                raise ValueError("it names no module; leave it out to compress all")
         return patterns
 
     @field_validator("refine", mode="before")
@@ -179,10 +222,12 @@ class Recipe(_Strict):
     @model_validator(mode="after")
     def _one_budget(self) -> Recipe:
         if self.keep is not None and self.target_size is not None:
-            raise BudgetError(f"keep ({self.keep:g}) and target_size ({self.target_size}) are both given: give one")
+            raise BudgetError(
+                f"keep ({self.keep:g}) and target_size ({self.target_size}) are both given: pass only one"
+            )
         return self
 
-    if not TYPE_CHECKING:  # editors and type checkers shall see the fields
+    if not TYPE_CHECKING:  # so that editors and type checkers see the fields
 
         def __init__(self, **fields: Any) -> None:
             try:
@@ -191,15 +236,13 @@ class Recipe(_Strict):
                 raise RecipeError(_first_problem(error)) from None
 
     def require_budget(self) -> None:
-        """Check that the recipe says how small the model shall be.
+        """Check that the recipe gives a size.
 
         Raises:
             BudgetError: if it does not.
         """
         if self.keep is None and self.target_size is None:
-            raise BudgetError(
-                "say how small the model shall be: either --keep (such as 0.8) or --target-size (such as 5GB)"
-            )
+            raise BudgetError("no size given: pass --keep or --target-size")
 
     @property
     def sequential(self) -> bool:
@@ -212,7 +255,7 @@ class Recipe(_Strict):
 
     @classmethod
     def of(cls, value: Recipe | dict[str, Any] | str | Path | None) -> Recipe:
-        """A recipe as functions take it: ready, as keys and values, as a file, or none.
+        """A recipe from whatever functions accept: a Recipe, a dictionary, a file, or None.
 
         Raises:
             RecipeError: if it cannot be read, or has unknown keys or wrong values.
@@ -223,7 +266,7 @@ class Recipe(_Strict):
             return cls().merged(value, source="recipe")
         if isinstance(value, (str, Path)):
             return cls.load(value)
-        raise RecipeError(f"a recipe is a Recipe, a dictionary or a file, not a {type(value).__name__}")
+        raise RecipeError(f"a recipe must be a Recipe, a dictionary or a file, not a {type(value).__name__}")
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -232,7 +275,7 @@ class Recipe(_Strict):
         Raises:
             RecipeError: if the file is missing, is not YAML, or has unknown keys or wrong values.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -244,14 +287,14 @@ class Recipe(_Strict):
             line = f", line {where.line + 1}" if where else ""
             raise RecipeError(f"recipe {path}{line} is not valid YAML: {getattr(error, 'problem', error)}") from None
         if data is not None and not isinstance(data, dict):
-            raise RecipeError(f"recipe {path} holds a {type(data).__name__}, not keys and values")
+            raise RecipeError(f"recipe {path} contains a {type(data).__name__}, not keys and values")
         return cls().merged(data or {}, source=f"recipe {path}")
 
     def merged(self, changes: dict[str, Any], source: str = "options") -> Recipe:
-        """This recipe with `changes` laid over it; nested sections are merged key by key.
+        """This recipe with some fields changed; nested sections are merged key by key.
 
-        A change of `keep` takes the place of `target_size` and the other way round, and the options of a method do
-        not outlive it.
+        A change of `keep` replaces `target_size` and vice versa. A change of the method drops the options of the
+        previous one.
 
         Raises:
             RecipeError: on unknown keys (naming the nearest) or wrong values.
@@ -273,7 +316,7 @@ class Recipe(_Strict):
             raise RecipeError(f"{source}: {error}") from None
 
     def to_yaml(self) -> str:
-        """YAML text of the recipe, without keys left at None."""
+        """The recipe as YAML, without fields that are None."""
         return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
 
 
@@ -284,7 +327,7 @@ def with_prune(
     keep_blocks: float | None = None,
     options: dict[str, Any] | None = None,
 ) -> Recipe:
-    """A recipe with a change of its section ``prune``; options do not outlive their method.
+    """A recipe with changes to its section ``prune``; changing the method drops the options of the previous one.
 
     Raises:
         RecipeError: on wrong values.
@@ -316,9 +359,9 @@ def _first_problem(error: ValidationError) -> str:
 
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 _KINDS = {
-    "int_": "a whole number",
+    "int_": "an integer",
     "float_": "a number",
-    "string_": "a word",
+    "string_": "text",
     "bool_": "true or false",
     "list_": "a list",
     "dict_": "a section of keys and values",
@@ -327,7 +370,7 @@ _KINDS = {
 
 
 def _allowed(problem: Mapping[str, Any]) -> str:
-    """What pydantic says, in words that fit a person who never heard of it."""
+    """Pydantic's complaint in words that need no knowledge of pydantic."""
     for key, words in _BOUNDS.items():
         if key in (problem.get("ctx") or {}):
             return f"it must be {words} {problem['ctx'][key]}"
@@ -346,5 +389,5 @@ def _shown(value: object) -> str:
 
 
 def json_schema() -> str:
-    """JSON schema of a recipe, for editors."""
+    """The JSON schema of recipes, for editors."""
     return json.dumps(Recipe.model_json_schema(), indent=2)

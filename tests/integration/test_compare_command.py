@@ -65,7 +65,7 @@ def test_a_table_for_people_names_what_could_not_be_made(run):
 
 def test_nothing_could_be_made(run):
     done = run("--methods", "svd", "--keep", "0.001", "--references", "none")
-    assert done.code == 1 and "no row could be made" in done.error and "least possible" in done.error
+    assert done.code == 1 and "no row could be produced" in done.error and "least possible" in done.error
 
 
 def test_options_and_recipes_of_single_rows(run, files):
@@ -106,14 +106,14 @@ def test_a_second_run_takes_finished_rows_over(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--keep", "0.8"], 2, "name methods"),
-        (["--methods", "svd"], 2, "how small"),
-        (["--methods", "svd", "--keep", "0.8;0.6"], 2, "write shares with commas"),
+        (["--keep", "0.8"], 2, "pass --methods"),
+        (["--methods", "svd"], 2, "no size given"),
+        (["--methods", "svd", "--keep", "0.8;0.6"], 2, "pass shares separated by commas"),
         (["--methods", "svd", "--keep", "0.8", "--set", "rank=3"], 2, "METHOD.KEY=VALUE"),
         (["--methods", "svd", "--keep", "0.8", "--set", "rtn.bits=4"], 2, "METHOD.KEY=VALUE"),
         (["--methods", "svd", "--keep", "0.8", "--recipe", "none.yaml"], 1, "does not exist"),
         (["--methods", "sdv", "--keep", "0.8"], 1, "did you mean 'svd'"),
-        (["--methods", "svd", "--keep", "1.8"], 1, "between 0 and 1"),
+        (["--methods", "svd", "--keep", "1.8"], 2, "between 0 and 1"),
         (["--methods", "svd", "--keep", "0.8", "--tasks", "none.jsonl"], 1, "no such task file"),
         (["--methods", "svd", "--keep", "0.8", "--limit", "0"], 2, "limit"),
     ],

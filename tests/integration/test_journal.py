@@ -162,7 +162,7 @@ def test_killed_just_before_a_file_is_in_place(place, tmp_path, moment):
     groups = len(list((out / ".cospadi/groups").glob("*.safetensors")))
     err = finish(place, out)
     if (out / ".cospadi").is_dir() and groups and moment[0] != "report.html":
-        assert f"{groups} of 8 groups were taken over" in err or "complete already" in err
+        assert f"{groups} of 8 groups were already finished" in err or "already complete" in err
 
 
 def test_killed_again_and_again_until_it_is_done(place, tmp_path):
@@ -202,7 +202,7 @@ def test_interrupted_by_the_user(place, tmp_path):
     os.kill(process.pid, signal.SIGINT)
     process.join(60)
     assert process.exitcode == 130
-    assert log.read_text().splitlines()[-1] == "Error: interrupted; the same command goes on where it stopped"
+    assert log.read_text().splitlines()[-1] == "Error: interrupted; run the same command again to resume"
     finish(place, out)
 
 
@@ -266,7 +266,7 @@ def test_an_unfinished_run_is_not_continued_with_other_settings(place, half, tmp
             assert done.code == 1 and what in done.error and "--fresh" in done.error and "unfinished" in done.error
         done = command("compress", tmp_path / "tiny", half, "--recipe", place / "r.yaml")
         assert done.code == 1 and "model.sha256" in done.error and "--fresh" in done.error
-    assert "4 of 8 groups were taken over" in finish(place, half)
+    assert "4 of 8 groups were already finished" in finish(place, half)
 
 
 def test_the_model_may_have_moved(place, half, tmp_path):
@@ -275,7 +275,7 @@ def test_the_model_may_have_moved(place, half, tmp_path):
     shutil.copy(place / "text.txt", tmp_path / "copy.txt")
     flags = ["--recipe", place / "r.yaml", "--calibration", tmp_path / "copy.txt"]
     done = command("compress", tmp_path / "tiny", half, *flags)
-    assert done.code == 0 and "4 of 8 groups were taken over" in done.err
+    assert done.code == 0 and "4 of 8 groups were already finished" in done.err
     assert weights(half) == weights(place / "whole")
 
 
@@ -359,7 +359,7 @@ def test_no_space_left_for_the_weights(place, tmp_path):
     assert process.exitcode == 1, log.read_text()
     assert "no space left" in log.read_text().splitlines()[-1]
     assert not (out / "config.json").exists() and not list(out.glob("model*"))
-    assert "8 of 8 groups were taken over" in finish(place, out)
+    assert "8 of 8 groups were already finished" in finish(place, out)
 
 
 def test_the_directory_may_not_be_written(place, tmp_path, monkeypatch):

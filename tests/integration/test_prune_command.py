@@ -283,7 +283,7 @@ def test_one_recipe_prunes_and_compresses_under_one_budget(model, tmp_path, flag
     assert bool(loaded(token_ids(1, 9)).logits.isfinite().all())
     with unchanged(out):
         again = command("compress", model, out, "--recipe", path, *flags)
-        assert again.code == 0 and "complete already" in again.err
+        assert again.code == 0 and "already complete" in again.err
     plan = command("compress", model, out, "--recipe", path, "--dry-run", "--json", *flags).json
     assert plan["bytes_before"] == before and plan["bytes_after"] == pytest.approx(report["bytes_after"], rel=0.02)
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())

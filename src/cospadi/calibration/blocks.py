@@ -1,4 +1,4 @@
-"""From documents to blocks of tokens, reproducibly."""
+"""Documents into blocks of tokens, reproducibly."""
 
 import hashlib
 import warnings
@@ -20,13 +20,13 @@ _CHUNK_CHARACTERS = 2_000_000
 
 @dataclass(frozen=True)
 class TokenBlocks:
-    """Blocks of tokens.
+    """Blocks of tokens of equal length.
 
     Attributes:
         ids: int64 (blocks, seq_len).
         sha256: of the ids and their shape.
-        report: documents, tokens_available, tokens_used, longest_document (tokens), truncated_tokens (the stream's
-            tail that fills no block), samples_asked, samples_used, seq_len, seed, source, notes.
+        report: documents, tokens_available, tokens_used, longest_document (tokens), truncated_tokens (the
+            stream's tail, which does not fill a block), samples_asked, samples_used, seq_len, seed, source, notes.
     """
 
     ids: Tensor
@@ -38,7 +38,7 @@ class TokenBlocks:
 
 
 def encode(texts: Texts, tokenizer: PreTrainedTokenizerBase, progress: PhaseProgress | None = None) -> list[np.ndarray]:
-    """Tokens of every document, int32, without added special tokens.
+    """Token ids of every document, int32, without added special tokens.
 
     Args:
         texts: the documents.
@@ -52,7 +52,7 @@ def encode(texts: Texts, tokenizer: PreTrainedTokenizerBase, progress: PhaseProg
         batch.append(document)
         waiting += len(document)
         if waiting >= _CHUNK_CHARACTERS or number == len(texts):
-            # verbose=False: a document longer than the model's context is no mistake here
+            # verbose=False: a document may be longer than the model's context
             encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
             out.extend(np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"])
             batch, waiting = [], 0
@@ -62,7 +62,7 @@ def encode(texts: Texts, tokenizer: PreTrainedTokenizerBase, progress: PhaseProg
 
 
 def join(documents: list[np.ndarray], end: int | None) -> np.ndarray:
-    """One stream, int64, with the end token (if there is one) between documents."""
+    """One stream of token ids, int64, with the end token (if any) between documents."""
     parts: list[np.ndarray] = []
     for ids in documents:
         if parts and end is not None:
@@ -82,22 +82,22 @@ def token_blocks(
 ) -> TokenBlocks:
     """Draw calibration blocks.
 
-    The documents, joined by the end token, make one stream; it is cut into blocks that do not overlap, and `samples`
-    of these are drawn without repetition and kept in the order of the text.
+    The documents are joined by the end token into one stream, which is cut into non-overlapping blocks. `samples`
+    blocks are drawn without replacement and kept in the order of the text.
 
     Args:
-        texts: documents, or anything `read_texts` takes.
+        texts: documents, or anything `read_texts` accepts.
         tokenizer: of the model; no special tokens are added.
-        samples: how many blocks.
-        seq_len: tokens in each.
+        samples: number of blocks.
+        seq_len: tokens per block.
         seed: of the draw.
         progress: called as progress(documents done, documents, source of the text).
 
     Returns:
-        the blocks; all of them, with a warning, if there are fewer than asked.
+        the blocks; if there are fewer than requested, all of them, with a warning.
 
     Raises:
-        CalibrationError: if the text does not fill one block.
+        CalibrationError: if the text does not fill a single block.
     """
     if samples < 1 or seq_len < 1:
         raise CalibrationError(f"samples and seq_len must be positive, not {samples} and {seq_len}")
@@ -106,17 +106,17 @@ def token_blocks(
     documents = encode(texts, tokenizer, progress)
     end = tokenizer.eos_token_id
     if end is None and len(documents) > 1:
-        notes.append("the tokenizer has no end token: documents follow each other without one")
+        notes.append("the tokenizer has no end token: documents are joined without a separator")
     stream = join(documents, end)
     available = len(stream) // seq_len
     if available < 1:
         raise CalibrationError(
             f"{texts.source}: its {len(stream)} tokens do not fill one sequence of {seq_len}; "
-            "give more text or a smaller --seq-len"
+            "use more text or a smaller --seq-len"
         )
     if available < samples:
         notes.append(
-            f"the text gives {available} sequences of {seq_len} tokens where {samples} were asked; all are used"
+            f"the text has only {available} of the {samples} requested sequences of {seq_len} tokens; all are used"
         )
         warnings.warn(f"{texts.source}: {notes[-1]}", stacklevel=2)
     chosen = np.sort(np.random.default_rng(seed).permutation(available)[:samples])
@@ -138,6 +138,6 @@ def token_blocks(
 
 
 def digest(ids: np.ndarray) -> str:
-    """SHA-256 of a matrix of tokens: its shape, then the ids as little-endian 64-bit integers."""
+    """SHA-256 of a matrix of token ids: its shape, then the ids, all as little-endian 64-bit integers."""
     shape = np.asarray(ids.shape, dtype="<i8").tobytes()
     return hashlib.sha256(shape + np.ascontiguousarray(ids, dtype="<i8").tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Reading calibration and evaluation text: files, lists, and data sets of the hub."""
+"""Reading calibration and evaluation texts: files, lists, and hub datasets."""
 
 import json
 import re
@@ -19,9 +19,9 @@ class Texts:
     """Documents in order.
 
     Attributes:
-        documents: never empty; documents of white space only are left out.
-        source: where they come from, for reports.
-        notes: what a reader of a report should know about them.
+        documents: at least one; documents of only whitespace are left out.
+        source: their origin, for reports.
+        notes: remarks for the report.
     """
 
     documents: tuple[str, ...]
@@ -41,12 +41,12 @@ def read_texts(
     """Read documents.
 
     Args:
-        source: a list or tuple of documents; a file: ``.txt`` (one document; any line end is read as a newline),
-            ``.json`` (a list of strings or records), ``.jsonl`` (a record or string a line), ``.parquet``; or, if no
-            such file exists, a hub data set as ``name``, ``name:split`` or ``name:configuration:split`` (split: train),
-            streamed. Only the last of these uses the network.
-        field: which field of a record holds the text.
-        hub_characters: how much to take of a hub data set, from its beginning.
+        source: a list or tuple of documents; a file: ``.txt`` (one document; every line ending becomes a newline),
+            ``.json`` (a list of strings or records), ``.jsonl`` (one string or record per line), ``.parquet``; or, if
+            no such file exists, a hub dataset as ``name``, ``name:split`` or ``name:configuration:split`` (default
+            split: train), which is streamed. Only a hub dataset uses the network.
+        field: the field of a record that holds the text.
+        hub_characters: number of characters to take from the start of a hub dataset.
 
     Returns:
         the documents.
@@ -60,16 +60,18 @@ def read_texts(
     if isinstance(source, (list, tuple)):
         return _checked(_strings(source, "the list", field), "a list of documents")
     if not isinstance(source, (str, Path)):
-        raise CalibrationError(f"a text is a file, the name of a hub data set or a list of documents, not {source!r}")
+        raise CalibrationError(
+            f"a text must be a file, the name of a hub dataset or a list of documents, not {source!r}"
+        )
     path = Path(source).expanduser()
     try:
         folder, file = path.is_dir(), path.is_file()
-    except OSError:  # longer than names of files may be
+    except OSError:  # longer than a file name can be
         raise CalibrationError(
-            f"{str(source)[:40]!r}…: there is no such file; to give the text itself, make it a list of documents"
+            f"{str(source)[:40]!r}…: there is no such file; to pass the text itself, put it into a list"
         ) from None
     if folder:
-        raise CalibrationError(f"{source}: is a directory; name one of {', '.join(SUFFIXES)} files")
+        raise CalibrationError(f"{source}: is a directory; pass a file ({', '.join(SUFFIXES)})")
     if file:
         return _checked(_read_file(path, field), str(source))
     if isinstance(source, Path) or path.suffix.lower() in SUFFIXES or not _HUB_NAME.fullmatch(source):
@@ -85,7 +87,7 @@ def _checked(documents: Iterator[str], source: str, notes: tuple[str, ...] = ())
         else:
             blank += 1
     if not kept:
-        raise CalibrationError(f"{source}: holds no text")
+        raise CalibrationError(f"{source}: contains no text")
     if blank:
         notes = (*notes, f"{blank} empty documents left out")
     return Texts(tuple(kept), source, notes)
@@ -99,13 +101,13 @@ def _read_file(path: Path, field: str) -> Iterator[str]:
         raise CalibrationError(f"{path}: {suffix or 'a file without a suffix'} is not one of {', '.join(SUFFIXES)}")
     text = _decode(path)
     if suffix == ".txt":
-        # Line ends as Python's text mode reads them: \r\n is one newline. Models have hardly seen carriage returns, and
-        # a perplexity must not depend on the system on which a file was saved.
+        # line endings as in Python's text mode: models have hardly seen carriage returns, and a perplexity must not
+        # depend on the system that saved the file
         return iter([text.replace("\r\n", "\n").replace("\r", "\n")])
     if suffix == ".json":
         records = _parsed(text, str(path))
         if not isinstance(records, list):
-            raise CalibrationError(f"{path}: must hold a list of strings or records, not {_kind(records)}")
+            raise CalibrationError(f"{path}: must contain a list of strings or records, not {_kind(records)}")
         return _strings(records, str(path), field, what="entry")
     return _read_lines(path, text, field)
 
@@ -122,7 +124,7 @@ def _decode(path: Path) -> str:
 
 
 def _read_lines(path: Path, text: str, field: str) -> Iterator[str]:
-    # split on newlines alone: str.splitlines would cut strings at U+2028 and the like, which JSON allows
+    # split at newlines only: str.splitlines also splits at U+2028 and similar, which JSON allows inside strings
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -130,11 +132,11 @@ def _read_lines(path: Path, text: str, field: str) -> Iterator[str]:
 
 
 def _parsed(text: str, where: str, line: int | None = None) -> Any:
-    """JSON of a whole file, or of one line of it."""
+    """Parsed JSON of a whole file, or of one of its lines."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise CalibrationError(f"{where}: malformed JSON in line {line or error.lineno}: {error.msg}") from None
+        raise CalibrationError(f"{where}: malformed JSON on line {line or error.lineno}: {error.msg}") from None
     except (ValueError, RecursionError) as error:  # more digits or brackets than Python reads
         place = f"line {line}" if line else "the file"
         raise CalibrationError(f"{where}: {place} cannot be read as JSON: {str(error).split(';')[0]}") from None
@@ -159,11 +161,13 @@ def _text_of(record: Any, where: str, field: str) -> str:
 
 
 def _sound(text: str, where: str) -> str:
-    """Refuse halves of surrogate pairs, which JSON escapes can spell but no tokenizer can read."""
+    """Refuse unpaired surrogates, which JSON escapes can express but no tokenizer can read."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise CalibrationError(f"{where}: character {error.start} is half a surrogate pair, not text") from None
+        raise CalibrationError(
+            f"{where}: character {error.start} is an unpaired surrogate, which is not text"
+        ) from None
     return text
 
 
@@ -208,8 +212,6 @@ def _read_hub(source: str, field: str, characters: int) -> Texts:
         raise
     except Exception as error:
         cause = str(error).strip().splitlines() or [type(error).__name__]
-        raise CalibrationError(
-            f"{source}: neither a local file nor a data set that can be reached: {cause[0]}"
-        ) from error
+        raise CalibrationError(f"{source}: neither a local file nor a reachable hub dataset: {cause[0]}") from error
     notes = (f"the first {len(documents)} documents of {source}",) if taken >= characters else ()
     return _checked(iter(documents), source, notes)

@@ -1,4 +1,4 @@
-"""The command line. `--help` imports no torch: every command imports what it needs when it runs."""
+"""The command line. `--help` does not import torch: each command imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 def main() -> None:
-    """Run a command: exit code 0 done, 1 failed with a clear message, 2 wrong usage, 130 interrupted."""
+    """Run a command and exit: 0 done, 1 failed with a clear message, 2 wrong usage, 130 interrupted."""
     debug = "--debug" in sys.argv
     sys.argv = [arg for arg in sys.argv if arg != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        _replace_what_cannot_be_written(stream)
     shown, warnings.showwarning = warnings.showwarning, _warn
     try:
         code = _run(sys.argv[1:])
@@ -27,29 +29,38 @@ def main() -> None:
         code = _complain(str(error), FAILED, debug)
     except KeyboardInterrupt:
         durable = sys.argv[1:2] in (["compress"], ["demo"])
-        rest = "; the same command goes on where it stopped" if durable else ""
+        rest = "; run the same command again to resume" if durable else ""
         code = _complain(f"interrupted{rest}", INTERRUPTED, debug)
-    except BrokenPipeError:  # whoever read our output has gone, as in `cospadi methods | head`
+    except BrokenPipeError:  # the reader of our output has gone, as in `cospadi methods | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = FAILED
     except Exception as error:
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        message = f"this should not have happened: {what}; please report it with what --debug prints"
+        message = f"internal error: {what}; please report it with the output of --debug"
         if _is_out_of_memory(error):
-            message = "out of memory: close other programs, raise the limit, or use a machine with more"
+            message = "out of memory: close other programs, raise the memory limit, or use a machine with more memory"
         code = _complain(message, FAILED, debug)
     finally:
         warnings.showwarning = shown
     sys.exit(code)
 
 
+def _replace_what_cannot_be_written(stream: TextIO) -> None:
+    """Write replacement characters where an encoding lacks ours (a redirected Windows console), instead of failing."""
+    reconfigure = getattr(stream, "reconfigure", None)  # streams that stand in for a console may have none
+    if reconfigure is not None:
+        reconfigure(errors="replace")
+
+
 def _run(arguments: list[str]) -> int:
-    """Parse and run; what the parser raises becomes a :class:`UsageError` of one line."""
+    """Parse and run; errors of the parser become a :class:`UsageError` of one line."""
     import typer
 
     from cospadi.cli.app import app
 
     command = typer.main.get_command(app)
+    if "_COSPADI_COMPLETE" in os.environ:  # a shell asks for completions; click answers and exits
+        command.main(prog_name="cospadi")
     context: Any = None
     try:
         with command.make_context("cospadi", list(arguments)) as context:
@@ -59,7 +70,7 @@ def _run(arguments: list[str]) -> int:
     except typer.Abort:
         raise KeyboardInterrupt from None
     except Exception as error:
-        # typer brings its own copy of click or uses the installed one, by version; both have this method
+        # depending on its version, typer uses its own copy of click or the installed one; both have this method
         text = getattr(error, "format_message", None)
         if text is None:
             raise
@@ -73,7 +84,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether there was no memory left even where nobody counts on it, as when a library is loaded."""
+    """Whether memory ran out outside the guarded places, for example while a library was being loaded."""
     words = ("failed to map segment", "cannot allocate memory", "can't allocate memory")
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
@@ -86,7 +97,7 @@ def _warn(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """A warning in one line, without the place where it arose; those for developers as Python shows them."""
+    """Show a user's warning on one line without its source location, and any other as Python does."""
     if not issubclass(category, UserWarning):
         (file or sys.stderr).write(warnings.formatwarning(message, category, filename, lineno, line))
         return
@@ -97,7 +108,7 @@ def _warn(
 
 
 def _complain(message: str, code: int, debug: bool) -> int:
-    """Say in one line what went wrong."""
+    """Print an error on one line."""
     if debug:
         import traceback
 

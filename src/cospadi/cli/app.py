@@ -1,4 +1,4 @@
-"""The typer application: one verb a function."""
+"""The typer application: one function per command."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from cospadi.cli.common import (
     AnchorOption,
     CalibrationOption,
     DeviceOption,
+    DirArgument,
     GroupingOption,
     JsonOption,
     KeepOption,
@@ -22,6 +23,7 @@ from cospadi.cli.common import (
     MethodOption,
     ModelArgument,
     OnlyOption,
+    OutArgument,
     RecipeOption,
     RefineOption,
     SamplesOption,
@@ -32,29 +34,33 @@ from cospadi.cli.common import (
     check_new_directory,
     command_line,
     consoles,
+    expand_home,
     make_recipe,
     pages_written,
     print_json,
     quiet_transformers,
+    share,
 )
 from cospadi.cli.compare import LimitOption, TasksOption, printable, register, split
 from cospadi.cli.prune import register as register_prune
 
 app = typer.Typer(
     name="cospadi",
-    help="Make a trained language model smaller without retraining.",
-    epilog="Every command takes --debug, which shows the traceback of an error.",
+    help="Compress a trained language model without retraining it.",
+    epilog="Every command accepts --debug, which shows the traceback of an error.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 FloatName = Literal["auto", "bfloat16", "float16", "float32"]
-OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Output directory: new, empty, or of the same run.")]
-DirArgument = Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint: compressed, pruned or dense.")]
 TextOption = Annotated[
-    str | None, typer.Option(help="Text to measure perplexity on: .txt, .jsonl …", show_default=False)
+    str | None,
+    typer.Option(
+        help="Text to measure perplexity on: a .txt, .json, .jsonl or .parquet file, or a hub dataset.",
+        show_default=False,
+        callback=expand_home,
+    ),
 ]
 
 
@@ -69,10 +75,10 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Make a trained language model smaller without retraining."""
+    """Compress a trained language model without retraining it."""
 
 
 @app.command()
@@ -94,11 +100,11 @@ def compress(
     seq_len: LengthOption = None,
     device: DeviceOption = None,
     seed: SeedOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget an earlier run in OUT.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and exit.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard an earlier run in OUT.")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Compress a model; the same command after an interruption goes on where it stopped."""
+    """Compress a model. After an interruption, the same command resumes the run."""
     merged = make_recipe(
         recipe,
         settings=set_,
@@ -128,10 +134,12 @@ def compress(
         result = run(model, out, recipe=merged, fresh=fresh, progress=display.update, command=command_line())
     report, groups = result.report, len(result.report["groups"])
     if result.complete:
-        stderr.print(Text(f"{out} was complete already, nothing was changed; --fresh compresses anew"), soft_wrap=True)
+        stderr.print(
+            Text(f"{out} is already complete and was not changed; pass --fresh to compress again"), soft_wrap=True
+        )
     elif result.resumed:
-        stderr.print(f"{result.resumed} of {groups} groups were taken over from the interrupted run")
-    # A run that was stopped between its last weight and its last page is complete but for the pages.
+        stderr.print(f"resumed: {result.resumed} of {groups} groups were already finished")
+    # a run interrupted between its last weight and its last page is complete except for the pages
     if not result.complete or not pages_written(out):
         write_all(report, out)
     if json_:
@@ -176,7 +184,7 @@ def estimate(
     device: DeviceOption = None,
     json_: JsonOption = False,
 ) -> None:
-    """Sizes, layer table, memory and time guess, from the model's configuration alone."""
+    """Estimate sizes, memory and time from the model's configuration alone."""
     merged = make_recipe(
         recipe,
         settings=set_,
@@ -200,7 +208,7 @@ def inspect(
     directory: DirArgument,
     json_: JsonOption = False,
 ) -> None:
-    """What is in a compressed checkpoint: groups, bytes, errors; checks every file."""
+    """Show the contents of a compressed checkpoint (groups, bytes, errors) and verify every file."""
     from cospadi.evaluation import inspect as run
     from cospadi.report import print_inspect
 
@@ -216,28 +224,34 @@ def evaluate(
     directory: DirArgument,
     text: TextOption = None,
     against: Annotated[
-        str | None, typer.Option(help="A second model, measured in the same way.", show_default=False)
+        str | None,
+        typer.Option(
+            help="A second model to measure in the same way, usually the original.",
+            show_default=False,
+            callback=expand_home,
+        ),
     ] = None,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens per block.")] = 1024,
     max_blocks: Annotated[
-        int | None, typer.Option(min=1, help="Only the first blocks of the text.", show_default="all")
+        int | None,
+        typer.Option(min=1, help="Measure only this many blocks from the start of the text.", show_default="all"),
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Blocks at once.", show_default="by size")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Blocks per batch.", show_default="by size")] = None,
     tasks: TasksOption = None,
     limit: LimitOption = None,
     device: DeviceOption = None,
     json_: JsonOption = False,
 ) -> None:
-    """Perplexity and task scores of any checkpoint that transformers can load, beside those of another."""
+    """Measure perplexity and task scores of any checkpoint that transformers can load."""
     if text is None and not tasks:
-        raise UsageError("nothing to measure on: name a text with --text FILE, or tasks with --tasks FILE")
+        raise UsageError("nothing to evaluate: pass --text FILE or --tasks FILE")
     from cospadi.evaluation import evaluate as run
     from cospadi.model_view import open_config
     from cospadi.report import ProgressDisplay, print_evaluation
 
     quiet_transformers()
     if against is not None:
-        open_config(against)  # a wrong name shall not come to light after the first model has been measured
+        open_config(against)  # a wrong name should not surface only after the first model has been measured
     stdout, stderr = consoles()
     with ProgressDisplay(stderr) as display:
         data = run(
@@ -266,10 +280,12 @@ register_benchmark(app)
 @app.command()
 def generate(
     directory: DirArgument,
-    prompt: Annotated[str, typer.Option(help="What to go on from.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token every time.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Sampling temperature; 0 always takes the most likely token.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     device: DeviceOption = None,
     json_: JsonOption = False,
 ) -> None:
@@ -292,13 +308,13 @@ def generate(
 def export(
     directory: DirArgument,
     out: OutArgument,
-    dense: Annotated[bool, typer.Option("--dense", help="Multiply the factors out: a stock checkpoint.")] = False,
-    dtype: Annotated[FloatName, typer.Option(help="Of the weights written.")] = "auto",
+    dense: Annotated[bool, typer.Option("--dense", help="Multiply the factors out into a stock checkpoint.")] = False,
+    dtype: Annotated[FloatName, typer.Option(help="Data type of the exported weights.")] = "auto",
     json_: JsonOption = False,
 ) -> None:
-    """Write a checkpoint in another form; --dense needs no cospadi to load, and is as large as the original."""
+    """Export a checkpoint. With --dense the result loads without cospadi and is as large as the original."""
     if not dense:
-        raise UsageError("name the form: --dense writes a stock checkpoint")
+        raise UsageError("no export format given: pass --dense for a stock checkpoint")
     check_new_directory(out)
     from cospadi.checkpoint import file_bytes
     from cospadi.evaluation import export_dense
@@ -315,11 +331,11 @@ def export(
 
 @app.command()
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Show one method's options.")] = None,
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a recipe.")] = False,
+    name: Annotated[str | None, typer.Argument(help="Show only this method.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes.")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """The methods and their options."""
+    """List the methods and their options."""
     if schema:
         from cospadi.recipe import json_schema
 
@@ -336,7 +352,7 @@ def methods(
 
 @app.command()
 def doctor(json_: JsonOption = False) -> None:
-    """Check the installation: versions, devices, optional parts, a tiny run."""
+    """Check the installation: versions, devices, optional packages, and a tiny run."""
     from cospadi.cli.listing import doctor_table
     from cospadi.engine.doctor import examine
 
@@ -351,11 +367,18 @@ def doctor(json_: JsonOption = False) -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory.")] = Path("demo-report"),
-    keep: Annotated[list[float] | None, typer.Option(help="Shares to try.", show_default="0.4 and 0.2")] = None,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory.", callback=expand_home)] = Path(
+        "demo-report"
+    ),
+    keep: Annotated[
+        list[float] | None,
+        typer.Option(
+            parser=share, metavar="SHARE", help="Shares of bytes to keep; repeatable.", show_default="0.4 and 0.2"
+        ),
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
-    """The whole way on the embedded model: compress, evaluate, compare with the textbook ways; no network."""
+    """A two-minute end-to-end run on the embedded model: compress, evaluate, compare; needs no network."""
     from cospadi.evaluation.demo import KEEPS, run_demo
     from cospadi.report import ProgressDisplay, print_comparison, write_all
     from cospadi.report.text import human_count
@@ -370,21 +393,20 @@ def demo(
         if report["directory"] in changed or not pages_written(folder):
             write_all(report, folder)
     if not changed:
-        stderr.print("everything was there already, nothing was computed anew")
+        stderr.print("all results were already complete; nothing was computed")
     if json_:
         print_json(data | {"out": str(out)})
         return
     stdout.print(
-        f"A small model of Python code that comes with cospadi ({human_count(data['parameters'])} parameters), "
-        f"compressed without retraining: {data['calibration_tokens']:,} tokens of text were read to find out which "
-        "errors matter. Perplexity, lower is better, is on code that the model never saw. Every size is reached by the "
-        "default method and, in the same number of bytes, in two textbook ways: rounding to the nearest integers and "
-        "truncated SVD."
+        f"A small language model of Python code, included in cospadi ({human_count(data['parameters'])} parameters), "
+        f"compressed without retraining and calibrated on {data['calibration_tokens']:,} tokens. Perplexity (lower is "
+        "better) is measured on code the model was not trained on. Each size is reached with the default method and, "
+        "for the same number of bytes, with two textbook methods: rounding to nearest and truncated SVD."
     )
     print_comparison(data["rows"], stdout, data["dense"])
     stdout.print(
-        "keep: share of the linear layers' bytes that was asked for; kept: the share that came out. "
-        "bytes: all weights, with the parts that are left alone. time: of compressing, on this machine.\n"
+        "keep: requested share of the linear layers' bytes; kept: the share that was reached. bytes: all weights, "
+        "including those that are not compressed. time: of compression, on this machine.\n"
     )
     for row in data["rows"]:
         stdout.print(Text(f"Report: {out / row['directory'] / 'report.html'}"), soft_wrap=True)

@@ -16,6 +16,7 @@ from cospadi.cli.common import (
     check_new_directory,
     command_line,
     consoles,
+    expand_home,
     print_json,
     quiet_transformers,
 )
@@ -31,6 +32,7 @@ def benchmark(
             metavar="[DIR]",
             help="A model whose shapes are used, or a compressed checkpoint, which is measured as stored.",
             show_default=False,
+            callback=expand_home,
         ),
     ] = None,
     shapes: Annotated[
@@ -69,7 +71,8 @@ def benchmark(
         typer.Option(min=1, help="Processes that compile kernels first (GPU).", show_default="one per core, up to 14"),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="New directory for the numbers and the plot.", show_default=False)
+        Path | None,
+        typer.Option(help="New directory for the numbers and the plot.", show_default=False, callback=expand_home),
     ] = None,
     device: DeviceOption = None,
     seed: SeedOption = None,

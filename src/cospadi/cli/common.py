@@ -1,4 +1,4 @@
-"""What the commands share: options, output, and the way from flags to a recipe. Imports no torch."""
+"""What the commands share: options, output, and the recipe made from flags. Does not import torch."""
 
 from __future__ import annotations
 
@@ -17,57 +17,149 @@ if TYPE_CHECKING:
 
     from cospadi.recipe import Recipe
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A local directory or a hub id.")]
+
+class UsageError(CospadiError):
+    """The command line is wrong: an argument is missing, unknown, or contradicts another; exit code 2."""
+
+
+def expand_home(value: Any) -> Any:
+    """A path option with ``~`` replaced by the home directory; every path option has this callback.
+
+    Shells leave ``~`` alone within quotes and in ``--out=~/dir``, and programs that start commands do not expand it.
+
+    Args:
+        value: a path as text or :class:`~pathlib.Path`, several in a list, or None. ``NAME=PATH`` is expanded after the
+            equals sign.
+
+    Raises:
+        UsageError: if it begins with the name of a user who does not exist.
+    """
+    if isinstance(value, (list, tuple)):
+        return [expand_home(item) for item in value]
+    if isinstance(value, Path):
+        return Path(expand_home(str(value)))
+    name, equals, path = value.partition("=") if isinstance(value, str) else ("", "", "")
+    if equals and path.startswith("~"):
+        return f"{name}={expand_home(path)}"
+    if not isinstance(value, str) or not value.startswith("~"):
+        return value
+    try:
+        return str(Path(value).expanduser())
+    except RuntimeError:
+        raise UsageError(
+            f"{value}: there is no such home directory; for a name that begins with ~ write ./{value}"
+        ) from None
+
+
+def split_paths(text: str | None) -> str | None:
+    """A comma-separated list of paths or names, each with ``~`` expanded."""
+    return None if text is None else ",".join(expand_home(part.strip()) for part in text.split(","))
+
+
+def share(text: str) -> float:
+    """The share of an option such as ``--keep 0.8`` or ``--keep 80%``."""
+    from cospadi.recipe import parse_share
+
+    try:
+        return parse_share(text)
+    except CospadiError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A model: a local directory or a hub id.", callback=expand_home)
+]
+DirArgument = Annotated[
+    str,
+    typer.Argument(metavar="DIR", help="A checkpoint: compressed, pruned or dense.", callback=expand_home),
+]
+OutArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="OUT",
+        help="Output directory: new, empty, or from an interrupted run of the same command.",
+        callback=expand_home,
+    ),
+]
 KeepOption = Annotated[
-    float | None, typer.Option(help="Share of the linear layers' bytes to keep: 0.6 keeps 60 %.", show_default=False)
+    float | None,
+    typer.Option(
+        parser=share,
+        metavar="SHARE",
+        help="Share of the linear layers' bytes to keep, such as 0.6 or 60%.",
+        show_default=False,
+    ),
+]
+KeepBlocksOption = Annotated[
+    float | None,
+    typer.Option(
+        parser=share,
+        metavar="SHARE",
+        help="Share of the blocks' bytes to keep, such as 0.75 or 75%; instead of --blocks.",
+        show_default=False,
+    ),
 ]
 SizeOption = Annotated[
-    str | None, typer.Option(help="Size of all files instead of --keep, such as 5GB.", show_default=False)
+    str | None, typer.Option(help="Total size of all files, such as 5GB; instead of --keep.", show_default=False)
 ]
-MethodOption = Annotated[str | None, typer.Option(help="See `cospadi methods`.", show_default="auto")]
-RecipeOption = Annotated[Path | None, typer.Option(help="YAML recipe; flags override it.", show_default=False)]
+MethodOption = Annotated[
+    str | None, typer.Option(help="Compression method; `cospadi methods` lists them.", show_default="auto")
+]
+RecipeOption = Annotated[
+    Path | None,
+    typer.Option(help="YAML file with settings; flags override it.", show_default=False, callback=expand_home),
+]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="An option of the method; repeatable.", show_default=False),
+    typer.Option("--set", metavar="KEY=VALUE", help="Set an option of the method; repeatable.", show_default=False),
 ]
 GroupingOption = Annotated[
     str | None,
     typer.Option(
-        help="matrix, siblings, cross_layer or pairs: which layers share a dictionary.", show_default="the method's"
+        help="Which layers share a dictionary: matrix, siblings, cross_layer or pairs.", show_default="the method's"
     ),
 ]
 AllocationOption = Annotated[
     str | None,
-    typer.Option(help="uniform, pooled, truncation, rocket or knapsack.", show_default="the method's"),
+    typer.Option(
+        help="How bytes are divided among layers: uniform, pooled, truncation, rocket or knapsack.",
+        show_default="the method's",
+    ),
 ]
 AnchorOption = Annotated[
     bool | None,
-    typer.Option("--anchor/--no-anchor", help="Fit layers to what the compressed ones give.", show_default="no"),
+    typer.Option(
+        "--anchor/--no-anchor",
+        help="Fit each layer to the original outputs, given inputs from the already compressed layers.",
+        show_default="no",
+    ),
 ]
 RefineOption = Annotated[
     bool | None,
-    typer.Option("--refine/--no-refine", help="Tune every decoder layer after its factorisation.", show_default="no"),
+    typer.Option("--refine/--no-refine", help="Tune each decoder layer after it is factorised.", show_default="no"),
 ]
 OnlyOption = Annotated[
     str | None,
     typer.Option(
-        help="Compress only these modules: names or patterns with commas, such as q_proj,k_proj or self_attn.",
+        help="Compress only these modules: names or patterns separated by commas, such as q_proj,k_proj or self_attn.",
         show_default="all; masa: attention",
     ),
 ]
 CalibrationOption = Annotated[
     str | None,
-    typer.Option(help="A .txt, .json, .jsonl or .parquet file, or a hub data set name.", show_default=False),
+    typer.Option(
+        help="Calibration text: a .txt, .json, .jsonl or .parquet file, or a hub dataset.",
+        show_default=False,
+        callback=expand_home,
+    ),
 ]
-SamplesOption = Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="256")]
+SamplesOption = Annotated[int | None, typer.Option(help="Number of calibration sequences.", show_default="256")]
 LengthOption = Annotated[int | None, typer.Option(help="Tokens per calibration sequence.", show_default="1024")]
-DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", show_default="auto")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="Where to compute: auto, cpu, cuda or cuda:N.", show_default="auto")
+]
 SeedOption = Annotated[int | None, typer.Option(help="Seed of every random choice.", show_default="0")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one machine-readable object on the last line.")]
-
-
-class UsageError(CospadiError):
-    """A command line is wrong: an argument is missing, unknown, or at odds with another; exit code 2."""
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
 
 
 def consoles() -> tuple[Console, Console]:
@@ -78,15 +170,16 @@ def consoles() -> tuple[Console, Console]:
 
 
 def print_json(data: Any) -> None:
-    """One object on one line of stdout."""
-    print(json.dumps(data, ensure_ascii=False, sort_keys=True), flush=True)
+    """Print one JSON object on one line of stdout, in ASCII unless its encoding is a Unicode one."""
+    encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
+    print(json.dumps(data, ensure_ascii=not encoding.startswith("utf"), sort_keys=True), flush=True)
 
 
 def parse_settings(settings: list[str] | None) -> dict[str, Any]:
-    """``["rho=3", "pattern=free"]`` as a dict, values read as YAML.
+    """Settings such as ``["rho=3", "pattern=free"]`` as a dict; values are read as YAML.
 
     Raises:
-        UsageError: if one has no ``=``, or a value that cannot be read.
+        UsageError: if a setting has no ``=``, or its value cannot be read.
     """
     out: dict[str, Any] = {}
     for setting in settings or []:
@@ -94,7 +187,7 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
         if not equals or not key:
             raise UsageError(f"--set {setting!r}: write KEY=VALUE, for example --set rho=3")
         try:
-            # YAML reads 16:32 as a base-60 number; a pattern is meant.
+            # YAML would read the pattern 16:32 as a base-60 number
             out[key.strip()] = value if ":" in value else yaml.safe_load(value)
         except yaml.YAMLError:
             raise UsageError(f"--set {setting!r}: {value!r} is neither a number nor a word") from None
@@ -110,18 +203,18 @@ def make_recipe(
     seq_len: int | None = None,
     **fields: Any,
 ) -> Recipe:
-    """The recipe of a file with the given flags laid over it; flags left out (None) change nothing.
+    """The recipe of a file, overridden by the flags that are given (not None).
 
     Raises:
         RecipeError: on an unknown key or a wrong value.
-        UsageError: if nothing says how small the model shall be, or two flags do.
+        UsageError: if no size is given, or two flags give one.
     """
     from cospadi.recipe import Recipe
 
     base = Recipe.load(recipe) if recipe is not None else Recipe()
     changes: dict[str, Any] = {key: value for key, value in fields.items() if value is not None}
     if "keep" in changes and "target_size" in changes:
-        raise UsageError("--keep and --target-size are both given: give one of them")
+        raise UsageError("--keep and --target-size are both given: pass only one")
     section = {"source": calibration, "samples": samples, "seq_len": seq_len}
     section = {key: value for key, value in section.items() if value is not None}
     if section:
@@ -131,12 +224,12 @@ def make_recipe(
         changes["options"] = options
     merged = base.merged(changes, source="command line")
     if merged.keep is None and merged.target_size is None:
-        raise UsageError("say how small the model shall be: --keep (such as 0.8) or --target-size (such as 5GB)")
+        raise UsageError("no size given: pass --keep or --target-size")
     return merged
 
 
 def quiet_transformers() -> None:
-    """No progress bars and chatter of transformers in our output; downloads from the hub keep theirs."""
+    """Silence the progress bars and remarks of transformers; downloads from the hub keep their bars."""
     from huggingface_hub import utils
     from transformers.utils import logging
 
@@ -149,24 +242,24 @@ def quiet_transformers() -> None:
 
 
 def check_new_directory(out: Path) -> None:
-    """Refuse a directory that holds anything: what lies there may not be ours to overwrite.
+    """Refuse an output directory that is not empty: its files may not be ours to overwrite.
 
     Raises:
         OutputError: if it is a file, or not empty.
     """
     if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file: name a directory")
+        raise OutputError(f"{out} is a file: pass a directory")
     if out.is_dir() and any(out.iterdir()):
         raise OutputError(f"{out} is not empty: choose a new directory")
 
 
 def pages_written(out: Path) -> bool:
-    """Whether a finished run's pages are there; they come last, so an interruption may have left a run without."""
+    """Whether the pages of a finished run exist; they are written last, so an interruption may have prevented it."""
     return all((out / name).exists() for name in ("report.html", "README.md"))
 
 
 def command_line() -> str:
-    """The command as it was typed, with the program's name instead of its path."""
+    """The command line as typed, with the program's name instead of its path."""
     import shlex
 
     return shlex.join(["cospadi", *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""`cospadi compare`: methods beside each other at the same bytes."""
+"""`cospadi compare`: methods compared at the same number of bytes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from cospadi.cli.common import (
     UsageError,
     command_line,
     consoles,
+    expand_home,
     parse_settings,
     print_json,
     quiet_transformers,
+    split_paths,
 )
-from cospadi.errors import BudgetError
+from cospadi.errors import BudgetError, RecipeError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,23 +36,36 @@ if TYPE_CHECKING:
 TasksOption = Annotated[
     str | None,
     typer.Option(
-        help="Task files (.jsonl) or directories of such, or names of lm-eval's tasks; several with commas.",
+        help="Task files (.jsonl), directories of them, or names of lm-eval tasks, separated by commas.",
         show_default=False,
+        callback=split_paths,
     ),
 ]
-LimitOption = Annotated[int | None, typer.Option(min=1, help="Examples of every task.", show_default="all")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Number of examples per task.", show_default="all")]
 
 
 def split(text: str | None) -> list[str]:
-    """The parts of a list with commas."""
+    """The parts of a comma-separated list."""
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 def _shares(text: str | None) -> list[float]:
+    """The shares of ``0.8,60%``.
+
+    Raises:
+        UsageError: if one is not a number between 0 and 1; here a comma separates shares, so ``0,3`` is two of them.
+    """
+    from cospadi.recipe import parse_share
+
     try:
-        return [float(part) for part in split(text)]
-    except ValueError:
-        raise UsageError(f"--keep {text!r}: write shares with commas, for example --keep 0.8,0.6") from None
+        shares = [parse_share(part) for part in split(text)]
+    except RecipeError:
+        raise UsageError(f"--keep {text!r}: pass shares separated by commas, for example --keep 0.8,0.6") from None
+    if not all(0 < share < 1 for share in shares):
+        raise UsageError(
+            f"--keep {text!r}: each share must lie between 0 and 1; write 0.3 or 30%, and several as 0.8,0.6"
+        )
+    return shares
 
 
 def _options(settings: Iterable[str], methods: list[str]) -> dict[str, dict[str, Any]]:
@@ -61,14 +76,14 @@ def _options(settings: Iterable[str], methods: list[str]) -> dict[str, dict[str,
         if not dot or "=" in method or method not in methods:
             example = f"{methods[0] if methods else 'pursuit'}.rho=3"
             raise UsageError(
-                f"--set {setting!r}: write METHOD.KEY=VALUE with one of the methods compared, for example {example}"
+                f"--set {setting!r}: write METHOD.KEY=VALUE with one of the compared methods, for example {example}"
             )
         found.setdefault(method, {}).update(parse_settings([rest]))
     return found
 
 
 def _recipes(values: Iterable[str]) -> tuple[Recipe | None, dict[str, Recipe]]:
-    """The recipe of all rows (a bare path) and rows of their own (``NAME=PATH``)."""
+    """The recipe that applies to all rows (a bare path), and recipes that add a row (``NAME=PATH``)."""
     from cospadi.recipe import Recipe
 
     common: Recipe | None = None
@@ -78,14 +93,16 @@ def _recipes(values: Iterable[str]) -> tuple[Recipe | None, dict[str, Recipe]]:
         if equals:
             named[name] = Recipe.load(path)
         elif common is not None:
-            raise UsageError("--recipe PATH holds for all rows and is given twice; write --recipe NAME=PATH for a row")
+            raise UsageError(
+                "--recipe PATH applies to all rows and can be given once; use --recipe NAME=PATH to add a row"
+            )
         else:
             common = Recipe.load(value)
     return common, named
 
 
 def _texts(paths: list[str]) -> dict[str, str]:
-    """Texts by file name; where two have the same, by path."""
+    """Texts by file name, or by path where two files share a name."""
     names = [Path(path).name for path in paths]
     return {name if names.count(name) == 1 else path: path for name, path in zip(names, paths, strict=True)}
 
@@ -93,30 +110,43 @@ def _texts(paths: list[str]) -> dict[str, str]:
 def compare(
     model: ModelArgument,
     methods: Annotated[
-        str | None, typer.Option(help="Methods with commas; see `cospadi methods`.", show_default=False)
+        str | None, typer.Option(help="Methods separated by commas; `cospadi methods` lists them.", show_default=False)
     ] = None,
     keep: Annotated[
-        str | None, typer.Option(help="Shares of the linear layers' bytes, with commas.", show_default=False)
+        str | None,
+        typer.Option(help="Shares of the linear layers' bytes to keep, separated by commas.", show_default=False),
     ] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option(help="Text to measure perplexity on; repeatable, the first counts.", show_default=False),
+        typer.Option(
+            help="Text to measure perplexity on; repeatable, rows are ranked by the first.",
+            show_default=False,
+            callback=expand_home,
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory for table, plot and rows.", show_default=False)] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory for the table, the plot and finished rows.", show_default=False, callback=expand_home
+        ),
+    ] = None,
     recipe: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="[NAME=]PATH", help="A recipe for all rows, or with NAME= for rows of its own.", show_default=False
+            metavar="[NAME=]PATH",
+            help="A recipe for all rows, or with NAME= one that adds rows.",
+            show_default=False,
+            callback=expand_home,
         ),
     ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="METHOD.KEY=VALUE", help="An option of a method; repeatable.", show_default=False
+            "--set", metavar="METHOD.KEY=VALUE", help="Set an option of a method; repeatable.", show_default=False
         ),
     ] = None,
     references: Annotated[
-        str, typer.Option(help="Plain quantisers drawn in at 8, 4 and 3 bits, with commas; none for none.")
+        str, typer.Option(help="Plain quantisers to include at 8, 4 and 3 bits, separated by commas, or none.")
     ] = "rtn",
     only: OnlyOption = None,
     calibration: CalibrationOption = None,
@@ -124,34 +154,35 @@ def compare(
     seq_len: LengthOption = None,
     device: DeviceOption = None,
     seed: SeedOption = None,
-    eval_seq_len: Annotated[int, typer.Option(min=2, help="Tokens per block of the measurement.")] = 1024,
+    eval_seq_len: Annotated[int, typer.Option(min=2, help="Tokens per block when measuring perplexity.")] = 1024,
     max_blocks: Annotated[
-        int | None, typer.Option(min=1, help="Only the first blocks of every text.", show_default="all")
+        int | None,
+        typer.Option(min=1, help="Measure only this many blocks from the start of each text.", show_default="all"),
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Blocks at once.", show_default="by size")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Blocks per batch.", show_default="by size")] = None,
     arithmetic: Annotated[
-        Literal["float32", "model"], typer.Option(help="Measure in float32, or in the model's own dtype.")
+        Literal["float32", "model"], typer.Option(help="Measure in float32 or in the model's data type.")
     ] = "float32",
     tasks: TasksOption = None,
     limit: LimitOption = None,
-    save: Annotated[bool, typer.Option("--save", help="Write every row's checkpoint to OUT/METHOD-KEEP.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier rows in OUT.")] = False,
+    save: Annotated[bool, typer.Option("--save", help="Write each row's checkpoint to OUT/METHOD-KEEP.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard earlier rows in OUT.")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Methods beside each other at the same bytes: table, CSV, plot; finished rows are not computed again."""
+    """Compare methods at the same number of bytes: table, CSV and plot. Finished rows are reused."""
     from cospadi.recipe import Recipe
 
     names = split(methods)
     common, named = _recipes(recipe or [])
     if not names and not named:
-        raise UsageError("nothing to compare: name methods, such as --methods svd,pursuit")
+        raise UsageError("nothing to compare: pass --methods, for example --methods svd,pursuit")
     if not text:
-        raise UsageError("nothing to measure on: name a text with --text FILE")
+        raise UsageError("no text to measure on: pass --text FILE")
     if out is None:
-        raise UsageError("name a directory for the results with --out DIR")
+        raise UsageError("no output directory given: pass --out DIR")
     shares = _shares(keep)
     if not shares and (names or not all(of_row.keep for of_row in named.values())):
-        raise UsageError("say how small the model shall be: --keep 0.8,0.6")
+        raise UsageError("no size given: pass --keep, for example --keep 0.8,0.6")
     options = _options(set_ or [], names)
     section = {"source": calibration, "samples": samples, "seq_len": seq_len}
     section = {key: value for key, value in section.items() if value is not None}
@@ -197,11 +228,11 @@ def compare(
     else:
         _print(data, list(files.values()), stdout)
     if all(row.get("reason") for row in data["rows"]):
-        raise BudgetError(f"no row could be made: {data['rows'][0]['reason']}")
+        raise BudgetError(f"no row could be produced: {data['rows'][0]['reason']}")
 
 
 def _write_pages(data: dict[str, Any], out: Path) -> None:
-    """Report page and model card beside every checkpoint, with what was measured."""
+    """Write report page and model card next to every checkpoint, including the measurements."""
     import json
 
     from cospadi.report import write_all
@@ -218,7 +249,7 @@ def _write_pages(data: dict[str, Any], out: Path) -> None:
 
 
 def printable(data: dict[str, Any]) -> dict[str, Any]:
-    """An evaluation with the scores of both models in one table."""
+    """An evaluation with the task scores of both models in one table."""
     scores = {}
     for name, metrics in data.get("tasks", {}).items():
         scores[name] = {key: value for key, value in metrics.items() if key != "samples"}

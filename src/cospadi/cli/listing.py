@@ -11,10 +11,10 @@ from cospadi.pruning import PruningMethod, all_pruning_methods
 
 
 def methods_data(name: str | None) -> dict[str, Any]:
-    """All methods, or one.
+    """All methods, or the one of that name.
 
     Raises:
-        RecipeError: if there is none of that name.
+        RecipeError: if there is no method of that name.
     """
     pruning = all_pruning_methods()
     if name in pruning:
@@ -45,7 +45,7 @@ def _describe(method: Method) -> dict[str, Any]:
 
 
 def method_table(data: dict[str, Any]) -> Table:
-    """Name, options with their defaults, what it does and where it comes from."""
+    """A table of names, summaries with citations, and options with their defaults."""
     table = Table(box=None, padding=(0, 1, 1, 0))
     table.add_column("method", style="bold", no_wrap=True)
     table.add_column("what it does")
@@ -57,7 +57,7 @@ def method_table(data: dict[str, Any]) -> Table:
 
 
 def doctor_table(data: dict[str, Any]) -> Table:
-    """One line a check."""
+    """A table with one line per check."""
     table = Table(box=None, show_header=False)
     for row in data["checks"]:
         mark = {True: "[green]ok[/]", False: "[red]no[/]", None: "[dim]--[/]"}[row["ok"]]

@@ -13,8 +13,10 @@ from cospadi.cli.common import (
     CalibrationOption,
     DeviceOption,
     JsonOption,
+    KeepBlocksOption,
     LengthOption,
     ModelArgument,
+    OutArgument,
     RecipeOption,
     SamplesOption,
     SeedOption,
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
 def prune(
     model: ModelArgument,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory: new, empty, or of the same run.")],
+    out: OutArgument,
     method: Annotated[
         str | None,
         typer.Option(
@@ -46,10 +48,7 @@ def prune(
     blocks: Annotated[
         int | None, typer.Option(help="Number of blocks (decoder layers) to remove.", show_default=False)
     ] = None,
-    keep_blocks: Annotated[
-        float | None,
-        typer.Option(help="Instead: share of the blocks' bytes to keep; 0.75 keeps 75 %.", show_default=False),
-    ] = None,
+    keep_blocks: KeepBlocksOption = None,
     recipe: RecipeOption = None,
     set_: SetOption = None,
     calibration: CalibrationOption = None,

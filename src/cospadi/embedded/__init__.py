@@ -1,9 +1,9 @@
-"""The small language model inside the package, and the texts of the Python standard library it was trained on.
+"""The small language model included in the package, and the standard-library texts it was trained on.
 
-It makes `cospadi demo`, the quickstart and the tests work without a download: a Llama of 2.8 million weights with a
-byte-level tokenizer, trained by ``scripts/train_embedded.py`` on the source of the standard library. Nothing of that
-source is shipped: calibration and held-out texts are read from the running Python. How the model was made and its
-held-out perplexity are recorded in ``benchmarks/results/embedded_model.json``.
+It lets `cospadi demo`, the quick start and the tests run without a download: a Llama of 2.8 million weights with a
+byte-level tokenizer, trained by ``scripts/train_embedded.py`` on the source of the Python standard library. That source
+is not shipped: calibration and held-out texts are read from the running Python. The training and the held-out
+perplexity are recorded in ``benchmarks/results/embedded_model.json``.
 """
 
 import os
@@ -31,7 +31,7 @@ HELDOUT_MODULES = (
     "queue",
     "sched",
 )
-"""Never trained on; each is there in every Python from 3.11 to 3.14."""
+"""Excluded from training; all exist in every Python from 3.11 to 3.14."""
 
 CALIBRATION_MODULES = (
     "inspect",
@@ -60,10 +60,10 @@ CALIBRATION_MODULES = (
     "random",
     "contextlib",
 )
-"""Trained on, and there in every Python from 3.11 to 3.14; neighbours in this order differ in subject."""
+"""Part of the training text, existing in every Python from 3.11 to 3.14; neighbours in this order differ in subject."""
 
-# Generated tables and other people's packages teach a small model nothing; tests are as long as the library itself
-# and many distributions leave them out.
+# Generated tables and third-party packages teach a small model nothing; tests are as long as the library itself, and
+# many distributions omit them.
 _SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "turtledemo", "__phello__"}
 )
@@ -79,8 +79,8 @@ def model_path() -> Path:
     path = Path(str(files(__name__) / "model"))
     if not (path / "model.safetensors").is_file():
         raise ModelError(
-            f"the embedded model is not in {path}: cospadi is installed without its data files or from an archive; "
-            "install it again from a wheel, or name a model"
+            f"the embedded model is missing from {path}: cospadi was installed without its data files or runs from an "
+            "archive; reinstall it from a wheel, or use another model"
         )
     return path
 
@@ -89,17 +89,17 @@ def stdlib_texts(part: Part, root: Path | None = None) -> list[str]:
     """Source text of standard-library modules of the running Python, one string per file.
 
     Args:
-        part: ``"train"``: all that the model may be trained on, in order of path; ``"calibration"``: a fixed list of
-            modules out of it (more than 256 sequences of 1024 tokens); ``"heldout"``: a fixed list of modules that
-            are not part of it.
-        root: the folder that holds the library; None for that of the running Python.
+        part: ``"train"``: everything the model may be trained on, sorted by path; ``"calibration"``: a fixed list of
+            modules from it (more than 256 sequences of 1024 tokens); ``"heldout"``: a fixed list of modules that are
+            excluded from it.
+        root: directory of the library; None for that of the running Python.
 
     Returns:
-        the texts, line ends as a single newline; files that are empty or not UTF-8 are left out.
+        the texts, with newlines as line endings; files that are empty or not UTF-8 are left out.
 
     Raises:
-        CalibrationError: if there is no such source, as in a zipped or stripped Python, or a module of the fixed
-            lists is missing.
+        CalibrationError: if the source is missing, as in a zipped or stripped Python, or lacks a module of the fixed
+            lists.
         ValueError: if `part` is unknown.
     """
     if part not in get_args(Part):
@@ -108,12 +108,12 @@ def stdlib_texts(part: Part, root: Path | None = None) -> list[str]:
 
 
 def stdlib_sources(part: Part, root: Path | None = None) -> list[tuple[str, str]]:
-    """As :func:`stdlib_texts`, each text after its path relative to the library, with forward slashes."""
+    """Like :func:`stdlib_texts`, as pairs of (path relative to the library, with forward slashes; text)."""
     folder = Path(sysconfig.get_path("stdlib")) if root is None else root
     if not folder.is_dir():
         raise CalibrationError(
             f"there is no standard-library source in {folder}: this Python is zipped or stripped; "
-            "run with a full Python, or name a text with --calibration and --text"
+            "use a full Python, or pass texts with --calibration and --text"
         )
     if part == "train":
         allowed = (path for path in _candidates(folder) if not _is_heldout(path.relative_to(folder)))
@@ -127,16 +127,16 @@ def stdlib_sources(part: Part, root: Path | None = None) -> list[tuple[str, str]
     if missing:
         raise CalibrationError(
             f"the source of {', '.join(missing)} is missing in {folder}: this Python is stripped; "
-            "run with a full Python, or name a text with --calibration and --text"
+            "use a full Python, or pass texts with --calibration and --text"
         )
     texts = ((path.relative_to(folder).as_posix(), _read(path)) for path in paths)
     return [(name, text) for name, text in texts if text]
 
 
 def _candidates(folder: Path) -> Iterator[Path]:
-    """Python files of the library, in any order, without tests, tables and what an installation adds."""
+    """Python files of the library, in any order, without tests, tables and installed packages."""
     for parent, folders, names in os.walk(folder):
-        # In place: os.walk does not enter what is taken out, and site-packages may be large.
+        # in place, so that os.walk skips the removed folders: site-packages may be large
         folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS and not name.startswith("config-")]
         for name in names:
             if name.endswith(".py") and not name.startswith(_SKIPPED_FILES):
@@ -144,19 +144,19 @@ def _candidates(folder: Path) -> Iterator[Path]:
 
 
 def _is_heldout(path: Path) -> bool:
-    """Whether a path relative to the library belongs to a held-out module or, where that is a package, is below it."""
+    """Whether a path relative to the library is a held-out module or lies inside a held-out package."""
     dotted = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
     return any(dotted == name or dotted.startswith(f"{name}.") for name in HELDOUT_MODULES)
 
 
 def _module_files(folder: Path, name: str) -> list[Path]:
-    """The file of a module; its ``__init__.py`` where it is a package; empty if there is neither."""
+    """The file of a module, or ``__init__.py`` of a package, as a list; empty if there is neither."""
     base = folder.joinpath(*name.split("."))
     return [path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()][:1]
 
 
 def _read(path: Path) -> str:
-    """The text of a file, or an empty string where it is not UTF-8."""
+    """The text of a file, or an empty string if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

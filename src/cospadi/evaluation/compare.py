@@ -46,6 +46,7 @@ from cospadi.model_view import (
     check_length,
     check_weights,
     discover,
+    model_name,
     open_model,
     source_name,
 )
@@ -245,7 +246,7 @@ class _Comparison:
         shutil.rmtree(self.out / FOLDER / "rows", ignore_errors=True)
         shutil.rmtree(shared.statistics, ignore_errors=True)
         return {
-            "model": Path(shared.source).name if Path(shared.source).exists() else shared.source,
+            "model": model_name(shared.source),
             "architecture": (shared.model.config.architectures or [type(shared.model).__name__])[0],
             "dense": dense,
             "rows": rows,

@@ -1,4 +1,4 @@
-"""Which rows a comparison has: every method at every size, rows of recipes, and plain quantisers beside them."""
+"""The rows of a comparison: every method at every size, named recipes, and plain quantisers as references."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ REFERENCE_BITS = (8, 4, 3)
 
 @dataclass(frozen=True)
 class Entry:
-    """A row to be.
+    """A row before it is computed.
 
     Attributes:
-        method: as it stands in the table.
-        keep: asked for; None for a reference, whose number of bits decides.
+        method: its name in the table.
+        keep: requested share; None for a reference, whose size follows from its number of bits.
         recipe: of the run.
-        only_prunes: the recipe's section ``prune`` alone is carried out.
+        only_prunes: whether only the recipe's section ``prune`` is carried out.
     """
 
     method: str
@@ -47,21 +47,21 @@ def make_entries(
     recipes: Mapping[str, Recipe],
     references: Sequence[str],
 ) -> list[Entry]:
-    """All rows, every method and option of which exists.
+    """The rows of a comparison, with all methods and options checked.
 
     Raises:
         RecipeError: on an unknown method or option, options for a method that is not compared, or a name used twice.
-        BudgetError: if a keep is not a share.
+        BudgetError: if a keep is not between 0 and 1.
     """
     if not methods and not recipes:
-        raise RecipeError("nothing to compare: name methods, such as --methods svd,pursuit")
+        raise RecipeError("nothing to compare: pass --methods, for example --methods svd,pursuit")
     if not keeps and (methods or not all(recipe.keep for recipe in recipes.values())):
-        raise RecipeError("say how small the model shall be, such as --keep 0.8,0.6")
+        raise RecipeError("no size given: pass --keep, for example --keep 0.8,0.6")
     for name in options:
         if name not in methods:
             raise RecipeError(f"options are set for {name!r}, which is not among the methods ({', '.join(methods)})")
     if twice := sorted({*methods} & {*recipes}):
-        raise RecipeError(f"{twice[0]!r} names a method and a recipe: give the recipe another name")
+        raise RecipeError(f"{twice[0]!r} is both a method and the name of a recipe: rename the recipe")
     entries = []
     bare = base.model_copy(update={"options": {}, "target_size": None})
     pruning = all_pruning_methods()
@@ -86,7 +86,7 @@ def make_entries(
     for name in dict.fromkeys(references):
         if name not in methods:
             for bits in REFERENCE_BITS:
-                # The number of bits decides the size; the share only has to leave room for it.
+                # the number of bits determines the size; keep only has to be large enough
                 plain = {"method": name, "keep": 0.99, "options": {"bits": bits}}
                 entries.append(Entry(name, None, Recipe().merged(common | plain)))
     for entry in entries:
@@ -97,7 +97,7 @@ def make_entries(
 
 
 def _pruning(bare: Recipe, name: str, keep: float, options: Mapping[str, Any]) -> Recipe:
-    """The recipe of a row that prunes: the fewest blocks (or the least width) within `keep`."""
+    """The recipe of a row that only prunes, as little as `keep` allows."""
     own = bare.prune.options if bare.prune is not None and bare.prune.method == name else {}
     section = {"method": name, "blocks": None, "keep_blocks": keep, "options": own | dict(options)}
     return bare.model_copy(update={"prune": None}).merged({"keep": keep, "prune": section})

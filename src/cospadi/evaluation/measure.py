@@ -1,4 +1,4 @@
-"""`cospadi evaluate`: a model's figures, beside those of another measured in the same way."""
+"""`cospadi evaluate`: perplexity and task scores of a model, and of a second one measured in the same way."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from cospadi.errors import CalibrationError
 from cospadi.evaluation.models import load, stored_bytes
 from cospadi.evaluation.perplexity import perplexity
 from cospadi.evaluation.tasks import find_tasks, require_lm_eval, run_tasks
+from cospadi.model_view import model_name
 from cospadi.progress import Progress, silent
 from cospadi.runtime.devices import device_name, resolve_device
 from cospadi.runtime.fingerprints import versions
@@ -33,36 +34,36 @@ def evaluate(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Perplexity and task scores of a checkpoint and, if asked, of another.
+    """Measure perplexity and task scores of a checkpoint and, optionally, of a second one.
 
     Args:
         source: any checkpoint that transformers can load.
-        text: file (``.txt``: one document; ``.jsonl`` …: documents joined by the end token) or list of texts.
-        tasks: task files, directories of such or names, see :func:`~cospadi.evaluation.tasks.run_tasks`.
-        limit: examples of every task.
+        text: a file (``.txt``: one document; ``.jsonl`` …: documents joined by the end token) or a list of texts.
+        tasks: task files, directories of them, or names, see :func:`~cospadi.evaluation.tasks.run_tasks`.
+        limit: number of examples per task.
         against: a second model, usually the dense one.
         seq_len: tokens per block.
-        max_blocks: only the first so many blocks.
-        batch: blocks at once.
-        device: where.
+        max_blocks: evaluate at most this many blocks from the start.
+        batch: blocks per batch.
+        device: where the models run.
         progress: called with (phase, done, total).
 
     Returns:
         with a text ``perplexity, tokens, bits_per_byte, word_perplexity``; with tasks ``tasks`` and ``harness``;
-        ``bytes`` (of the weight files); and, with `against`, the same with ``dense_`` before.
+        ``bytes`` (of the weight files); and, with `against`, the same keys prefixed by ``dense_``.
 
     Raises:
         CalibrationError: if there is no usable text or task.
-        ResourceError: if there are tasks and lm-eval is not installed.
+        ResourceError: if tasks are given and lm-eval is not installed.
     """
     if text is None and not tasks:
-        raise CalibrationError("nothing to measure on: name a text with --text FILE, or tasks with --tasks FILE")
+        raise CalibrationError("nothing to evaluate: pass --text FILE or --tasks FILE")
     if tasks:
         find_tasks(tasks, limit)
         require_lm_eval()
     result: dict[str, Any] = {}
     if text is not None:
-        read_texts(text)  # before the models, which take longer
+        read_texts(text)  # fail before the models are loaded
         result["text"] = Path(text).name if isinstance(text, (str, Path)) else "a list of texts"
     for prefix, which in (("", source), ("dense_", against)):
         if which is None:
@@ -73,7 +74,7 @@ def evaluate(
             if tasks:
                 report = partial(progress or silent, "tasks")
                 found |= run_tasks(model, tokenizer, tasks, limit=limit, progress=report)
-        found |= {"model": Path(which).name, "bytes": stored_bytes(which, model)}
+        found |= {"model": model_name(which), "bytes": stored_bytes(which, model)}
         shared = {key: found.pop(key) for key in ("blocks", "seq_len", "harness") if key in found}
         result |= shared | {f"{prefix}{key}": value for key, value in found.items()}
     return result | {"device": device_name(resolve_device(device)), "versions": versions()}
@@ -88,7 +89,7 @@ def _figures(
     batch: int | None,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """Perplexity and its kin; nothing without a text."""
+    """Perplexity and related numbers; empty without a text."""
     if text is None:
         return {}
     measured = perplexity(

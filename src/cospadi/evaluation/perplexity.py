@@ -1,7 +1,7 @@
 """Perplexity of a causal language model on a text.
 
-Per token, on the text as one token stream without added special tokens (documents joined by the end token), cut into
-blocks that do not overlap; the last partial block is dropped and each block's first token is not predicted.
+Per token, on the text as one stream of tokens without added special tokens (documents are joined by the end token), cut
+into non-overlapping blocks. The last partial block is dropped, and the first token of each block is not predicted.
 """
 
 import math
@@ -24,7 +24,7 @@ from cospadi.runtime.memory import guard_memory
 
 LOGITS_AT_A_TIME = 2**26
 LOSS_AT_A_TIME = 2**24
-REMEDY = "give a smaller --seq-len or batch, or use --device cpu"
+REMEDY = "use a smaller --seq-len or --batch, or --device cpu"
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Perplexity:
     Attributes:
         perplexity: exp of the mean negative log-likelihood per predicted token.
         tokens: predicted tokens.
-        blocks: blocks evaluated.
-        bits_per_byte: total loss in bits over the UTF-8 bytes of the part of the text that the blocks cover.
-        word_perplexity: exp of the total loss over the number of words (by white space) of that part.
+        blocks: number of blocks evaluated.
+        bits_per_byte: total loss in bits, divided by the UTF-8 bytes of the text the blocks cover.
+        word_perplexity: exp of the total loss divided by the number of whitespace-separated words of that text.
     """
 
     perplexity: float
@@ -60,17 +60,17 @@ def perplexity(
     """Measure the perplexity of any causal language model, compressed or not.
 
     Args:
-        model: it runs on `device` and is back where it was afterwards.
+        model: runs on `device` and is moved back afterwards.
         tokenizer: of the model.
-        source: anything `read_texts` takes.
-        seq_len: tokens in a block, at least 2.
-        max_blocks: use the first so many blocks only.
+        source: anything `read_texts` accepts.
+        seq_len: tokens per block, at least 2.
+        max_blocks: evaluate at most this many blocks from the start.
         device: where the model runs.
-        batch: blocks at a time; None: as many as keep the logits small.
+        batch: blocks per batch; None: as many as keep the logits small.
         progress: called as progress(blocks done, blocks, source of the text).
 
     Raises:
-        CalibrationError: if the text cannot be read or does not fill one block, or the model has no positions for it.
+        CalibrationError: if the text cannot be read or does not fill a block, or the model has too few positions.
         NumericalError: if the loss is NaN or Inf.
         ResourceError: if the memory does not suffice.
     """
@@ -87,7 +87,7 @@ def perplexity(
     if count < 1:
         raise CalibrationError(
             f"{texts.source}: its {len(stream)} tokens do not fill one block of {seq_len}; "
-            "give more text or a smaller --seq-len"
+            "use more text or a smaller --seq-len"
         )
     blocks = torch.from_numpy(stream[: count * seq_len].reshape(count, seq_len))
     total = 0.0
@@ -105,7 +105,7 @@ def perplexity(
     tokens = count * (seq_len - 1)
     if not math.isfinite(total):
         raise NumericalError(
-            f"the loss on {texts.source} is {total}: the model gives NaN or Inf{where_not_finite(model)}"
+            f"the loss on {texts.source} is {total}: the model outputs NaN or Inf{where_not_finite(model)}"
         )
     covered = list(_covered(texts, tokenizer, documents, count * seq_len, end is not None))
     size_in_bytes = sum(len(text.encode()) for text in covered)
@@ -120,7 +120,7 @@ def perplexity(
 
 
 def _loss(model: PreTrainedModel, ids: Tensor) -> float:
-    """Summed negative log-likelihood of a batch of blocks (b, length), each first token not predicted."""
+    """Summed negative log-likelihood of a batch of blocks (batch, length), without each block's first token."""
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
     targets = ids[:, 1:].flatten()
     rows = max(1, LOSS_AT_A_TIME // logits.shape[-1])
@@ -135,7 +135,7 @@ def _loss(model: PreTrainedModel, ids: Tensor) -> float:
 def _covered(
     texts: Texts, tokenizer: PreTrainedTokenizerBase, documents: list[np.ndarray], tokens: int, ended: bool
 ) -> Iterator[str]:
-    """The text that the first `tokens` tokens of the stream stand for, document by document."""
+    """The text covered by the first `tokens` tokens of the stream, document by document."""
     for text, ids in zip(texts.documents, documents, strict=True):
         if tokens >= len(ids):
             yield text

@@ -1,14 +1,15 @@
-"""Tasks through lm-eval: local files of minimal pairs, last words or multiple choice, and lm-eval's own by name.
+"""Tasks run by lm-eval: local files of minimal pairs, last words or multiple choice, and lm-eval's own tasks by name.
 
-A local file is ``.jsonl``, one record a line; its keys say what it is:
+A local file is ``.jsonl`` with one record per line; the keys determine the kind of task:
 
-- ``{"task", "good", "bad"}``: minimal pairs (BLiMP). Right if the good sentence is likelier; means per ``task`` too.
-- ``{"text"}``: the last word is to be guessed from what stands before it (LAMBADA). Right if greedy decoding gives it.
-- ``{"question", "choices", "answer"}``: multiple choice (ARC, PIQA); ``answer`` counts from 0. Right if the answer is
-  likeliest, in all (``acc``) or per character (``acc_norm``).
+- ``{"task", "good", "bad"}``: minimal pairs (BLiMP). Correct if the good sentence is more likely; also averaged per
+  ``task``.
+- ``{"text"}``: predict the last word from the words before it (LAMBADA). Correct if greedy decoding yields it.
+- ``{"question", "choices", "answer"}``: multiple choice (ARC, PIQA); ``answer`` counts from 0. Correct if the answer
+  is most likely, in total (``acc``) or per character (``acc_norm``).
 
-Prompts and scores are those of lm-eval's tasks blimp, lambada_openai, arc_easy and piqa, without examples (zero-shot).
-Nothing is written to the disk and nothing is fetched, unless a task of lm-eval itself is named.
+Prompts and scores are those of lm-eval's tasks blimp, lambada_openai, arc_easy and piqa, zero-shot. Nothing is written
+to disk, and nothing is downloaded unless one of lm-eval's own tasks is named.
 """
 
 from __future__ import annotations
@@ -33,19 +34,19 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 BATCHES = 16, 128
-"""Fewest and most sequences at once."""
+"""Smallest and largest batch."""
 LOGITS_A_TOKEN = 1 << 21
-"""Most logits that the sequences of a batch have at one position; small models are bound by launches, not by work."""
+"""Limit of a batch's logits at one position; small models are bound by launches, not by computation."""
 SUFFIXES = (".jsonl",)
 
 
 @dataclass(frozen=True)
 class _Form:
-    """A form of records.
+    """A kind of record.
 
     Attributes:
-        keys: that every record has.
-        convert: from a record to what the lm-eval task reads; ValueError says what is wrong with the record.
+        keys: of every record.
+        convert: turns a record into what the lm-eval task reads; raises ValueError with the reason if it is invalid.
         config: of the lm-eval task.
     """
 
@@ -63,7 +64,7 @@ def _last_word(record: Record) -> Record:
     (text,) = _strings(record, "text")
     context, blank, word = text.rpartition(" ")
     if not context.strip() or not word.strip():
-        raise ValueError('"text" needs at least two words, the last of which is to be guessed')
+        raise ValueError('"text" needs at least two words')
     return {"context": context, "target": blank + word}
 
 
@@ -71,16 +72,16 @@ def _choice(record: Record) -> Record:
     (question,) = _strings(record, "question")
     choices, answer = record["choices"], record["answer"]
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
-        raise ValueError('"choices" must be a list of at least two texts')
+        raise ValueError('"choices" must be a list of at least two strings')
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise ValueError(f'"answer" must be the place of the right choice, 0 to {len(choices) - 1}, not {answer!r}')
+        raise ValueError(f'"answer" must be the index of the correct choice, 0 to {len(choices) - 1}, not {answer!r}')
     return {"context": f"Question: {question}\nAnswer:", "choices": choices, "answer": answer}
 
 
 def _strings(record: Record, *keys: str) -> list[str]:
     for key in keys:
         if not isinstance(record[key], str) or not record[key].strip():
-            raise ValueError(f'"{key}" must be a text that is not empty')
+            raise ValueError(f'"{key}" must be a non-empty string')
     return [record[key] for key in keys]
 
 
@@ -112,8 +113,8 @@ class TaskFile:
     """A local task.
 
     Attributes:
-        name: the file's name without suffix.
-        form: which of `FORMS`.
+        name: of the file, without suffix.
+        form: a key of `FORMS`.
         records: as the lm-eval task reads them.
     """
 
@@ -123,11 +124,11 @@ class TaskFile:
 
     @property
     def sha256(self) -> str:
-        """Of form and records: what a score depends on, apart from the model."""
+        """Digest of form and records: everything a score depends on besides the model."""
         return hashlib.sha256(json.dumps([self.form, self.records], sort_keys=True).encode()).hexdigest()
 
     def config(self, prefix: str) -> dict[str, Any]:
-        """What lm-eval takes as a task; the records travel in memory."""
+        """The task's configuration for lm-eval; the records are passed in memory."""
         from datasets import Dataset, DatasetDict
 
         def records(**_: Any) -> DatasetDict:
@@ -148,12 +149,13 @@ def read_task_file(path: Path, limit: int | None = None) -> TaskFile:
     """Read and check a local task.
 
     Args:
-        path: ``.jsonl``, one record a line; empty lines are skipped.
-        limit: take so many records: the first, but of minimal pairs the first of every paradigm, then the second …
+        path: ``.jsonl``, one record per line; empty lines are skipped.
+        limit: number of records to take: the first ones; for minimal pairs the first of every paradigm, then the
+            second of every paradigm, and so on.
 
     Raises:
-        CalibrationError: if the file cannot be read, a line is no record, or a record lacks a key (naming both) or
-            holds a wrong value.
+        CalibrationError: if the file cannot be read, a line is not a record, or a record lacks a key (naming both) or
+            has a wrong value.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -171,18 +173,18 @@ def read_task_file(path: Path, limit: int | None = None) -> TaskFile:
         form = form or _form_of(record, where)
         records.append(_converted(record, form, where))
     if not records:
-        raise CalibrationError(f"{path}: holds no record")
+        raise CalibrationError(f"{path}: contains no records")
     return TaskFile(path.stem, form, tuple(_limited(records, limit)))
 
 
 def _form_of(record: object, where: str) -> str:
-    """The form that shares most keys with a record: a record that lacks one of them is told so, not called unknown."""
+    """The form that shares most keys with a record, so that a missing key is reported rather than an unknown form."""
     keys = record.keys() if isinstance(record, dict) else ()
     shared = {name: sum(key in keys for key in form.keys) / len(form.keys) for name, form in FORMS.items()}
     best = max(shared, key=shared.__getitem__)
     if not shared[best]:
         known = "; ".join(f"{name} {{{', '.join(form.keys)}}}" for name, form in FORMS.items())
-        raise CalibrationError(f"{where} is none of the known records: {known}")
+        raise CalibrationError(f"{where} is not a known kind of record: {known}")
     return best
 
 
@@ -213,11 +215,11 @@ def _limited(records: list[Record], limit: int | None) -> list[Record]:
 
 
 def find_tasks(items: Sequence[str], limit: int | None = None) -> tuple[list[TaskFile], list[str]]:
-    """Local tasks and names of lm-eval's own tasks.
+    """Split items into local tasks and names of lm-eval's own tasks.
 
     Args:
-        items: paths of ``.jsonl`` files or of directories of such, or names.
-        limit: records of each local task.
+        items: paths of ``.jsonl`` files or of directories of them, or names.
+        limit: number of records per local task.
 
     Raises:
         CalibrationError: if a path does not exist or a file cannot be used.
@@ -231,7 +233,7 @@ def find_tasks(items: Sequence[str], limit: int | None = None) -> tuple[list[Tas
         if path.is_dir():
             inside = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
             if not inside:
-                raise CalibrationError(f"{item}: this directory holds no task file (.jsonl)")
+                raise CalibrationError(f"{item}: this directory contains no task files (.jsonl)")
             paths += inside
         elif path.is_file():
             paths.append(path)
@@ -256,21 +258,22 @@ def run_tasks(
     seed: int = 0,
     progress: PhaseProgress | None = None,
 ) -> dict[str, Any]:
-    """Score a model with lm-eval, wherever the model lies.
+    """Score a model with lm-eval on its current device.
 
     Args:
         model: any causal language model, compressed or not.
         tokenizer: of the model.
-        items: paths of local tasks or of directories of such, or names of lm-eval's own tasks.
-        limit: examples of each task.
-        batch: sequences at once; scores may differ in the last digits between sizes, so it depends on nothing but the
-            vocabulary and is reported. None: 16 to 128, fewer for large vocabularies.
+        items: paths of local tasks or of directories of them, or names of lm-eval's own tasks.
+        limit: number of examples per task.
+        batch: sequences per batch. Scores may differ in the last digits between batch sizes, so the default depends
+            only on the vocabulary (16 to 128, fewer for large vocabularies) and is reported.
         seed: of everything that lm-eval draws.
-        progress: called as progress(requests done, requests, what).
+        progress: called as progress(requests done, requests, phase).
 
     Returns:
-        ``tasks``: by name ``acc, acc_stderr, samples`` and more by form; of minimal pairs ``paradigms`` and their mean
-        ``paradigm_mean``; ``harness``: what the numbers depend on (version of lm-eval, batch, seed, limit).
+        ``tasks``: by name ``acc, acc_stderr, samples`` and more depending on the form; for minimal pairs ``paradigms``
+        and their mean ``paradigm_mean``; ``harness``: what the scores depend on (version of lm-eval, batch, seed,
+        limit).
 
     Raises:
         CalibrationError: if a task is unknown or its file cannot be used.
@@ -298,7 +301,7 @@ def run_tasks(
             task_manager=manager,
             batch_size=batch,
             limit=limit if names else None,
-            # Only for metrics of lm-eval's own tasks; the error of a mean is computed exactly.
+            # only for metrics of lm-eval's own tasks; the standard error of a mean is computed exactly
             bootstrap_iters=100,
             random_seed=seed,
             numpy_random_seed=seed,
@@ -334,7 +337,7 @@ def require_lm_eval() -> str:
 def _language_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int, progress: PhaseProgress | None
 ) -> Any:
-    """The model as lm-eval takes it, with our progress in place of its bars."""
+    """The model as an lm-eval model, with our progress callback instead of its bars."""
     from lm_eval.models.huggingface import HFLM
 
     class Scorer(HFLM):  # type: ignore[misc]
@@ -346,7 +349,7 @@ def _language_model(
 
         def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
             logits = super()._model_call(inps, *args, **kwargs)
-            # Requests that differ in their last token only are answered by one sequence, so `asked` is an upper bound.
+            # requests that differ only in their last token share a sequence, so `asked` is an upper bound
             self.done = min(self.done + len(inps), self.asked)
             if progress and self.asked:
                 progress(self.done, self.asked, "tasks")
@@ -356,13 +359,13 @@ def _language_model(
 
 
 def _scores(metrics: dict[str, Any]) -> dict[str, float]:
-    """``acc,none`` and ``acc_stderr,none`` as ``acc`` and ``acc_stderr``; what is no number is left out."""
+    """``acc,none`` and ``acc_stderr,none`` as ``acc`` and ``acc_stderr``; values that are not numbers are left out."""
     plain = {key.partition(",")[0]: value for key, value in metrics.items() if "," in key}
     return {key: float(value) for key, value in plain.items() if isinstance(value, int | float)}
 
 
 def _details(form: str, samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """What lm-eval does not sum up by itself."""
+    """Summaries that lm-eval does not compute."""
     if form == "minimal pairs":
         by: dict[str, list[float]] = {}
         for sample in samples:
@@ -377,7 +380,7 @@ def _details(form: str, samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep lm-eval's remarks on how it was called, and its own bars, to itself for a while."""
+    """Silence lm-eval's remarks and progress bars temporarily."""
     from lm_eval.api import task
 
     logger, bar = logging.getLogger("lm_eval"), getattr(task, "tqdm", None)

@@ -1,4 +1,4 @@
-"""What every row of a comparison is measured with: the same texts, tasks, arithmetic and clock."""
+"""How every row of a comparison is measured: with the same texts, tasks, arithmetic and peak memory counters."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from cospadi.runtime.devices import placed
 from cospadi.runtime.memory import memory_errors, peak_memory
 
 ARITHMETIC = {
-    "float32": "in float32, every compressed weight multiplied out in float64 and rounded to float32",
-    "model": "in the model's own dtype, every compressed weight multiplied out and rounded to it",
+    "float32": "in float32, with every compressed weight reconstructed in float64 and rounded to float32",
+    "model": "in the model's data type, with every compressed weight reconstructed and rounded to it",
 }
 
 
@@ -32,14 +32,14 @@ class Yardstick:
     """How a model is measured.
 
     Attributes:
-        texts: by name; the first gives the row's ``perplexity``.
+        texts: by name; the row's ``perplexity`` is that of the first.
         seq_len: tokens per block.
-        max_blocks: only the first blocks of every text.
-        batch: blocks at once.
-        arithmetic: ``"float32"``: rows differ by their weights alone, not by the rounding of activations, which would
+        max_blocks: evaluate at most this many blocks from the start of each text.
+        batch: blocks per batch.
+        arithmetic: ``"float32"``: rows differ only by their weights, not by the rounding of activations, which would
             hide small differences; ``"model"``: in the checkpoint's dtype, with half the memory.
         tasks: for :func:`~cospadi.evaluation.tasks.run_tasks`.
-        limit: examples of every task.
+        limit: number of examples per task.
         seed: of the tasks.
     """
 
@@ -54,11 +54,11 @@ class Yardstick:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """In which shorter weights are measured; None for their own."""
+        """Data type to which shorter weights are widened; None to keep their own."""
         return torch.float32 if self.arithmetic == "float32" else None
 
     def fingerprint(self) -> dict[str, Any]:
-        """All that a figure depends on, apart from the model."""
+        """Everything a measurement depends on besides the model."""
         files, names = find_tasks(self.tasks, self.limit)
         return {
             "texts": {name: _sha256(text) for name, text in self.texts.items()},
@@ -76,14 +76,14 @@ class Yardstick:
         progress: Progress,
         weights: Callable[[torch.device], Mapping[str, Tensor]] | None = None,
     ) -> dict[str, Any]:
-        """Figures of a model; afterwards it is as it was, bit by bit.
+        """Measure a model; afterwards it is unchanged, bit for bit.
 
         Args:
             model: dense.
             tokenizer: of the model.
             device: where to measure.
             progress: called as progress(phase, done, total, detail).
-            weights: called with the device; parameters by name that take the place of the model's own for a while.
+            weights: called with the device; returns parameters by name that replace the model's own temporarily.
 
         Returns:
             ``perplexity`` on the first text; ``texts``: by name ``perplexity, bits_per_byte, word_perplexity, tokens,
@@ -129,7 +129,7 @@ def _sha256(text: Texts) -> str:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget peaks so far, of the device and, where the system can (Linux), of the process."""
+    """Reset the peak memory counters of the device and, on Linux, of the process."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     if device.type == "cuda":
@@ -140,7 +140,7 @@ def peak(device: torch.device) -> dict[str, int]:
     """Peak bytes since :func:`reset_peak`: ``peak_memory_bytes`` and, on a GPU, ``peak_device_bytes``."""
     found = {"peak_memory_bytes": peak_memory()["host"]}
     with suppress(OSError, ValueError, IndexError):
-        # ru_maxrss never falls; this one does when it is told to
+        # unlike ru_maxrss, this counter can be reset
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         found["peak_memory_bytes"] = 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
     if device.type == "cuda":

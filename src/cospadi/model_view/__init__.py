@@ -1,4 +1,4 @@
-"""The only code that knows what a transformers model looks like: loading, linear groups, layer-by-layer replay."""
+"""The only code that knows the structure of a transformers model: loading, linear groups, layer-by-layer replay."""
 
 from cospadi.model_view.discover import discover, discover_layers
 from cospadi.model_view.loading import (

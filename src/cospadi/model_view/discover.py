@@ -1,8 +1,8 @@
-"""Finding decoder layers and linear groups by watching a forward pass; nothing goes by a model's name.
+"""Finding decoder layers and linear groups by observing a forward pass; no architecture is recognised by name.
 
-The probe runs the model's own forward on a few tokens with every parameter replaced by zeros that take no memory and
-every linear layer by one that only returns zeros. It therefore takes a moment for any size, never reads a weight,
-and works on a skeleton on ``meta`` as on a real model.
+The probe runs the model's own forward on a few tokens. Every parameter is replaced by zeros that take no memory, and
+every linear layer only returns zeros. The probe therefore takes a moment for any size, never reads a weight, and works
+on a skeleton on ``meta`` as well as on a real model.
 """
 
 from collections import Counter
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from cospadi.errors import ModelError
@@ -25,27 +26,28 @@ LEGIBLE = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
 
 @dataclass
 class _Record:
-    """What the probe saw. Tensors are kept, so that their identities stay unique."""
+    """What the probe observed. Tensors are kept so that their identities stay unique."""
 
     calls: list[tuple[str, Any, Any]] = field(default_factory=list)
     linears: list[tuple[str, Tensor]] = field(default_factory=list)
 
 
 def discover(model: PreTrainedModel) -> ModelView:
-    """Find the decoder layers and the linear layers in them, grouped by shared input.
+    """Find the decoder layers and their linear layers, grouped by shared input.
 
     Args:
         model: a causal language model, real or on ``meta``.
 
     Returns:
-        the view. Linear layers outside the decoder layers (the head) are left alone.
+        the view. Linear layers outside the decoder layers (the head) are not part of it.
 
     Raises:
-        ModelError: if the model has no chain of decoder layers, no linear layers in them, linear layers that the
-            forward does not call exactly once (mixtures of experts), or weights that are already quantised.
+        ModelError: if the model has no chain of decoder layers, no linear layers in them, three-dimensional weights
+            (fused experts, recurrent units), linear layers that the forward does not call exactly once (experts,
+            state-space layers), or weights that are already quantised.
     """
     lists = _module_lists(model)
-    _refuse_experts(model)
+    _refuse_stacked_weights(model)
     record = _probe(model, {f"{name}.{i}" for name, items in lists.items() for i in range(len(items))})
     layers_name, extra = _decoder_layers(model, lists, record)
     groups = _linear_groups(model, layers_name, record)
@@ -53,7 +55,7 @@ def discover(model: PreTrainedModel) -> ModelView:
 
 
 def discover_layers(model: PreTrainedModel) -> ModelView:
-    """Find the decoder layers alone, whatever stands in them: for work on whole layers.
+    """Find only the decoder layers, whatever they contain, for methods that work on whole layers.
 
     Args:
         model: a causal language model, real or on ``meta``.
@@ -71,7 +73,7 @@ def discover_layers(model: PreTrainedModel) -> ModelView:
 
 
 def _module_lists(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """The members of every list of modules, by the list's name."""
+    """The members of every ``ModuleList``, by its name."""
     return {
         name: list(module.children())
         for name, module in model.named_modules()
@@ -79,23 +81,34 @@ def _module_lists(model: nn.Module) -> dict[str, list[nn.Module]]:
     }
 
 
-def _refuse_experts(model: PreTrainedModel) -> None:
-    # Fused experts are three-dimensional parameters outside convolutions; several lists of experts come as ModuleLists
-    # that the router indexes, and are noticed later as linear layers that were not called.
+def _refuse_stacked_weights(model: PreTrainedModel) -> None:
+    """Refuse three-dimensional weights outside convolutions: a stack of matrices that is not a linear layer."""
+    # Experts in a ModuleList, which the router indexes, are noticed later as linear layers that were not called.
     for name, module in model.named_modules():
-        if "Conv" in type(module).__name__:
+        kind = type(module).__name__
+        if "Conv" in kind:
             continue
         for key, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 3 and parameter.shape[0] > 1:
+            if parameter.ndim != 3 or parameter.shape[0] <= 1:
+                continue
+            if _is_expert(f"{name}.{kind}"):
                 raise ModelError(
-                    f"{type(model).__name__}: {name} ({type(module).__name__}) holds {parameter.shape[0]} fused "
-                    f"experts in {key!r}; mixture-of-experts models are not supported yet"
+                    f"{type(model).__name__}: {name} ({kind}) holds {parameter.shape[0]} fused experts in {key!r}; "
+                    "mixture-of-experts models are not supported yet"
                 )
+            raise ModelError(
+                f"{type(model).__name__}: {name} ({kind}) holds {key!r} of shape {tuple(parameter.shape)}, a stack of "
+                "matrices that is not an nn.Linear; architectures with such weights are not supported yet"
+            )
+
+
+def _is_expert(name: str) -> bool:
+    return "expert" in name.lower() or "moe" in name.lower()
 
 
 @contextmanager
 def _without_arithmetic(model: nn.Module, record: _Record) -> Iterator[None]:
-    """Replace the forward of every linear layer by one that notes its input and returns zeros."""
+    """Replace the forward of every linear layer by one that records its input and returns zeros."""
     patched: list[nn.Module] = []
     try:
         for name, module in model.named_modules():
@@ -115,16 +128,9 @@ def _without_arithmetic(model: nn.Module, record: _Record) -> Iterator[None]:
 
 
 def _probe(model: PreTrainedModel, watched: set[str]) -> _Record:
+    """Record the calls of some modules and of all linear layers in a forward pass."""
     record = _Record()
-    tensors = {
-        name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-    }
-    training = model.training
-    model.train(False)
     with ExitStack() as stack:
-        stack.callback(model.train, training)
-        stack.enter_context(torch.no_grad())
         stack.enter_context(_without_arithmetic(model, record))
         for name, module in model.named_modules():
             if name in watched:
@@ -134,9 +140,8 @@ def _probe(model: PreTrainedModel, watched: set[str]) -> _Record:
                     record.calls.append((_name, hidden, out))
 
                 stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
-        inputs = {"input_ids": torch.zeros(PROBE_SHAPE, dtype=torch.long), "use_cache": False}
         try:
-            functional_call(model, tensors, args=(), kwargs=inputs)
+            _forward(model, _zeros(model))
         except Exception as error:
             cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelError(
@@ -144,6 +149,62 @@ def _probe(model: PreTrainedModel, watched: set[str]) -> _Record:
                 "this architecture is not supported"
             ) from error
     return record
+
+
+def _zeros(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Zeros that take no memory, for every parameter and buffer by name."""
+    return {
+        name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+
+
+@torch.no_grad()
+def _forward(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
+    """Run the model's forward on dummy tokens with other parameters and buffers."""
+    training = model.training
+    model.train(False)
+    try:
+        inputs = {"input_ids": torch.zeros(PROBE_SHAPE, dtype=torch.long), "use_cache": False}
+        functional_call(model, tensors, args=(), kwargs=inputs)
+    finally:
+        model.train(training)
+
+
+class _Uses(TorchFunctionMode):
+    """Notes which of some tensors enter an operation, other than to ask for their type or shape."""
+
+    def __init__(self, watched: list[Tensor]) -> None:
+        super().__init__()
+        self.watched, self.used = {id(tensor) for tensor in watched}, set[int]()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        attribute = getattr(getattr(function, "__self__", None), "__name__", "")
+        if attribute not in ("dtype", "device", "shape", "ndim"):
+            self.used |= {id(item) for item in args} & self.watched
+        return function(*args, **(kwargs or {}))
+
+
+def _used_without_a_call(model: PreTrainedModel, name: str) -> bool:
+    """Whether the forward multiplies by the weight of a linear layer without calling the layer."""
+    tensors = _zeros(model)
+    with _without_arithmetic(model, _Record()), _Uses([tensors[f"{name}.weight"]]) as uses:
+        _forward(model, tensors)
+    return bool(uses.used)
+
+
+def _why_not_once(model: PreTrainedModel, name: str, count: int) -> str:
+    """What is special about a linear layer that the forward does not call exactly once."""
+    if count > 1:
+        return f"{name} is called {count} times; layers that are shared are not supported yet"
+    if _is_expert(name):
+        return f"{name} is an expert that is called only for some tokens; mixtures of experts are not supported yet"
+    if _used_without_a_call(model, name):
+        return (
+            f"the model uses the weight of {name} without calling the layer, as state-space layers do; such layers "
+            "are not supported yet"
+        )
+    return f"{name} is never called; models with unused linear layers are not supported yet"
 
 
 def _decoder_layers(
@@ -158,7 +219,9 @@ def _decoder_layers(
     ]
     outermost = [name for name in chains if not any(name.startswith(other + ".") for other in chains)]
     if not outermost:
-        raise ModelError(f"{type(model).__name__}: found no list of decoder layers that the forward calls in turn")
+        raise ModelError(
+            f"{type(model).__name__}: found no list of decoder layers that the forward calls one after another"
+        )
     best = max(outermost, key=lambda name: len(lists[name]))
     chain = [(hidden, out) for name, hidden, out in record.calls if name.rpartition(".")[0] == best]
     returns = {len(out) if isinstance(out, tuple) else None for _, out in chain}
@@ -169,7 +232,7 @@ def _decoder_layers(
     if not linked or len(returns) != 1:
         kind = type(lists[best][0]).__name__
         raise ModelError(
-            f"{type(model).__name__}: its decoder layers ({kind}, {best!r}) do not simply feed one into the next; "
+            f"{type(model).__name__}: its decoder layers ({kind}, {best!r}) do not feed into each other; "
             "this architecture is not supported"
         )
     length = returns.pop()
@@ -193,10 +256,9 @@ def _linear_groups(model: PreTrainedModel, layers_name: str, record: _Record) ->
     counts = Counter(name for name, _ in record.linears if name in inside)
     odd = [name for name in inside if counts[name] != 1]
     if odd:
-        raise ModelError(
-            f"{architecture}: {len(odd)} of {len(inside)} linear layers are not called exactly once in a forward pass "
-            f"(first: {odd[0]}, {counts[odd[0]]} times); mixtures of experts and shared layers are not supported yet"
-        )
+        reason = _why_not_once(model, odd[0], counts[odd[0]])
+        others = f" ({len(odd)} of {len(inside)} linear layers)" if len(odd) > 1 else ""
+        raise ModelError(f"{architecture}: {reason}{others}")
     members: dict[tuple[int, int], list[str]] = {}
     owners: dict[int, str] = {}
     for name, x in record.linears:
@@ -205,8 +267,8 @@ def _linear_groups(model: PreTrainedModel, layers_name: str, record: _Record) ->
         weight = inside[name].weight
         if weight.dtype not in LEGIBLE or weight.ndim != 2:
             raise ModelError(
-                f"{name} holds {weight.dtype} of shape {tuple(weight.shape)}; give the model in 16 or 32 bits, "
-                "not one that is quantised already"
+                f"{name} holds {weight.dtype} of shape {tuple(weight.shape)}; use a checkpoint whose weights "
+                "have 16 or 32 bits and are not quantised yet"
             )
         if owners.setdefault(id(weight), name) != name:
             raise ModelError(f"{name} shares its weight with {owners[id(weight)]}; tied layers are not supported")

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from cospadi.errors import CospadiError, ModelError
+from cospadi.model_view.sources import directory_name, refuse_adapter
 from cospadi.runtime.memory import guard_memory
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -48,10 +49,10 @@ def source_name(source: str | Path) -> str:
 
 
 def model_name(source: str | Path) -> str:
-    """What reports call a model: the name of its directory, or its hub id."""
+    """What reports call a model: its hub id, or the name of its directory."""
     folder = Path(source_name(source)).expanduser()
     # "." resolves to its directory's name, and a symbolic link keeps its own
-    return Path(os.path.abspath(folder)).name if _is_folder(folder) else str(source)  # noqa: PTH100
+    return directory_name(Path(os.path.abspath(folder))) if _is_folder(folder) else str(source)  # noqa: PTH100
 
 
 def open_config(source: str | Path, *, revision: str | None = None) -> PreTrainedConfig:
@@ -184,6 +185,7 @@ def _where(source: str | Path, revision: str | None) -> dict[str, Any]:
     """Keyword arguments of ``from_pretrained`` for a source."""
     path = Path(source_name(source)).expanduser()
     if _is_folder(path):
+        refuse_adapter(path)
         if not (path / "config.json").is_file():
             raise ModelError(f"{source}: the directory has no config.json, so it is not a model")
         return {

@@ -1,4 +1,4 @@
-"""How long a sequence may be: a table of learned positions ends, rotary positions only leave what was trained."""
+"""How long a sequence may be: learned positions are a table of fixed length, computed ones extrapolate."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from transformers import PreTrainedModel
 from cospadi.errors import CalibrationError
 
 _SPARE_ROWS = 8
-"""Rows that a table of positions may have beyond the positions (OPT: two, for padding)."""
+"""Additional rows that a table of positions may have (OPT has two, for padding)."""
 
 
 def check_length(model: PreTrainedModel, seq_len: int) -> None:
-    """Look whether a model can read sequences of some length.
+    """Check whether a model can process sequences of a length.
 
-    Beyond its positions a model with computed ones (rotary, ALiBi) still runs, worse than on any text it was trained
-    for: a warning. A model that learned a vector for every position has none for the others: an error.
+    Beyond its maximum length, a model with computed positions (rotary, ALiBi) still runs, but outside its training
+    range: a warning. A model with learned positions has no vectors for further ones: an error.
 
     Args:
         model: real or on ``meta``.
@@ -32,18 +32,18 @@ def check_length(model: PreTrainedModel, seq_len: int) -> None:
         return
     if _learned(model, positions):
         raise CalibrationError(
-            f"sequences of {seq_len} tokens are too long for this model, which learned {positions} positions: "
+            f"sequences of {seq_len} tokens are too long for this model, which has {positions} learned positions: "
             f"use --seq-len {positions} or less"
         )
     warnings.warn(
-        f"sequences of {seq_len} tokens are longer than the {positions} positions that the model was made for, its "
-        f"figures on them may be poor: --seq-len {positions} avoids that",
+        f"sequences of {seq_len} tokens are longer than the {positions} positions the model was trained for, so its "
+        f"quality may suffer; --seq-len {positions} avoids this",
         stacklevel=2,
     )
 
 
 def _learned(model: PreTrainedModel, positions: int) -> bool:
-    """Whether there is a table with a row for every position, beside that of the tokens."""
+    """Whether the model has a table with a row for every position, besides that of the tokens."""
     tokens = model.get_input_embeddings()
     return any(
         isinstance(module, nn.Embedding)

@@ -1,8 +1,8 @@
-"""Running a model one decoder layer at a time, without tracing and bit-equal to its own forward.
+"""Running a model one decoder layer at a time, without tracing, with exactly the results of its own forward.
 
-The model's own forward decides what each layer gets beside the hidden states (masks, rotary embeddings); these differ
-between layers in models that mix full and sliding attention. One pass in which every layer is the identity records
-them for every layer; afterwards each layer can be called by itself.
+The model's forward decides which arguments each layer receives besides the hidden states (masks, rotary embeddings);
+they differ between layers in models that mix full and sliding attention. One pass in which every layer is the identity
+records these arguments; afterwards each layer can be called by itself.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,14 +20,14 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _Stop(Exception):
-    """Leaves the model's forward once enough is known."""
+    """Ends the model's forward once everything is recorded."""
 
 
 class LayerReplay:
     """Layer-by-layer execution of a model.
 
-    Only the layer at work lies on `device`; the rest of the model stays where it is. Layers are looked up in the model
-    at every call, so modules that have been replaced meanwhile are the ones that run.
+    Only the current layer is on `device`; the rest of the model stays where it is. Layers are looked up at every call,
+    so replaced modules take effect.
 
         with LayerReplay(view, "cuda") as replay:
             hidden = replay.embed(ids)
@@ -35,7 +35,7 @@ class LayerReplay:
                 hidden = replay.layer(index, hidden)
 
     Args:
-        view: of a real model; it is put into eval mode.
+        view: of a real model, which is put into eval mode.
         device: where the layers run.
     """
 
@@ -53,7 +53,7 @@ class LayerReplay:
         self.release()
 
     def embed(self, ids: Tensor) -> Tensor:
-        """What the first decoder layer gets.
+        """The input of the first decoder layer.
 
         Args:
             ids: token ids (batch, length), without padding.
@@ -62,7 +62,7 @@ class LayerReplay:
             hidden states (batch, length, width) on `device`.
 
         Raises:
-            ModelError: if the layers get anything that depends on the tokens beside the hidden states.
+            ModelError: if the layers receive anything besides the hidden states that depends on the tokens.
         """
         shape = (int(ids.shape[0]), int(ids.shape[1]))
         if shape in self._recorded:
@@ -73,25 +73,25 @@ class LayerReplay:
             _, others = self._walk((ids + 1) % vocabulary)
             if not _same(arguments, others):
                 raise ModelError(
-                    f"{type(self.view.model).__name__}: its decoder layers get more than hidden states and positions; "
+                    f"{type(self.view.model).__name__}: its decoder layers need more than hidden states and positions; "
                     "this architecture is not supported"
                 )
             self._recorded[shape] = [move(item, self.device) for item in arguments]
         return hidden.to(self.device)
 
     def layer(self, index: int, hidden: Tensor, *, grad: bool = False) -> Tensor:
-        """Run one decoder layer of the model as it is now.
+        """Run one decoder layer of the model in its current state.
 
         Args:
-            index: which.
-            hidden: its input (batch, length, width); `embed` must have seen this batch and length.
-            grad: record the operations for a backward pass.
+            index: of the layer.
+            hidden: its input (batch, length, width); `embed` must have been called with this batch size and length.
+            grad: whether to record the operations for a backward pass.
 
         Returns:
             its output, same shape, on `device`.
 
         Raises:
-            KeyError: if `embed` has not seen this shape.
+            KeyError: if `embed` was not called with this shape.
         """
         args, kwargs = self._recorded[(int(hidden.shape[0]), int(hidden.shape[1]))][index]
         with torch.set_grad_enabled(grad):
@@ -101,14 +101,14 @@ class LayerReplay:
 
     @torch.no_grad()
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """What the model makes of the last layer's output: final norm, head and whatever else it does.
+        """The model's logits for an output of the last layer: final norm, head and everything else after the layers.
 
         Args:
-            ids: the tokens (batch, length); only their shape matters.
-            hidden: output of the last decoder layer.
+            ids: token ids (batch, length); only their shape matters.
+            hidden: output of the last decoder layer (batch, length, width).
 
         Returns:
-            logits (batch, length, vocabulary), where the head lies.
+            logits (batch, length, vocabulary), on the device of the head.
         """
         last = len(self.view.layers) - 1
 
@@ -120,10 +120,10 @@ class LayerReplay:
             return logits
 
     def fetch(self, index: int) -> nn.Module:
-        """Bring a layer onto `device` (and the one before it home), and return it."""
+        """Move a layer to `device`, move the previous one back, and return the layer."""
         layer = self.view.layers[index]
         if self._resident is not None and self._resident[0] is layer:
-            layer.to(self.device)  # modules put into it meanwhile
+            layer.to(self.device)  # it may contain new modules
             return layer
         self.release()
         first = next(layer.parameters(), None)
@@ -133,7 +133,7 @@ class LayerReplay:
         return layer
 
     def release(self) -> None:
-        """Send the layer on `device` back to where it came from."""
+        """Move the layer on `device` back to its original device."""
         if self._resident is not None:
             layer, home = self._resident
             self._resident = None
@@ -148,7 +148,7 @@ class LayerReplay:
 
     @torch.no_grad()
     def _walk(self, ids: Tensor, stop_at: int | None = None) -> tuple[Tensor, list[Arguments]]:
-        """Run the model's forward with identities for layers, and leave it at layer `stop_at` (None: the last)."""
+        """Run the model's forward with identities as layers, up to layer `stop_at` (None: the last)."""
         stop = len(self.view.layers) - 1 if stop_at is None else stop_at
         seen: list[Tensor] = []
         arguments: list[Arguments] = []
@@ -175,7 +175,7 @@ class LayerReplay:
 
     @contextmanager
     def _stubbed(self, stub: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-        """Give every decoder layer another forward for a while."""
+        """Replace the forward of every decoder layer temporarily."""
         layers = self.view.layers
         own = [layer.__dict__.get("forward") for layer in layers]
         try:
@@ -191,7 +191,7 @@ class LayerReplay:
 
 
 def _same(first: Any, second: Any) -> bool:
-    """Whether nested arguments are equal, tensors by value. Objects with a state of their own never are."""
+    """Whether nested arguments are equal, tensors by value; objects with hidden state never are."""
     if type(first) is not type(second):
         return False
     if isinstance(first, Tensor):

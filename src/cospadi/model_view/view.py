@@ -1,4 +1,4 @@
-"""What the rest of the package sees of a model: decoder layers and groups of linear layers."""
+"""A model as the rest of the package sees it: decoder layers and groups of linear layers."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,13 +12,13 @@ from cospadi.errors import NumericalError
 
 @dataclass(frozen=True)
 class LinearGroup:
-    """Linear layers that read the very same input, in the order in which the model calls them.
+    """Linear layers with the same input (siblings), in the order in which the model calls them.
 
     Attributes:
         modules: full dotted names in the model.
         layer: index of the decoder layer they belong to.
-        d_in: inputs, the same for all.
-        d_out: outputs of each.
+        d_in: number of inputs.
+        d_out: number of outputs of each layer.
     """
 
     modules: tuple[str, ...]
@@ -28,7 +28,7 @@ class LinearGroup:
 
     @property
     def name(self) -> str:
-        """Readable name: the first module, and the last parts of the others."""
+        """Readable name: the first module's name, and the last part of the others' names."""
         return "+".join([self.modules[0], *(m.rsplit(".", 1)[-1] for m in self.modules[1:])])
 
     @property
@@ -39,13 +39,13 @@ class LinearGroup:
 
 @dataclass(frozen=True)
 class ModelView:
-    """A causal language model as decoder layers and linear groups; of a real model or one on ``meta``.
+    """A causal language model, real or on ``meta``, as decoder layers and linear groups.
 
     Attributes:
-        model: the model itself.
+        model: the model.
         layers_name: dotted name of the list of decoder layers, for example ``"model.layers"``.
-        groups: every group, ordered by layer, then by first call.
-        extra_outputs: how many values beside the hidden states each layer returns (None: it returns a bare tensor).
+        groups: all groups, ordered by layer, then by first call.
+        extra_outputs: number of values each layer returns besides the hidden states (None: it returns a bare tensor).
     """
 
     model: PreTrainedModel
@@ -55,17 +55,17 @@ class ModelView:
 
     @property
     def hidden_width(self) -> int:
-        """Numbers in the hidden state of one token."""
+        """Width of a token's hidden state."""
         return int(getattr(self.model.config.get_text_config(), "hidden_size", 0) or max(g.d_in for g in self.groups))
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The decoder layers, as they are in the model now."""
+        """The decoder layers currently in the model."""
         return list(self.model.get_submodule(self.layers_name).children())
 
     @cached_property
     def module_names(self) -> tuple[str, ...]:
-        """Names of all linear layers of all groups, in order."""
+        """Names of the linear layers of all groups, in order."""
         return tuple(name for group in self.groups for name in group.modules)
 
     def of_layer(self, index: int) -> tuple[LinearGroup, ...]:
@@ -73,14 +73,14 @@ class ModelView:
         return tuple(group for group in self.groups if group.layer == index)
 
     def module(self, name: str) -> nn.Module:
-        """The module of that dotted name, as it is in the model now."""
+        """The module currently at a dotted name."""
         return self.model.get_submodule(name)
 
     def weight(self, name: str) -> Tensor:
         """W (d_in, d_out) of a linear layer: a detached view in the model's dtype, no copy.
 
         Raises:
-            TypeError: if the module has been replaced by something without a dense weight.
+            TypeError: if the module has been replaced by one without a dense weight.
         """
         weight = self.module(name).weight
         if not isinstance(weight, Tensor):
@@ -88,20 +88,20 @@ class ModelView:
         return weight.detach().T
 
     def bias(self, name: str) -> Tensor | None:
-        """The bias (d_out,) of a linear layer, detached, or None."""
+        """The bias (d_out,) of a linear layer, detached; None without a bias."""
         bias = getattr(self.module(name), "bias", None)
         return bias.detach() if isinstance(bias, Tensor) else None
 
 
 def embedding_weight(model: PreTrainedModel) -> Tensor:
-    """The input embedding (vocabulary, width): tokens must lie where it lies and below its length."""
+    """The input embedding (vocabulary, width); token ids must be on its device and below its length."""
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)
     return weight
 
 
 def check_weights(view: ModelView) -> None:
-    """Look for NaN and Inf in the weights and biases of all linear groups.
+    """Check the weights and biases of all linear groups for NaN and Inf.
 
     Raises:
         NumericalError: naming the first such layer.
@@ -118,8 +118,8 @@ def check_weights(view: ModelView) -> None:
 
 
 def where_not_finite(model: PreTrainedModel) -> str:
-    """The end of a message about NaN or Inf in what a model gives: the first weight that holds such, if one does."""
+    """The end of a message about NaN or Inf in a model's output: its cause, a damaged weight or an overflow."""
     for name, weight in model.named_parameters():
         if weight.is_floating_point() and not bool(weight.isfinite().all()):
-            return f"; {name} holds NaN or Inf: the model is damaged"
-    return "; its weights are finite, so it overflows: try bfloat16 or float32 weights"
+            return f"; {name} contains NaN or Inf: the model is damaged"
+    return "; its weights are finite, so activations overflow: use bfloat16 or float32 weights"

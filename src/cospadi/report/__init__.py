@@ -1,4 +1,4 @@
-"""What people see: the report page, the model card, plots, console tables and progress. Plain data in, no torch."""
+"""What people read: report page, model card, plots, console tables and progress. Takes plain data; imports no torch."""
 
 from cospadi.report.console import (
     print_comparison,

@@ -1,4 +1,4 @@
-"""The files of ``cospadi compare``: table (CSV), data (JSON), plot (PNG, SVG) and a page that holds them all (HTML)."""
+"""The files of ``cospadi compare``: table (CSV), data (JSON), plot (PNG and SVG), and a page with all of it (HTML)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,17 @@ from typing import Any
 from cospadi.errors import ResourceError
 from cospadi.io import write_durably
 from cospadi.report import plots
-from cospadi.report.html import html_facts, html_section, html_table, html_warnings, inline_svg
-from cospadi.report.style import CSS
+from cospadi.report.figures import render
+from cospadi.report.html_parts import (
+    html_document,
+    html_facts,
+    html_figure,
+    html_no_plots,
+    html_remark,
+    html_section,
+    html_table,
+    html_warnings,
+)
 from cospadi.report.text import human_bytes, human_seconds, integer_text, number, percent, perplexity_text, publishable
 from cospadi.report.view import Fact, calibration_facts, model_facts, model_name, share, warnings_of
 from cospadi.report.write import report_json
@@ -26,19 +35,19 @@ COLUMNS = (
 
 
 def all_rows(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows and references; a reference is told by its ``bits``."""
+    """Rows and references; a reference is named after its method and bits."""
     references = [dict(row, method=reference_name(row)) for row in comparison.get("references", ())]
     return [*map(dict, comparison.get("rows", ())), *references]
 
 
 def reference_name(row: Mapping[str, Any]) -> str:
-    """``gptq 4 bit``."""
+    """The name of a reference: ``gptq 4 bit``."""
     bits = (row.get("options") or {}).get("bits")
     return f"{row.get('method')} {bits} bit" if bits else str(row.get("method"))
 
 
 def comparison_csv(comparison: Mapping[str, Any]) -> str:
-    """A line for the dense model, every row and every reference; further texts and tasks in columns of their own."""
+    """CSV with a line for the dense model, each row and each reference; further texts and tasks add columns."""
     dense = dict(comparison.get("dense") or {}, method="dense", keep=1.0, keep_actual=1.0)
     dense["bytes_before"] = dense.get("bytes")
     lines = [dense, *all_rows(comparison)]
@@ -78,12 +87,12 @@ def write_comparison(comparison: Mapping[str, Any], folder: str | os.PathLike[st
     """Write ``comparison.json``, ``.csv``, ``.html`` and, with matplotlib, ``.png`` and ``.svg``.
 
     Args:
-        comparison: what :func:`cospadi.evaluation.compare.compare` returned; absolute paths in it are cut down to
-            their last part.
-        folder: made if need be.
+        comparison: what :func:`cospadi.evaluation.compare.compare` returned; absolute paths in it are shortened
+            to their last part.
+        folder: created if necessary.
 
     Returns:
-        the files by suffix.
+        the files, keyed by suffix.
 
     Raises:
         OutputError: if a file cannot be written.
@@ -97,40 +106,36 @@ def write_comparison(comparison: Mapping[str, Any], folder: str | os.PathLike[st
     }
     try:
         figure = plots.quality_against_bytes(_plotted(comparison), comparison.get("dense"))
-        contents |= {kind: plots.render(figure, kind) for kind in ("png", "svg")}
+        contents |= {kind: render(figure, kind) for kind in ("png", "svg")}
     except ResourceError:
         pass
     return {kind: write_durably(base.with_suffix(f".{kind}"), content) for kind, content in contents.items()}
 
 
 def _plotted(comparison: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Points of the plot: references under the bare name of their method, which makes one line of their bits."""
+    """Points of the plot: references keep their method's plain name, so their bit widths form one line."""
     return [*comparison.get("rows", ()), *comparison.get("references", ())]
 
 
 def comparison_page(comparison: Mapping[str, Any]) -> str:
-    """One page without scripts or links to elsewhere."""
-    dense = comparison.get("dense") or {}
-    parts = [f"measured {comparison.get('measured')}" if comparison.get("measured") else "", comparison.get("device")]
+    """The self-contained page of a comparison, without scripts or links."""
+    dense, rows = comparison.get("dense") or {}, all_rows(comparison)
     run = {key: value for key, value in comparison.items() if key not in ("dense", "rows", "references", "text")}
-    title = escape(f"{model_name(comparison)}: methods compared")
-    lead = escape(" · ".join(str(part) for part in ("by cospadi", *parts) if part))
-    sections = [
-        html_warnings(warnings_of(comparison)),
-        html_section("Quality against bytes", _figure(comparison)),
-        html_section("Rows", _remark(comparison) + _row_table(all_rows(comparison), dense)),
-        html_section("Not made", _reasons(all_rows(comparison))),
-        html_section("Tasks", _task_table(comparison)),
-        html_section("Calibration text", html_facts(calibration_facts(comparison))),
-        html_section("Run", html_facts([*model_facts(run), Fact("Command", str(comparison.get("command") or ""))])),
-    ]
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        f"<title>{title}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
-        f'<h1>{title}</h1>\n<p class="lead">{lead}</p>\n' + "".join(sections) + "</main>\n</body>\n</html>\n"
+    title = f"{model_name(comparison)}: methods compared"
+    measured = f"measured {comparison.get('measured')}" if comparison.get("measured") else ""
+    return html_document(
+        title,
+        title,
+        ("by cospadi", measured, comparison.get("device")),
+        [
+            html_warnings(warnings_of(comparison)),
+            html_section("Quality against bytes", _figure(comparison)),
+            html_section("Rows", html_remark(_remark(comparison)) + _row_table(rows, dense)),
+            html_section("Rows without a result", _reasons(rows)),
+            html_section("Tasks", _task_table(comparison)),
+            html_section("Calibration text", html_facts(calibration_facts(comparison))),
+            html_section("Run", html_facts([*model_facts(run), Fact("Command", str(comparison.get("command") or ""))])),
+        ],
     )
 
 
@@ -138,19 +143,19 @@ def _figure(comparison: Mapping[str, Any]) -> str:
     try:
         figure = plots.quality_against_bytes(_plotted(comparison), comparison.get("dense"))
     except ResourceError as error:
-        return f'<p class="lead">No plot here: {escape(str(error))}</p>\n'
-    label = "Perplexity against the share of bytes kept"
-    return f'<figure role="img" aria-label="{label}">\n{inline_svg(figure, "quality")}</figure>\n'
+        return html_no_plots(error)
+    return html_figure(figure, "quality", "Perplexity against the share of bytes kept")
 
 
 def _remark(comparison: Mapping[str, Any]) -> str:
+    """How the columns of the table were measured."""
     blocks = comparison.get("max_blocks")
-    length = f"blocks of {comparison['seq_len']} tokens" if comparison.get("seq_len") else ""
-    first = f"the first {blocks} " if blocks else ""
+    length = f", blocks of {comparison['seq_len']} tokens" if comparison.get("seq_len") else ""
+    first = f" (the first {blocks})" if blocks else ""
     return (
-        f'<p class="remark">Perplexity on {escape(str(comparison.get("text")))}, {first}{length}. Bytes: of the '
-        "compressed layers; all: with embeddings, norms and head. Error: relative output error of the layers on the "
-        "calibration text. Time and peak memory: of factorising.</p>\n"
+        f"Perplexity: on {comparison.get('text')}{length}{first}. Bytes: compressed layers only. All: including "
+        "embeddings, norms and head. Error: relative output error on the calibration text. Time and memory (peak): of "
+        "compression."
     )
 
 
@@ -166,7 +171,7 @@ def _row_table(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> s
 
 
 def _order(row: Mapping[str, Any]) -> tuple[float, float]:
-    """Largest keep first, and the best first within it."""
+    """Sort key: largest keep first, then lowest perplexity."""
     perplexity = number(row.get("perplexity"))
     return -(number(row.get("keep")) or 0.0), float("inf") if perplexity is None else perplexity
 
@@ -208,8 +213,8 @@ def _task_table(comparison: Mapping[str, Any]) -> str:
         if row.get("tasks"):
             lines.append([escape(str(row["method"])), percent(row.get("keep")), *(_score(row, name) for name in names)])
     examples = {name: rows[0].get("tasks", {}).get(name, {}).get("samples") for name in names}
-    remark = ", ".join(f"{escape(name)} {integer_text(count)}" for name, count in examples.items())
-    return f'<p class="remark">Accuracy ± standard error. Examples: {remark}.</p>\n' + html_table(columns, lines)
+    remark = ", ".join(f"{name} {integer_text(count)}" for name, count in examples.items())
+    return html_remark(f"Accuracy ± standard error. Examples: {remark}.") + html_table(columns, lines)
 
 
 def _score(row: Mapping[str, Any], task: str) -> str:

@@ -1,14 +1,11 @@
 """What the commands print: tables that fit 80 columns, and numbers with units."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-from rich import box
-from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from cospadi.report.terminal import Table, print_facts, print_heading, print_warnings
 from cospadi.report.text import (
     DASH,
     arrow,
@@ -29,81 +26,19 @@ from cospadi.report.view import (
     model_name,
     perplexity_fact,
     read_groups,
+    requested,
     share,
     total,
-    warnings_of,
 )
-
-Column = tuple[str, Literal["left", "right"]]
-
-
-class _Table:
-    """A table of one line a row: texts on the left are cut where room is short, numbers on the right never are."""
-
-    def __init__(self, *columns: Column) -> None:
-        self.columns = columns
-        self.rows: list[tuple[list[str], str]] = []
-
-    def add(self, *cells: str, style: str = "") -> None:
-        """Add a row."""
-        self.rows.append(([" ".join(cell.split()) for cell in cells], style))
-
-    def print(self, console: Console) -> None:
-        """Print, if there are rows."""
-        if not self.rows:
-            return
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold dim")
-        for (title, side), width in zip(self.columns, self._widths(console.width), strict=True):
-            table.add_column(title, justify=side, no_wrap=True, overflow="ellipsis", width=width)
-        for cells, style in self.rows:
-            table.add_row(*map(Text, cells), style=style)
-        console.print(table)
-
-    def _widths(self, room: int) -> list[int]:
-        """Numbers get what they need; the widest texts give way until the line fits."""
-        cells = [[title, *(cells[i] for cells, _ in self.rows)] for i, (title, _) in enumerate(self.columns)]
-        widths = [max(map(cell_len, column)) for column in cells]
-        texts = [i for i, (_, side) in enumerate(self.columns) if side == "left"]
-        over = sum(widths) + 2 * len(widths) - room  # two blanks between columns, one at each edge
-        while over > 0 and texts:
-            widest = max(texts, key=widths.__getitem__)
-            if widths[widest] <= 4:
-                break  # rich cuts the rest
-            widths[widest] -= 1
-            over -= 1
-        return widths
-
-
-def _facts(console: Console, facts: Sequence[Fact]) -> None:
-    """Names and numbers in two columns; long ones continue below themselves."""
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for fact in facts:
-        if fact.value not in ("", DASH):
-            value = Text(" ".join(fact.value.split()), style="bold")
-            if fact.note:
-                value.append(f"  {' '.join(fact.note.split())}", style="not bold dim")
-            grid.add_row(fact.label, value)
-    console.print(grid)
-
-
-def _heading(console: Console, *parts: object) -> None:
-    console.print(Text(" · ".join(str(part) for part in parts if part), style="bold", overflow="fold"))
-
-
-def _warnings(console: Console, report: Mapping[str, Any]) -> None:
-    for line in warnings_of(report):
-        console.print(Text(f"warning: {line}", style="yellow", overflow="fold"))
 
 
 def print_summary(report: Mapping[str, Any], console: Console) -> None:
-    """The end of ``cospadi compress``: the numbers, the error by kind of projection, the warnings."""
-    _heading(console, model_name(report), report.get("method"))
-    _facts(console, headlines(report))
+    """Print the summary of ``cospadi compress``: sizes and quality, errors per kind of projection, warnings."""
+    print_heading(console, model_name(report), report.get("method"))
+    print_facts(console, headlines(report))
     kinds = by_kind(read_groups(report))
     if kinds:
-        table = _Table(
+        table = Table(
             ("projection", "left"), ("groups", "right"), ("before", "right"), ("after", "right"),
             ("kept", "right"), ("error", "right"), ("worst", "right"), ("in layer", "right"),
         )  # fmt: skip
@@ -119,17 +54,17 @@ def print_summary(report: Mapping[str, Any], console: Console) -> None:
                 integer_text(kind.worst and kind.worst.layer),
             )
         table.print(console)
-    _warnings(console, report)
+    print_warnings(console, report)
 
 
 def print_estimate(estimate: Mapping[str, Any], console: Console) -> None:
-    """A dry run: what every kind of projection would become, and what the run would take.
+    """Print a dry run: how each kind of projection would be stored, and the memory and time the run would need.
 
     Args:
         estimate: keys as in a report, as far as they are known before a run: ``model``, ``architecture``,
             ``parameters``, ``method``, ``keep_requested``, ``keep_actual``, ``bytes_before``, ``bytes_after``,
-            ``file_bytes_before``, ``file_bytes``, ``groups``, ``peak_memory_bytes``, ``memory`` (by part),
-            ``seconds`` (a number, or phases with ``total``, which is None where it cannot be guessed), ``device``,
+            ``file_bytes_before``, ``file_bytes``, ``groups``, ``peak_memory_bytes``, ``memory`` (per part),
+            ``seconds`` (a number, or phases with ``total``, which is None if it cannot be estimated), ``device``,
             ``warnings``.
         console: where to print.
     """
@@ -137,32 +72,31 @@ def print_estimate(estimate: Mapping[str, Any], console: Console) -> None:
     before = estimate.get("bytes_before", total(row.bytes_before for row in rows))
     after = estimate.get("bytes_after", total(row.bytes for row in rows))
     keep = estimate.get("keep_actual", share(after, before))
-    asked = percent(estimate.get("keep_requested"))
     times = estimate.get("seconds")
     seconds = times.get("total") if isinstance(times, Mapping) else times
     device = f"on {estimate['device']}" if estimate.get("device") else ""
     process = (estimate.get("memory") or {}).get("process")
-    own = f"{human_bytes(process)} of it Python with its libraries" if process else device
+    own = f"including {human_bytes(process)} for Python and its libraries" if process else device
     took = human_seconds(seconds)
     if isinstance(times, Mapping) and seconds is None and times.get("calibrate") is not None:
-        took = f"{DASH} (calibration alone {human_seconds(times['calibrate'])})"
-    _heading(console, model_name(estimate), estimate.get("method"), "estimate")
+        took = f"{DASH} (calibration alone takes {human_seconds(times['calibrate'])})"
+    print_heading(console, model_name(estimate), estimate.get("method"), "estimate")
     whole = arrow(human_bytes(estimate.get("file_bytes_before")), human_bytes(estimate.get("file_bytes")))
-    _facts(
+    print_facts(
         console,
         [
             Fact("Architecture", str(estimate.get("architecture") or "")),
             Fact("Parameters", human_count(estimate.get("parameters"))),
             Fact("Compressed layers", arrow(human_bytes(before), human_bytes(after))),
-            Fact("Bytes kept", percent(keep), "" if asked == DASH else f"{asked} asked for"),
+            Fact("Bytes kept", percent(keep), requested(estimate)),
             Fact("Whole checkpoint", whole),
-            Fact("Memory, about", human_bytes(estimate.get("peak_memory_bytes")), own),
-            Fact("Time, about", took, device),
+            Fact("Estimated memory", human_bytes(estimate.get("peak_memory_bytes")), own),
+            Fact("Estimated time", took, device),
         ],
     )
     kinds = by_kind(rows)
     if kinds:
-        table = _Table(
+        table = Table(
             ("projection", "left"), ("method", "left"), ("groups", "right"), ("atoms", "right"),
             ("non-zeros", "right"), ("before", "right"), ("after", "right"), ("kept", "right"),
         )  # fmt: skip
@@ -178,20 +112,20 @@ def print_estimate(estimate: Mapping[str, Any], console: Console) -> None:
                 percent(kind.keep),
             )
         table.print(console)
-    _warnings(console, estimate)
+    print_warnings(console, estimate)
 
 
 def print_inspect(report: Mapping[str, Any], console: Console) -> None:
-    """What is in a compressed checkpoint, group by group.
+    """Print the contents of a compressed checkpoint, group by group.
 
     Args:
-        report: the content of ``report.json``, or as much of it as the checkpoint's ``config.json`` gives.
+        report: the content of ``report.json``, or the part of it that the checkpoint's ``config.json`` contains.
         console: where to print.
     """
-    _heading(console, model_name(report), report.get("architecture"), report.get("method"))
-    _facts(console, headlines(report))
+    print_heading(console, model_name(report), report.get("architecture"), report.get("method"))
+    print_facts(console, headlines(report))
     rows = read_groups(report)
-    table = _Table(
+    table = Table(
         ("layer", "right"), ("projection", "left"), ("method", "left"), ("atoms", "right"),
         ("non-zeros", "right"), ("bits", "right"), ("bytes", "right"), ("kept", "right"),
         ("error", "right"),
@@ -209,22 +143,22 @@ def print_inspect(report: Mapping[str, Any], console: Console) -> None:
             error_text(row.error),
         )
     table.print(console)
-    _warnings(console, report)
+    print_warnings(console, report)
 
 
 def print_evaluation(result: Mapping[str, Any], console: Console) -> None:
-    """The result of ``cospadi evaluate``.
+    """Print the result of ``cospadi evaluate``.
 
     Args:
-        result: ``perplexity`` and, as far as known, ``dense_perplexity``, ``text``, ``tokens``, ``bytes``,
-            ``dense_bytes``, ``bits_per_byte``, ``word_perplexity``, ``seconds``, ``model``, and ``tasks``: a mapping of
-            a task's name to a number or to a mapping of metrics.
+        result: ``perplexity`` and, if known, ``dense_perplexity``, ``text``, ``tokens``, ``bytes``,
+            ``dense_bytes``, ``bits_per_byte``, ``word_perplexity``, ``seconds``, ``model``, and ``tasks``, which maps a
+            task's name to a number or to a mapping of metrics.
         console: where to print.
     """
-    _heading(console, model_name(result) if result.get("model") else "", "evaluation")
+    print_heading(console, model_name(result) if result.get("model") else "", "evaluation")
     bits = number(result.get("bits_per_byte"))
     kept = share(result.get("bytes"), result.get("dense_bytes"))
-    _facts(
+    print_facts(
         console,
         [
             perplexity_fact(result),
@@ -240,23 +174,23 @@ def print_evaluation(result: Mapping[str, Any], console: Console) -> None:
     )
     tasks = mapping(result.get("tasks"))
     if tasks:
-        table = _Table(("task", "left"), ("metric", "left"), ("value", "right"))
+        table = Table(("task", "left"), ("metric", "left"), ("value", "right"))
         for task, metrics in tasks.items():
             for metric, value in (metrics if isinstance(metrics, Mapping) else {"": metrics}).items():
                 real = number(value)
                 if real is not None:
                     table.add(str(task), str(metric), f"{real:.4f}")
         table.print(console)
-    _warnings(console, result)
+    print_warnings(console, result)
 
 
 def print_comparison(
     rows: Sequence[Mapping[str, Any]], console: Console, dense: Mapping[str, Any] | None = None
 ) -> None:
-    """The table of ``cospadi compare``: best first within each keep, the best of each in bold.
+    """Print the table of ``cospadi compare``: sorted by keep, then by perplexity; the best row of each keep in bold.
 
     Args:
-        rows: ``{"method", "keep", "perplexity", "bytes", "seconds"}``, and ``keep_actual`` where known.
+        rows: ``{"method", "keep", "perplexity", "bytes", "seconds"}``, and ``keep_actual`` if known.
         console: where to print.
         dense: ``{"perplexity", "bytes"}`` of the model before compression.
     """
@@ -265,7 +199,7 @@ def print_comparison(
         perplexity = number(row.get("perplexity"))
         return -(number(row.get("keep")) or 0.0), float("inf") if perplexity is None else perplexity
 
-    table = _Table(
+    table = Table(
         ("keep", "right"), ("method", "left"), ("perplexity", "right"), ("vs dense", "right"),
         ("bytes", "right"), ("kept", "right"), ("time", "right"),
     )  # fmt: skip

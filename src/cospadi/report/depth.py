@@ -14,16 +14,32 @@ from rich.console import Console
 
 from cospadi.errors import ResourceError
 from cospadi.io import write_durably
-from cospadi.report import plots
-from cospadi.report.console import _facts as print_facts
-from cospadi.report.console import _heading as print_heading
-from cospadi.report.console import _warnings as print_warnings
-from cospadi.report.html import html_code, html_facts, html_section, html_table, html_warnings, inline_svg, yaml_text
-from cospadi.report.model_card import ASSETS, _bullets, _fenced, _front_matter, inline
-from cospadi.report.model_card import _facts as card_facts
-from cospadi.report.model_card import _section as card_section
-from cospadi.report.model_card import _table as card_table
-from cospadi.report.style import CSS
+from cospadi.report.figures import MUTED, PALETTE, figure_with_axes, layer_ticks, nothing_to_draw, save, write_title
+from cospadi.report.html_parts import (
+    html_cards,
+    html_code,
+    html_document,
+    html_facts,
+    html_figure,
+    html_no_plots,
+    html_remark,
+    html_section,
+    html_table,
+    html_warnings,
+    yaml_text,
+)
+from cospadi.report.markdown import (
+    ASSETS,
+    bullets,
+    facts_list,
+    fenced,
+    front_matter,
+    inline,
+    markdown_document,
+    section,
+    table,
+)
+from cospadi.report.terminal import print_facts, print_heading, print_warnings
 from cospadi.report.text import (
     DASH,
     arrow,
@@ -38,7 +54,15 @@ from cospadi.report.text import (
     publishable,
     sequence,
 )
-from cospadi.report.view import Fact, calibration_facts, model_facts, model_name, perplexity_fact, warnings_of
+from cospadi.report.view import (
+    Fact,
+    calibration_facts,
+    model_facts,
+    model_name,
+    perplexity_fact,
+    requested,
+    warnings_of,
+)
 from cospadi.report.write import report_json
 
 if TYPE_CHECKING:
@@ -67,7 +91,6 @@ def removed_text(report: Mapping[str, Any]) -> str:
 def depth_headlines(report: Mapping[str, Any]) -> list[Fact]:
     """The headline figures."""
     times = mapping(report.get("seconds"))
-    asked = percent(report.get("keep_requested"))
     removed = removed_text(report)
     blocks = f"{report.get('blocks_before')} → {report.get('blocks_after')}" if removed else ""
     facts = [
@@ -77,7 +100,7 @@ def depth_headlines(report: Mapping[str, Any]) -> list[Fact]:
             arrow(human_bytes(report.get("bytes_before")), human_bytes(report.get("bytes_after"))),
             "at 16 bits a weight",
         ),
-        Fact("Bytes kept", percent(report.get("keep_actual")), "" if asked == "–" else f"{asked} asked for"),
+        Fact("Bytes kept", percent(report.get("keep_actual")), requested(report)),
         Fact("Parameters", arrow(human_count(report.get("parameters_before")), human_count(report.get("parameters")))),
         Fact(
             "Whole checkpoint",
@@ -139,13 +162,12 @@ def heat_map(report: Mapping[str, Any], measure: str = "cosine") -> Figure:
     Raises:
         ResourceError: without matplotlib.
     """
-    figure, axes = plots._figure()
-    figure.set_size_inches(6.4, 5.4)
+    figure, axes = figure_with_axes((6.4, 5.4))
     axes.set_position((0.1, 0.1, 0.76, 0.76))
-    plots._title(figure, "Distance between depths", f"{_MEASURES[measure]}; outlined: the cut")
+    write_title(figure, "Distance between depths", f"{_MEASURES[measure]}; outlined: the cut")
     distances = sequence(mapping(report.get("distances")).get(measure))
     if len(distances) < 2:
-        plots._nothing(axes)
+        nothing_to_draw(axes)
         return figure
     from matplotlib.patches import Rectangle
 
@@ -166,73 +188,56 @@ def heat_map(report: Mapping[str, Any], measure: str = "cosine") -> Figure:
                 colour = "#1f2320" if value > 0.55 * top else "#fdfdfd"
                 axes.text(column, row, f"{value:.2f}", color=colour, fontsize=7, ha="center", va="center")
     for first, stop in sequence(mapping(report.get("prune")).get("runs")):
-        axes.add_patch(Rectangle((stop - 1.5, first - 0.5), 1, 1, fill=False, edgecolor=plots.PALETTE[1], lw=2.5))
+        axes.add_patch(Rectangle((stop - 1.5, first - 0.5), 1, 1, fill=False, edgecolor=PALETTE[1], lw=2.5))
     axes.invert_yaxis()
     axes.set_aspect("equal")
-    plots._layer_ticks(axes, range(count))
+    layer_ticks(axes, range(count))
     axes.set_yticks(axes.get_xticks())
-    axes.set_xlabel("last block of the run", color=plots.MUTED, fontsize=9)
-    axes.set_ylabel("first block of the run", color=plots.MUTED, fontsize=9)
+    axes.set_xlabel("last block of the run", color=MUTED, fontsize=9)
+    axes.set_ylabel("first block of the run", color=MUTED, fontsize=9)
     bar = figure.colorbar(mesh, ax=axes, fraction=0.04, pad=0.02, extend="max")
-    bar.ax.tick_params(colors=plots.MUTED, labelsize=8)
+    bar.ax.tick_params(colors=MUTED, labelsize=8)
     return figure
 
 
 def depth_page(report: Mapping[str, Any]) -> str:
     """The HTML report: one self-contained file without scripts."""
     report = publishable(report)
-    title = f"{model_name(report)}, pruned by cospadi"
-    lead = " · ".join(
-        str(part)
-        for part in ("pruned by cospadi", f"method {report.get('method')}", moment(report.get("created")))
-        if part
-    )
-    cards = "".join(
-        f'<div><dt>{escape(fact.label)}</dt><dd class="value">{escape(fact.value)}</dd>'
-        f'<dd class="note">{escape(fact.note)}</dd></div>\n'
-        for fact in depth_headlines(report)
-    )
     columns = [("removed blocks", False), ("in their place", False), ("cosine distance", True), ("error", True)]
     rows = [[escape(cell) for cell in row] for row in run_rows(report)]
-    remark = (
-        '<p class="remark">Error: squared error of the correction on the text that it was fitted to, against plain '
-        "removal.</p>\n"
+    remark = html_remark(
+        "Error: squared error of the correction on the text that it was fitted to, against plain removal."
     )
     tried = html_table(
         [("blocks", False), ("ridge", True), ("held-out error", True), ("held-out loss", True)],
         [[escape(cell) for cell in row] for row in trial_rows(report)],
     )
-    sections = [
-        html_warnings(warnings_of(report)),
-        html_section("The cut", remark + html_table(columns, rows) if rows else ""),
-        html_section("Runs that were tried", tried if trial_rows(report) else ""),
-        html_section("All pairs of blocks", _figures(report)),
-        html_section("Recipe", html_code(yaml_text(report.get("recipe")))),
-        html_section("Calibration text", html_facts(calibration_facts(report))),
-        html_section("Run", html_facts(model_facts(report))),
-        html_section("Command", html_code(str(report.get("command") or ""))),
-    ]
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
-        f'<h1>{escape(model_name(report))}</h1>\n<p class="lead">{escape(lead)}</p>\n<dl class="cards">\n{cards}</dl>\n'
-        + "".join(sections)
-        + "</main>\n</body>\n</html>\n"
+    return html_document(
+        f"{model_name(report)}, pruned by cospadi",
+        model_name(report),
+        ("pruned by cospadi", f"method {report.get('method')}", moment(report.get("created"))),
+        [
+            html_cards(depth_headlines(report)),
+            html_warnings(warnings_of(report)),
+            html_section("The cut", remark + html_table(columns, rows) if rows else ""),
+            html_section("Runs that were tried", tried),
+            html_section("All pairs of blocks", _figures(report)),
+            html_section("Recipe", html_code(yaml_text(report.get("recipe")))),
+            html_section("Calibration text", html_facts(calibration_facts(report))),
+            html_section("Run", html_facts(model_facts(report))),
+            html_section("Command", html_code(str(report.get("command") or ""))),
+        ],
     )
 
 
 def _figures(report: Mapping[str, Any]) -> str:
     try:
         return "".join(
-            f'<figure role="img" aria-label="{label} of all pairs of depths">\n'
-            f"{inline_svg(heat_map(report, measure), measure)}</figure>\n"
+            html_figure(heat_map(report, measure), measure, f"{label} of all pairs of depths")
             for measure, label in _MEASURES.items()
         )
     except ResourceError as error:
-        return f'<p class="lead">No plots here: {escape(str(error))}</p>\n'
+        return html_no_plots(error)
 
 
 def depth_card(report: Mapping[str, Any], picture: bool = True) -> str:
@@ -251,22 +256,25 @@ def depth_card(report: Mapping[str, Any], picture: bool = True) -> str:
     rows = [[fact.label, fact.value, fact.note] for fact in depth_headlines(report)]
     columns = ["removed blocks", "in their place", "cosine distance", "error against plain removal"]
     image = f"![Distances of all pairs of depths; the cut is outlined]({ASSETS}/{HEAT_MAP})" if picture else ""
-    parts = [
-        _front_matter(report).replace("- compression", "- pruning"),
-        f"# {name}, pruned by cospadi",
-        f"This is {name} made smaller with the method {method}, without retraining. {how}",
-        card_table(["", "", ""], rows),
-        "## How to load",
-        _fenced(_STOCK if stock else f"import cospadi  # registers the format\n{_STOCK}", "python"),
-        _bullets("Warnings of the run", warnings_of(report)),
-        card_section("The cut", card_table(columns, run_rows(report), numbers_from=2)),
-        image,
-        card_section("Recipe", _fenced(yaml_text(report.get("recipe")), "yaml")),
-        card_section("Calibration text", card_facts(calibration_facts(report))),
-        card_section("Run", card_facts(model_facts(report))),
-        card_section("Command", _fenced(str(report.get("command") or ""), "bash")),
-    ]
-    return "\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n"
+    return markdown_document(
+        [
+            front_matter(report, ("cospadi", "pruning")),
+            f"# {name}, pruned by cospadi",
+            f"This is {name} made smaller with the method {method}, without retraining. {how}",
+            table(["", "", ""], rows),
+            section(
+                "How to load",
+                fenced(_STOCK if stock else f"import cospadi  # registers the format\n{_STOCK}", "python"),
+            ),
+            section("Warnings", bullets(warnings_of(report))),
+            section("The cut", table(columns, run_rows(report), numbers_from=2)),
+            image,
+            section("Recipe", fenced(yaml_text(report.get("recipe")), "yaml")),
+            section("Calibration text", facts_list(calibration_facts(report))),
+            section("Run", facts_list(model_facts(report))),
+            section("Command", fenced(str(report.get("command") or ""), "bash")),
+        ]
+    )
 
 
 def write_depth(report: Mapping[str, Any], out_dir: str | os.PathLike[str]) -> dict[str, Path]:
@@ -280,7 +288,7 @@ def write_depth(report: Mapping[str, Any], out_dir: str | os.PathLike[str]) -> d
     out = Path(out_dir)
     files = {"report.json": write_durably(out / "report.json", report_json(report))}
     with suppress(ResourceError):
-        files[f"{ASSETS}/{HEAT_MAP}"] = plots.save(heat_map(report), out / ASSETS / HEAT_MAP)
+        files[f"{ASSETS}/{HEAT_MAP}"] = save(heat_map(report), out / ASSETS / HEAT_MAP)
     files["report.html"] = write_durably(out / "report.html", depth_page(report))
     files["README.md"] = write_durably(out / "README.md", depth_card(report, f"{ASSETS}/{HEAT_MAP}" in files))
     return files

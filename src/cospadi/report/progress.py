@@ -1,4 +1,4 @@
-"""Progress of a long run: a bar on a terminal, a plain line now and then in a log. Always on stderr."""
+"""Progress of a long run: a bar on a terminal, occasional plain lines in a log; always on stderr."""
 
 import math
 import time
@@ -22,7 +22,7 @@ from cospadi.report.text import error_text, human_seconds, percent
 
 
 class _Field(ProgressColumn):
-    """A text of the task that is cut, never wrapped, and never read as markup."""
+    """A text field of the task, cut to fit, never wrapped, never interpreted as markup."""
 
     def __init__(self, key: str, column: Column, style: str = "") -> None:
         super().__init__(column)
@@ -33,21 +33,21 @@ class _Field(ProgressColumn):
 
 
 class _Ending(ProgressColumn):
-    """Says what the time to its right is."""
+    """The label of the time to its right."""
 
     def render(self, task: Task) -> Text:
         return Text("took" if task.finished else "left", style="dim")
 
 
 class ProgressDisplay:
-    """Shows where a run is; use it as a context manager and hand `update` to whoever reports progress.
+    """Shows the progress of a run; use it as a context manager and pass `update` as the progress callback.
 
     On a terminal: one bar with the phase, the current layer, the error so far and the time left. Elsewhere: a line
-    when a phase begins and ends, and between them every `every` seconds, or at every tenth of the way if at least a
+    when a phase begins and ends, and in between every `every` seconds, or after every tenth of the phase if at least a
     second has passed.
 
     Args:
-        console: where to draw; by default stderr, so that stdout holds results only.
+        console: where to draw; stderr by default, so that stdout holds only results.
         every: seconds between plain lines.
         clock: seconds, monotonic.
     """
@@ -92,14 +92,14 @@ class ProgressDisplay:
             self._progress = self._task = None
 
     def update(self, phase: str, done: int, total: int, detail: str = "", error: float | None = None) -> None:
-        """Report an event.
+        """Report progress.
 
         Args:
             phase: ``calibrate``, ``factorise`` …; a new name starts a new bar.
-            done: steps finished.
-            total: steps of the phase; 0 or less where unknown.
-            detail: what is being worked on, such as a layer's name.
-            error: relative error so far; None or NaN where there is none.
+            done: finished steps.
+            total: steps of the phase; 0 or less if unknown.
+            detail: the current item, such as a layer's name.
+            error: relative error so far; None or NaN if there is none.
         """
         detail = " ".join(str(detail).split())
         shown = f"error {error_text(error)}" if error is not None and math.isfinite(error) else ""
@@ -142,5 +142,5 @@ class ProgressDisplay:
         elif done > first and total > 0:
             parts.append(f"left {human_seconds((now - began) / (done - first) * (total - done))}")
         line = "  ".join(part for part in parts if part)
-        # one line even where it is long: a log is searched by line
+        # one line, however long: logs are searched by line
         self.console.print(Text(line), soft_wrap=True)

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from cospadi.errors import ResourceError
 from cospadi.io import write_durably
-from cospadi.report import plots
-from cospadi.report.console import Column, _Table
+from cospadi.report.figures import FAINT, INK, MARKERS, MUTED, PALETTE, blank_figure, save
+from cospadi.report.terminal import Column, Table
 from cospadi.report.text import DASH, human_bytes, human_seconds, number, percent
 from cospadi.report.write import report_json
 
@@ -53,7 +53,7 @@ def print_speed(data: Mapping[str, Any], console: Console) -> None:
 def _print_layers(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """One block per shape: dense times, then each variant's multiples of them; one column per number of tokens."""
     counts = sorted({row["tokens"] for row in rows})
-    table = _Table(
+    table = Table(
         ("layers, tokens at once", "left"), *((str(count), "right") for count in counts), ("of copy", "right")
     )
     for name in dict.fromkeys(_layer_name(row) for row in rows):
@@ -98,7 +98,7 @@ def _print_models(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     )
     placed = any(row["device_bytes"] is not None for row in rows)
     launched: list[Column] = [("launched", "right")] if graphs else []
-    table = _Table(
+    table = Table(
         ("whole model", "left"), ("device" if placed else "weights", "right"),
         ("decode", "right"), *launched, ("prefill", "right"), *launched,
     )  # fmt: skip
@@ -139,24 +139,20 @@ def speed_plot(data: Mapping[str, Any]) -> Figure:
     Raises:
         ResourceError: if matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ResourceError("plots need matplotlib, which is not installed: pip install 'cospadi[report]'") from error
     rows = data["layers"]
     counts = sorted({row["tokens"] for row in rows})
     names = list(dict.fromkeys(_layer_name(row) for row in rows))
-    figure = Figure(figsize=(2.2 + 2.1 * max(1, len(counts)), 1.7 + 0.42 * max(1, len(names))), dpi=144)
+    figure = blank_figure((2.2 + 2.1 * max(1, len(counts)), 1.7 + 0.42 * max(1, len(names))))
     figure.text(0.02, 0.965, f"Time relative to a dense layer: {data['device']}", fontsize=11, fontweight="bold",
-                color=plots.INK, va="top")  # fmt: skip
+                color=INK, va="top")  # fmt: skip
     panels = figure.subplots(1, max(1, len(counts)), sharey=True, squeeze=False)[0]
     for axes, count in zip(panels, counts, strict=False):
         _panel(axes, [row for row in rows if row["tokens"] == count], names)
-        axes.set_title(f"{count} token{'s' * (count > 1)}", fontsize=9, color=plots.INK)
+        axes.set_title(f"{count} token{'s' * (count > 1)}", fontsize=9, color=INK)
     handles = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     if handles:
         figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=min(6, len(handles)), frameon=False,
-                      fontsize=8, labelcolor=plots.INK)  # fmt: skip
+                      fontsize=8, labelcolor=INK)  # fmt: skip
     figure.subplots_adjust(left=0.24, right=0.98, top=0.84, bottom=0.30, wspace=0.12)
     return figure
 
@@ -169,22 +165,22 @@ def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -
         label = f"keep {keep:.2g}" + ("" if bits is None else f", {bits} bits")
         axes.plot(
             [row["of_dense"] for row in mine], [places[_layer_name(row)] for row in mine], ls="", ms=5.5, label=label,
-            marker=plots.MARKERS[index % len(plots.MARKERS)], color=plots.PALETTE[index % len(plots.PALETTE)],
+            marker=MARKERS[index % len(MARKERS)], color=PALETTE[index % len(PALETTE)],
         )  # fmt: skip
     for key, label, index in _RIVALS:
         found = [(row[key], places[_layer_name(row)]) for row in rows if key in row]
         if found:
             axes.plot(
-                *zip(*found, strict=True), ls="", ms=5, mfc="none", marker=plots.MARKERS[index], color=plots.MUTED,
+                *zip(*found, strict=True), ls="", ms=5, mfc="none", marker=MARKERS[index], color=MUTED,
                 label=f"{label}, same bytes",
             )  # fmt: skip
-    axes.axvline(1.0, color=plots.MUTED, lw=0.9, ls=":")
+    axes.axvline(1.0, color=MUTED, lw=0.9, ls=":")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
     axes.set_yticks(range(len(names)), labels=list(reversed(names)), fontsize=8)
     axes.set_ylim(-0.6, len(names) - 0.4)
-    axes.tick_params(colors=plots.MUTED, labelsize=8, length=3)
-    axes.grid(color=plots.FAINT, lw=0.6)
+    axes.tick_params(colors=MUTED, labelsize=8, length=3)
+    axes.grid(color=FAINT, lw=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -212,4 +208,4 @@ def write_speed(data: Mapping[str, Any], out: Path) -> list[Path]:
         figure = speed_plot(data)
     except ResourceError:
         return written
-    return [*written, *(plots.save(figure, out / f"{NAME}.{kind}") for kind in ("svg", "png"))]
+    return [*written, *(save(figure, out / f"{NAME}.{kind}") for kind in ("svg", "png"))]

@@ -1,4 +1,4 @@
-"""The style sheet of the report page: one column, system fonts, light and dark, fit for phones and paper."""
+"""The style sheet of the report page: one column, system fonts, light and dark, readable on phones and on paper."""
 
 CSS = """
 :root {

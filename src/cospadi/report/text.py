@@ -1,7 +1,7 @@
-"""Numbers and texts as people read them: sizes, times, shares, and strings fit to be published.
+"""Numbers and texts for people: sizes, times, shares, and strings that can be published.
 
-Every function takes ``None`` or a number that is not finite and answers with a dash, because a report with a
-gap must still be printed.
+Given ``None`` or a number that is not finite, every function returns a dash, because an incomplete report must still
+be printed.
 """
 
 import math
@@ -19,7 +19,7 @@ _WHOLE_PATH = re.compile(rf"{_ROOT}[^\n=]*")
 
 
 def number(value: object) -> float | None:
-    """A finite float, or None for anything else (bool, text, NaN, a missing key)."""
+    """A finite float, or None for anything else (a bool, text, NaN, a missing key)."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
     try:
@@ -93,7 +93,7 @@ def percent(value: object) -> str:
 
 
 def error_text(value: object) -> str:
-    """A relative error: ``3.41%``; below one hundredth of a percent with its first digit, ``0.006%``."""
+    """A relative error: ``3.41%``; below one hundredth of a percent with one significant digit, ``0.006%``."""
     real = number(value)
     if real is None:
         return DASH
@@ -101,7 +101,7 @@ def error_text(value: object) -> str:
 
 
 def perplexity_text(value: object) -> str:
-    """A perplexity: two decimals while they mean something."""
+    """A perplexity, with two decimals below 1000; ``diverged`` if it is not finite."""
     real = number(value)
     if real is None:
         return "diverged" if isinstance(value, float) else DASH
@@ -117,7 +117,7 @@ def integer_text(value: object) -> str:
 
 
 def arrow(before: str, after: str) -> str:
-    """``63.7 → 40.7 MB``: the unit once where it is the same; or what there is of the two."""
+    """``63.7 → 40.7 MB``: a shared unit is written once; if one of the two is missing, the other alone."""
     if before == DASH:
         return after
     if after == DASH:
@@ -127,7 +127,7 @@ def arrow(before: str, after: str) -> str:
 
 
 def moment(value: object) -> str:
-    """A moment in ISO 8601 as ``2025-11-22 20:14 UTC``; any other text as it is."""
+    """An ISO 8601 timestamp as ``2025-11-22 20:14 UTC``; any other text unchanged."""
     try:
         return datetime.fromisoformat(str(value)).strftime("%Y-%m-%d %H:%M %Z").rstrip()
     except ValueError:
@@ -141,7 +141,7 @@ def _without_path(text: str, prose: bool = False) -> str:
 
 
 def publishable_command(command: str) -> str:
-    """A command line whose absolute paths are cut down to their last part, also in ``--option=/a/path``."""
+    """A command line with absolute paths shortened to their last part, also in ``--option=/a/path``."""
     try:
         words = shlex.split(command)
     except ValueError:
@@ -154,14 +154,15 @@ def publishable_command(command: str) -> str:
 
 
 def publishable(value: Any, prose: bool = False) -> Any:
-    """A copy in plain JSON types in which absolute paths are cut down to their last part.
+    """A copy in plain JSON types, with absolute paths shortened to their last part.
 
-    A report travels with the checkpoint, and a path names a person's machine. Hub ids, URLs and relative paths
-    stay. Numbers that JSON cannot hold become None, numpy scalars plain numbers, everything unknown its text.
+    A report is distributed with the checkpoint, and an absolute path reveals a person's machine. Hub ids, URLs and
+    relative paths are kept. Numbers that JSON cannot hold become None, numpy scalars become plain numbers, and any
+    other object becomes its text.
 
     Args:
         value: what to copy.
-        prose: texts are sentences: only what is a path within them is cut.
+        prose: strings are sentences: only the paths within them are shortened.
     """
     if value is None or isinstance(value, (bool, int)):
         return value

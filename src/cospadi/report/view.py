@@ -36,18 +36,18 @@ class GroupRow:
 
     Attributes:
         name: of the group.
-        kind: which projection it is, the same in all layers: ``q+k+v``, ``o``, ``gate+up`` …
-        layer: index of the decoder layer; None outside of layers.
-        method: that made it.
-        atoms: of the dictionary; None without one.
-        nonzeros: stored values per column of the codes; None where dense.
+        kind: its projections, the same name in all layers: ``q+k+v``, ``o``, ``gate+up`` …
+        layer: index of the decoder layer; None outside the layers.
+        method: that compressed it.
+        atoms: of the dictionary; None without a dictionary.
+        nonzeros: stored values per column of the codes; None if the codes are dense.
         pattern: of the codes.
         dictionary_bits: per dictionary value; None without a dictionary.
         value_bits: per stored code value.
         bytes: stored.
-        bytes_before: of the same layers at 16 bits a weight.
+        bytes_before: of the same layers at 16 bits per weight.
         error: relative whitened error, 0 to 1.
-        seconds: that it took.
+        seconds: it took.
     """
 
     name: str
@@ -71,20 +71,20 @@ class GroupRow:
 
     @property
     def bits(self) -> str:
-        """Bits of dictionary and codes, ``16 / 4``; one number without a dictionary."""
+        """Bits of dictionary and codes, ``16 / 4``; a single number without a dictionary."""
         parts = [f"{bits:g}" for bits in (self.dictionary_bits, self.value_bits) if bits is not None]
         return " / ".join(parts) or DASH
 
     @property
     def sparsity(self) -> str:
-        """Non-zeros per column, with the pattern where it is not free: ``256``, ``128 (2:4)``."""
+        """Non-zeros per column, with the pattern unless it is free: ``256``, ``128 (2:4)``."""
         count = DASH if self.nonzeros is None else f"{self.nonzeros:,}"
         return count if self.pattern in ("", "free", "dense") else f"{count} ({self.pattern})"
 
 
 @dataclass(frozen=True)
 class KindRow:
-    """All groups of one kind of projection together."""
+    """All groups of one kind of projection, combined."""
 
     kind: str
     groups: int
@@ -104,7 +104,7 @@ class KindRow:
 
 @dataclass(frozen=True)
 class Fact:
-    """A number with its name and, where it needs one, a remark."""
+    """A labelled value with an optional note."""
 
     label: str
     value: str
@@ -112,15 +112,15 @@ class Fact:
 
 
 def share(part: object, of: object) -> float | None:
-    """``part / of``, or None where that says nothing."""
+    """``part / of``, or None if either is unknown or `of` is zero."""
     above, below = number(part), number(of)
     return None if above is None or not below else above / below
 
 
 def _paths(group: Mapping[str, Any]) -> list[str]:
-    """Dotted names of the modules of a group, from the first numbered layer on and without any numbers.
+    """Dotted names of a group's modules, after the first layer number and without any numbers.
 
-    ``model.layers.3.mlp.experts.7.up_proj`` gives ``mlp.experts.up_proj``; names without a number stay whole.
+    ``model.layers.3.mlp.experts.7.up_proj`` becomes ``mlp.experts.up_proj``; names without a number are kept whole.
     """
     names = [str(name) for name in sequence(group.get("modules"))]
     names = names or [str(group.get("name", "")).split("+")[0]]
@@ -134,7 +134,7 @@ def _paths(group: Mapping[str, Any]) -> list[str]:
 
 
 def _kinds(groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A short name of each group's kind of projection, longer where two kinds would have the same."""
+    """A short name of each group's kind of projection, lengthened where two kinds would share one."""
     full = [tuple(_paths(group)) for group in groups]
 
     def short(paths: tuple[str, ...], parts: int) -> str:
@@ -191,24 +191,24 @@ def read_groups(report: Mapping[str, Any]) -> list[GroupRow]:
 
 
 def total(values: Iterable[float | None]) -> float | None:
-    """Sum of what is known; None if nothing is."""
+    """Sum of the known values; None if there are none."""
     known = [value for value in values if value is not None]
     return sum(known) if known else None
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Mean of what is known; None if nothing is."""
+    """Mean of the known values; None if there are none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
 
 def worst(rows: Iterable[GroupRow]) -> GroupRow | None:
-    """The group of the largest error."""
+    """The group with the largest error."""
     return max((row for row in rows if row.error is not None), key=lambda row: row.error or 0.0, default=None)
 
 
 def spread(values: Iterable[int | None]) -> str:
-    """``512``, or ``384-512`` where numbers differ."""
+    """``512``, or ``384-512`` if the numbers differ."""
     known = [value for value in values if value is not None]
     if not known:
         return DASH
@@ -217,7 +217,7 @@ def spread(values: Iterable[int | None]) -> str:
 
 
 def by_kind(rows: Sequence[GroupRow]) -> list[KindRow]:
-    """Groups added up by kind of projection, in the order in which kinds first appear."""
+    """Groups combined by kind of projection, in order of first appearance."""
     kinds: dict[str, list[GroupRow]] = {}
     for row in rows:
         kinds.setdefault(row.kind, []).append(row)
@@ -238,7 +238,7 @@ def by_kind(rows: Sequence[GroupRow]) -> list[KindRow]:
 
 
 def model_name(report: Mapping[str, Any]) -> str:
-    """Name of the model, or what stands for it."""
+    """Name of the model, or a placeholder."""
     return str(report.get("model") or "unnamed model")
 
 
@@ -247,7 +247,7 @@ def _known(facts: Iterable[Fact]) -> list[Fact]:
 
 
 def perplexity_fact(evaluation: Mapping[str, Any]) -> Fact:
-    """Perplexity before and after, and by how much it rose."""
+    """Perplexity before and after compression, and the relative increase."""
     after, before = evaluation.get("perplexity"), evaluation.get("dense_perplexity")
     rise = share(after, before)
     notes = [] if rise is None else [f"{100 * (rise - 1):+.1f}%"]
@@ -259,22 +259,27 @@ def perplexity_fact(evaluation: Mapping[str, Any]) -> Fact:
     return Fact("Perplexity", value, ", ".join(notes))
 
 
+def requested(report: Mapping[str, Any]) -> str:
+    """The note beside the bytes kept: the share that was requested, if known."""
+    share_requested = percent(report.get("keep_requested"))
+    return "" if share_requested == DASH else f"{share_requested} requested"
+
+
 def headlines(report: Mapping[str, Any]) -> list[Fact]:
-    """The few numbers that come first."""
+    """The numbers at the top of a report."""
     rows = read_groups(report)
     before, after = report.get("bytes_before"), report.get("bytes_after")
     keep = report.get("keep_actual")
     keep = share(after, before) if number(keep) is None else keep
-    asked = percent(report.get("keep_requested"))
     most = worst(rows)
-    where = "" if most is None else f"worst {error_text(most.error)}: {_place(most)}"
+    where = "" if most is None else f"worst: {error_text(most.error)} in {_place(most)}"
     times = report.get("seconds")
     seconds = times.get("total") if isinstance(times, Mapping) else times
     sizes = arrow(human_bytes(before), human_bytes(after))
     return _known(
         [
-            Fact("Compressed layers", sizes, "against 16 bits a weight"),
-            Fact("Bytes kept", percent(keep), "" if asked == DASH else f"{asked} asked for"),
+            Fact("Compressed layers", sizes, "originally 16 bits per weight"),
+            Fact("Bytes kept", percent(keep), requested(report)),
             Fact(
                 "Whole checkpoint",
                 arrow(human_bytes(report.get("file_bytes_before")), human_bytes(report.get("file_bytes"))),
@@ -293,7 +298,7 @@ def _place(row: GroupRow) -> str:
 
 
 def model_facts(report: Mapping[str, Any]) -> list[Fact]:
-    """What was compressed, by what, when and on what."""
+    """Facts about the run: model, method, device, times and versions."""
     times = mapping(report.get("seconds"))
     order = [*(phase for phase in _PHASES if phase in times), *(phase for phase in times if phase not in _PHASES)]
     steps = [f"{phase} {human_seconds(times[phase])}" for phase in order if phase != "total" and number(times[phase])]
@@ -320,7 +325,7 @@ def model_facts(report: Mapping[str, Any]) -> list[Fact]:
 
 
 def calibration_facts(report: Mapping[str, Any]) -> list[Fact]:
-    """The text whose statistics steered the compression."""
+    """Facts about the calibration text."""
     facts = mapping(report.get("calibration"))
     length = number(facts.get("seq_len"))
     of = "" if length is None else f"of {length:,.0f} tokens"
@@ -331,7 +336,7 @@ def calibration_facts(report: Mapping[str, Any]) -> list[Fact]:
             Fact("Documents", integer_text(facts.get("documents"))),
             Fact("Samples", integer_text(facts.get("samples_used", facts.get("samples"))), of),
             Fact("Tokens", integer_text(facts.get("tokens_used", facts.get("tokens")))),
-            Fact("Tokens cut off", integer_text(facts.get("truncated_tokens"))),
+            Fact("Tokens not used", integer_text(facts.get("truncated_tokens"))),
             Fact("Longest document", integer_text(longest), "tokens"),
             Fact("SHA-256", str(facts.get("sha256") or "")),
         ]
@@ -339,5 +344,5 @@ def calibration_facts(report: Mapping[str, Any]) -> list[Fact]:
 
 
 def warnings_of(report: Mapping[str, Any]) -> list[str]:
-    """The warnings of the run, one line each."""
+    """The warnings of the run, each on one line."""
     return [" ".join(str(text).split()) for text in sequence(report.get("warnings"))]

@@ -1,4 +1,4 @@
-"""Everything that a finished run leaves for people, beside the weights."""
+"""Everything a finished run writes for people, next to the weights."""
 
 import json
 import os
@@ -9,8 +9,10 @@ from typing import Any
 from cospadi.errors import ResourceError
 from cospadi.io import write_durably
 from cospadi.report import plots
+from cospadi.report.figures import save
 from cospadi.report.html import write_html
-from cospadi.report.model_card import ASSETS, model_card
+from cospadi.report.markdown import ASSETS
+from cospadi.report.model_card import model_card
 from cospadi.report.text import publishable
 
 
@@ -20,10 +22,10 @@ def report_json(report: Mapping[str, Any]) -> str:
 
 
 def write_plots(report: Mapping[str, Any], folder: str | os.PathLike[str]) -> list[Path]:
-    """Draw the plots of a report as PNG.
+    """Write the plots of a report as PNG files.
 
     Returns:
-        the files written: none without matplotlib or without groups.
+        the files written; none without matplotlib or without groups.
 
     Raises:
         OutputError: if a file cannot be written.
@@ -35,7 +37,7 @@ def write_plots(report: Mapping[str, Any], folder: str | os.PathLike[str]) -> li
         "bytes_per_layer.png": plots.bytes_per_layer,
     }
     try:
-        return [plots.save(make(report), Path(folder) / name) for name, make in makers.items()]
+        return [save(make(report), Path(folder) / name) for name, make in makers.items()]
     except ResourceError:
         return []
 
@@ -43,14 +45,14 @@ def write_plots(report: Mapping[str, Any], folder: str | os.PathLike[str]) -> li
 def write_all(report: Mapping[str, Any], out_dir: str | os.PathLike[str]) -> dict[str, Path]:
     """Write ``report.json``, ``report.html``, ``README.md`` and the plots in ``assets/``.
 
-    Without matplotlib the page and the card come without plots.
+    Without matplotlib, the page and the card have no plots.
 
     Args:
-        report: the content of ``report.json``; absolute paths in it are cut down to their last part.
-        out_dir: the checkpoint's folder.
+        report: the content of ``report.json``; absolute paths in it are shortened to their last part.
+        out_dir: the checkpoint's directory.
 
     Returns:
-        the files by their place in `out_dir`.
+        the files, keyed by their path within `out_dir`.
 
     Raises:
         OutputError: if a file cannot be written.

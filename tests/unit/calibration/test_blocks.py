@@ -27,7 +27,7 @@ def test_blocks_are_pieces_of_the_stream_in_order_without_overlap():
 
 
 def test_all_blocks_make_the_stream_without_special_tokens():
-    with pytest.warns(UserWarning, match="22 sequences"):
+    with pytest.warns(UserWarning, match="22 of the 99 requested sequences"):
         blocks = blocks_of(samples=99)
     assert blocks.ids.flatten().tolist() == stream()[: 22 * 50]
     assert (blocks.ids == 256).sum() == 2

@@ -164,7 +164,7 @@ def test_hub_names_are_streamed_and_bounded(hub):
 
 
 def test_hub_errors_are_one_line(hub):
-    assert "neither a local file nor a data set" in refusal("broken")
+    assert "neither a local file nor a reachable hub dataset" in refusal("broken")
     assert "record 1" in refusal("owner/name", field="body")
 
 
@@ -176,7 +176,7 @@ def test_local_files_come_before_the_hub(hub, tmp_path, monkeypatch):
 
 def test_what_python_may_give():
     assert read_texts(("a", "b")) == read_texts(["a", "b"])
-    with pytest.raises(CalibrationError, match=r"'One day .*…: there is no such file; .* make it a list of documents"):
+    with pytest.raises(CalibrationError, match=r"'One day .*…: there is no such file; .* put it into a list"):
         read_texts("One day a bear went to the river to fish. " * 200)
     with pytest.raises(CalibrationError, match="not 3"):
         read_texts(3)

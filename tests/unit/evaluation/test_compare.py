@@ -198,10 +198,10 @@ def test_a_line_that_was_cut_off_is_no_row(tmp_path):
     [
         ({"methods": ["sdv"]}, RecipeError, "did you mean 'svd'"),
         ({"methods": []}, RecipeError, "nothing to compare"),
-        ({"keeps": []}, RecipeError, "how small"),
+        ({"keeps": []}, RecipeError, "no size given"),
         ({"options": {"svd": {"rnk": 3}}}, RecipeError, "no option 'rnk'"),
         ({"options": {"rtn": {"bits": 4}}}, RecipeError, "not among the methods"),
-        ({"recipes": {"svd": RECIPE}}, RecipeError, "another name"),
+        ({"recipes": {"svd": RECIPE}}, RecipeError, "rename the recipe"),
         ({"calibration": None}, CalibrationError, "--calibration"),
         ({"text": {}}, CalibrationError, "name a text"),
         ({"arithmetic": "float8"}, RecipeError, "float32 or model"),

@@ -118,16 +118,16 @@ PAIR, QUESTION = {"task": "t", "good": "a b", "bad": "b a"}, {"question": "q", "
         ([QUESTION, {"question": "q", "choices": ["x", "y"]}], 'line 2 has no "answer"'),
         ([{"question": "q", "answer": 0}], 'line 1 has no "choices"'),
         ([{"text": "some text"}, {"txt": "no"}], 'line 2 has no "text"'),
-        ([{"sentence": "a"}], "line 1 is none of the known records"),
-        (["[1, 2]"], "line 1 is none of the known records"),
+        ([{"sentence": "a"}], "line 1 is not a known kind of record"),
+        (["[1, 2]"], "line 1 is not a known kind of record"),
         ([PAIR, "7"], 'line 2 has no "task"'),
         ([PAIR, "{not json}"], "line 2 is not JSON"),
         ([QUESTION | {"answer": 2}], r'line 1: "answer" must be .* 0 to 1, not 2'),
         ([QUESTION | {"answer": True}], '"answer" must be'),
         ([QUESTION | {"choices": ["x"]}], '"choices" must be a list of at least two'),
         ([{"text": "word"}], "at least two words"),
-        ([PAIR | {"good": ""}], '"good" must be a text'),
-        ([""], "holds no record"),
+        ([PAIR | {"good": ""}], '"good" must be a non-empty string'),
+        ([""], "contains no records"),
     ],
 )
 def test_bad_records_are_named(tmp_path, records, message):
@@ -148,7 +148,7 @@ def test_paths_and_names(tmp_path):
         with pytest.raises(CalibrationError, match=message):
             find_tasks([str(tmp_path / wrong)])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CalibrationError, match="holds no task file"):
+    with pytest.raises(CalibrationError, match="contains no task files"):
         find_tasks([str(tmp_path / "empty")])
     with pytest.raises(CalibrationError, match="at least 1"):
         find_tasks([], 0)

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -89,7 +91,7 @@ def test_unsupported_architectures_are_named(architecture, overrides, what):
 def test_a_linear_that_is_never_called_is_refused():
     model = tiny_model()
     model.model.layers[1].mlp.spare = nn.Linear(24, 5)
-    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.spare, 0 times"):
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.spare is never called"):
         discover(model)
 
 
@@ -97,7 +99,46 @@ def test_a_linear_that_is_called_twice_is_refused():
     model = tiny_model()
     layer = model.model.layers[2]
     layer.mlp.up_proj = layer.mlp.gate_proj
-    with pytest.raises(ModelError, match=r"gate_proj, 2 times"):
+    with pytest.raises(ModelError, match=r"gate_proj is called 2 times"):
+        discover(model)
+
+
+MAMBA = {"state_size": 4, "time_step_rank": 3}
+RECURRENT = {"num_key_value_heads": 1, "head_dim": 6, "intermediate_size": 48, "attention_window_size": 8}
+JAMBA = {"intermediate_size": 44, "num_key_value_heads": 2, "attn_layer_period": 2, "attn_layer_offset": 1}
+JAMBA |= {"mamba_d_state": 4, "mamba_dt_rank": 3}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides", "matter"),
+    [
+        ("recurrent_gemma", RECURRENT, r"rg_lru .* 'input_gate_weight' of shape \(4, 6, 6\), .* not an nn\.Linear"),
+        ("mamba", MAMBA, r"uses the weight of backbone\.layers\.0\.mixer\.dt_proj without calling the layer"),
+        (
+            "jamba",
+            JAMBA | {"num_experts": 1, "num_experts_per_tok": 1},
+            r"uses the weight of .*dt_proj without calling",
+        ),
+    ],
+)
+def test_layers_that_are_no_experts_are_not_called_experts(architecture, overrides, matter):
+    with pytest.raises(ModelError, match=matter) as caught:
+        discover(skeleton(tiny_config(architecture, **overrides)))
+    assert "expert" not in str(caught.value)
+
+
+def test_experts_in_a_list_are_called_experts():
+    class Routed(nn.Module):
+        def __init__(self, mlp):
+            super().__init__()
+            self.experts = nn.ModuleList([mlp, copy.deepcopy(mlp)])
+
+        def forward(self, x):
+            return self.experts[0](x)
+
+    model = tiny_model()
+    model.model.layers[1].mlp = Routed(model.model.layers[1].mlp)
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.experts\.1\.gate_proj is an expert"):
         discover(model)
 
 
@@ -119,7 +160,7 @@ def test_quantised_weights_are_refused():
 def test_layers_that_do_not_feed_one_into_the_next_are_refused():
     model = tiny_model()
     model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + 1, *args[1:]))
-    with pytest.raises(ModelError, match="do not simply feed"):
+    with pytest.raises(ModelError, match="do not feed into each other"):
         discover(model)
 
 

@@ -11,7 +11,14 @@ from transformers import T5Config
 from cospadi import compress, estimate, load, prune
 from cospadi.errors import ModelError
 from cospadi.evaluation.compare import compare
-from cospadi.model_view import loading, open_config, open_model, skeleton
+from cospadi.model_view import (
+    loading,
+    model_name,
+    open_config,
+    open_model,
+    open_tokenizer,
+    skeleton,
+)
 from tiny import ARCHITECTURES, byte_tokenizer, save_tiny, tiny_config, tiny_model
 
 
@@ -273,3 +280,27 @@ def test_a_model_in_memory_is_no_name(tmp_path):
     for call in calls:
         with pytest.raises(ModelError, match="not a LlamaForCausalLM: save the model"):
             call()
+
+
+def test_an_adapter_is_called_an_adapter(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "owner/base", "r": 8}
+    # in the second, transformers would load the adapter's base model in place of the one beside it
+    for folder in (tmp_path / "adapter", base):
+        folder.mkdir(exist_ok=True)
+        (folder / "adapter_config.json").write_text(json.dumps(adapter), encoding="utf-8")
+        for open_ in (open_config, open_tokenizer, open_model):
+            with pytest.raises(
+                ModelError, match=r"is a LORA adapter of owner/base, not a model; merge .*merge_and_unload"
+            ):
+                open_(folder)
+    (base / "adapter_config.json").write_text("[", encoding="utf-8")
+    with pytest.raises(ModelError, match="is a PEFT adapter of an unnamed model"):
+        open_config(base)
+
+
+def test_a_snapshot_of_the_cache_is_called_by_its_hub_id(tmp_path):
+    snapshot = tmp_path / "hub/models--owner--tiny--v1/snapshots/0123456789abcdef"
+    save_tiny(snapshot)
+    assert model_name(snapshot) == model_name(f"{snapshot}/") == "owner/tiny--v1"
+    assert model_name(snapshot.parent) == "snapshots" and model_name("owner/other") == "owner/other"

@@ -28,7 +28,7 @@ def test_one_more_is_a_warning_where_positions_are_computed(architecture):
 
 @pytest.mark.parametrize("architecture", ["opt", "gpt2"])
 def test_one_more_is_an_error_where_positions_are_learned(architecture):
-    with pytest.raises(CalibrationError, match=r"129 tokens .* learned 128 positions: use --seq-len 128 or less"):
+    with pytest.raises(CalibrationError, match=r"129 tokens .* has 128 learned positions: use --seq-len 128 or less"):
         check_length(model(architecture), 129)
 
 

@@ -3,7 +3,7 @@ import re
 import yaml
 
 from cospadi.report import model_card
-from cospadi.report.model_card import inline
+from cospadi.report.markdown import inline
 
 
 def parts(card: str) -> tuple[dict, str]:

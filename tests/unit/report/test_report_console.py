@@ -55,8 +55,8 @@ def test_estimate_says_what_is_unknown_and_what_python_takes(report):
         "memory": {"process": 450e6, "model": 650e6}, "seconds": {"calibrate": 182.0, "factorise": None, "total": None},
     }  # fmt: skip
     text = printed(print_estimate, estimate)
-    assert fits(text) and f"{DASH} (calibration alone 3 min 02 s)" in text
-    assert "450 MB of it Python" in text and "1.10 GB" in text
+    assert fits(text) and f"{DASH} (calibration alone takes 3 min 02 s)" in text
+    assert "including 450 MB for Python" in text and "1.10 GB" in text
     estimate["seconds"] = {"calibrate": None, "total": None}
     assert "Time" not in printed(print_estimate, estimate)
     estimate["seconds"] = {"calibrate": 10.0, "total": 31.0}

@@ -5,6 +5,7 @@ import pytest
 
 from cospadi.errors import OutputError
 from cospadi.report import html, write_html
+from cospadi.report.figures import FAINT, INK, MUTED, PALETTE
 from cospadi.report.text import human_bytes
 
 VOID = {"meta", "br", "hr", "img", "link", "input", "wbr"}
@@ -68,7 +69,7 @@ def test_page_has_every_group_and_the_numbers(module_page):
         assert group["name"] in words
         assert human_bytes(group["bytes"]) in words
         assert f"{100 * group['error']:.2f}%" in words
-    for expected in ("17.23 → 21.37", "60.0% asked for", report["command"], "rho: 2.0", "5.23.0", "262,144"):
+    for expected in ("17.23 → 21.37", "60.0% requested", report["command"], "rho: 2.0", "5.23.0", "262,144"):
         assert expected in words
     assert report["calibration"]["sha256"] in words
     assert report["warnings"][0] in words
@@ -78,7 +79,7 @@ def test_plots_take_their_colours_from_the_page(module_page):
     _, text = module_page
     for svg in re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL):
         assert "var(--c0)" in svg and "var(--ink)" in svg
-        assert not set(re.findall(r"#[0-9a-f]{6}\b", svg)) & set(html._COLOURS)
+        assert not set(re.findall(r"#[0-9a-f]{6}\b", svg)) & {INK, MUTED, FAINT, *PALETTE}
         assert re.match(r"<svg[^>]*viewBox", svg) and not re.match(r'<svg[^>]* width="', svg)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from cospadi.errors import ResourceError
 from cospadi.report import bytes_per_layer, error_per_layer, quality_against_bytes
-from cospadi.report.plots import render, save, spread_labels
+from cospadi.report.figures import render, save, spread_labels
 
 
 def texts(figure) -> list[str]:

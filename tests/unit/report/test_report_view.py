@@ -73,7 +73,7 @@ def test_headlines_leave_out_what_is_not_known(report):
     facts = {fact.label: fact for fact in headlines(report)}
     assert facts["Perplexity"].value == "17.23 → 21.37"
     assert "+24.1%" in facts["Perplexity"].note
-    assert facts["Bytes kept"].note == "60.0% asked for"
+    assert facts["Bytes kept"].note == "60.0% requested"
     del report["evaluation"], report["keep_actual"]
     facts = {fact.label: fact for fact in headlines(report)}
     assert "Perplexity" not in facts

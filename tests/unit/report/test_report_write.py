@@ -58,3 +58,15 @@ def test_report_imports_plain_data_code_only():
                 assert top != "cospadi" or rest.split(".")[0] in {"errors", "io", "report"}, source
         at_import = [node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)]
         assert not any(name.startswith("matplotlib") for name in at_import)
+
+
+def test_report_modules_use_only_public_names_of_each_other():
+    """No helper with a leading underscore crosses modules: shared parts are public in small modules."""
+    modules = {path.stem for path in Path(cospadi.report.__file__).parent.glob("*.py")}
+    for source in Path(cospadi.report.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cospadi"):
+                assert not [alias.name for alias in node.names if alias.name.startswith("_")], source
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+                assert not node.attr.startswith("_"), source
+        assert len(source.read_text(encoding="utf-8").splitlines()) <= 400, source

@@ -22,7 +22,7 @@ from cospadi.model_view import LayerReplay, ModelView
 from cospadi.runtime.devices import placed
 from cospadi.runtime.memory import guard_memory
 
-REMEDY = "use --device cpu, or --set allocation=uniform"
+REMEDY = "use --device cpu, or --allocation uniform"
 TOKENS, LENGTH = 2048, 256
 """Tokens on which sensitivity is measured, and their sequence length: many short sequences cover more texts."""
 

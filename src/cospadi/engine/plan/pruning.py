@@ -11,7 +11,7 @@ from torch import Tensor
 from cospadi.checkpoint import is_compressed
 from cospadi.engine.plan.selection import chosen_modules, narrowed, restricted
 from cospadi.errors import BudgetError, RecipeError
-from cospadi.model_view import ModelView, discover, discover_layers, open_config, skeleton
+from cospadi.model_view import ModelView, discover, discover_layers, model_name, open_config, skeleton
 from cospadi.progress import Progress
 from cospadi.pruning import Edit, Evidence, Tokens, block_bytes, get_pruning_method, without_blocks
 from cospadi.pruning.base import fewest_blocks
@@ -123,7 +123,7 @@ def estimate_prune(source: str | Path, recipe: Recipe) -> dict[str, Any]:
     model = skeleton(config)
     sizes = [block_bytes(layer) for layer in discover_layers(model).layers]
     data: dict[str, Any] = {
-        "model": Path(str(source)).name,
+        "model": model_name(source),
         "architecture": (config.architectures or [type(model).__name__])[0],
         "method": method.name,
         "blocks_before": len(sizes),

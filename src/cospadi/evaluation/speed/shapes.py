@@ -21,7 +21,7 @@ from cospadi.checkpoint import format_of
 from cospadi.errors import ModelError, RecipeError
 from cospadi.format import GroupSpec, MatrixSpec
 from cospadi.methods import GroupShape, get_method
-from cospadi.model_view import LinearGroup, ModelView, discover, discover_layers, open_config, skeleton
+from cospadi.model_view import LinearGroup, ModelView, discover, discover_layers, model_name, open_config, skeleton
 from cospadi.pruning.depth.surgery import without_blocks
 
 METHOD = "pursuit"
@@ -147,7 +147,7 @@ def of_model(source: str | Path, layers: int | None = None) -> Subject:
         CheckpointError: if the description of a compressed checkpoint is invalid.
     """
     config = open_config(source)
-    name = Path(source).name
+    name = Path(model_name(source)).name
     quantisation = getattr(config, "quantization_config", None)
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
     found = format_of(quantisation)
