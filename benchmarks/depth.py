@@ -1,13 +1,13 @@
-"""All pruning methods at 1, 2 and 3 removed blocks beside factorisation at the same bytes.
+"""Compare all pruning methods at 1, 2 and 3 removed blocks with factorisation at the same bytes.
 
     python benchmarks/depth.py MODEL --calibration FILE --text FILE FILE [--tasks PATH] --out JSON
     python benchmarks/depth.py MODEL … --methods uidl,sleb --variants "" --out PART.json     (one of several processes)
     python benchmarks/depth.py --merge PART.json PART.json … --out JSON
 
-A row of a pruning method removes exactly that many blocks (one more where `separate` adds a matrix); factorisation
+A row of a pruning method removes exactly that many blocks (one more where `separate` adds a matrix). Factorisation
 (`pursuit`, `svd_llm`) keeps the same share of the linear layers' bytes. Distances of all pairs of blocks are computed
-once. Finished rows lie in the work directory beside the JSON file, so an interrupted run goes on. The last line is the
-result as JSON.
+once. Finished rows are stored in the work directory beside the JSON file, so an interrupted run resumes. The last line
+of output is the result as JSON.
 """
 
 import argparse
@@ -42,7 +42,7 @@ VARIANTS = {
     "replaceme_separate": {"separate": True},
 }
 SAME = 1e-4
-"""Relative difference of dense perplexities that last digits of a GPU explain."""
+"""Relative difference of dense perplexities that rounding on a GPU explains."""
 
 
 def arguments() -> argparse.Namespace:
@@ -50,11 +50,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model", nargs="?")
     parser.add_argument("--merge", type=Path, nargs="+", help="JSON files of parts of one comparison")
     parser.add_argument("--calibration")
-    parser.add_argument("--text", nargs="+", help="to measure on; the first is WikiText-2 raw, test part")
+    parser.add_argument("--text", nargs="+", help="evaluation texts; the first is WikiText-2 raw, test part")
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
-    parser.add_argument("--tasks", default="", help="task files with commas")
-    parser.add_argument("--tasks-limit", type=int, help="so many pairs of a task file in all, of its paradigms in turn")
-    parser.add_argument("--blocks", default="1,2,3", help="how many blocks go")
+    parser.add_argument("--tasks", default="", help="task files, separated by commas")
+    parser.add_argument("--tasks-limit", type=int, help="number of pairs per task file, from its paradigms in turn")
+    parser.add_argument("--blocks", default="1,2,3", help="numbers of blocks to remove")
     parser.add_argument("--methods", default=f"{PRUNING},slicegpt,llm_pruner,{FACTORISATION}")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="ReplaceMe with other options")
     parser.add_argument("--samples", type=int, default=256)
@@ -70,7 +70,7 @@ def arguments() -> argparse.Namespace:
 
 
 def variants(names: list[str]) -> dict[str, Recipe]:
-    """Rows of ReplaceMe with other options: a section ``prune`` without a size only prunes, to each keep."""
+    """Rows of ReplaceMe with other options: a ``prune`` section without a size only prunes, to each keep."""
     return {name: Recipe().merged({"prune": {"method": "replaceme", "options": VARIANTS[name]}}) for name in names}
 
 
@@ -79,10 +79,10 @@ def listed(names: str) -> list[str]:
 
 
 def merged(paths: list[Path]) -> dict[str, Any]:
-    """One table of the rows of several processes: what was measured with, and the dense figures, must agree.
+    """Merge the rows of several processes into one table.
 
     Raises:
-        SystemExit: if they do not.
+        SystemExit: if their settings or dense figures differ.
     """
     parts = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     first, rows = parts[0], []
@@ -100,7 +100,7 @@ def merged(paths: list[Path]) -> dict[str, Any]:
 
 
 def share(blocks: int, total: int) -> float:
-    """The share of bytes that is left when so many equal blocks go, a hair above so that rounding never adds one."""
+    """The share of bytes left without `blocks` equal blocks, slightly above so that rounding never removes one more."""
     return round((total - blocks) / total + 5e-5, 4)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cospadi.methods import base
+from cospadi.methods import METHODS
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 SAYS = {
@@ -23,9 +23,9 @@ def test_every_example_is_run_here():
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs_and_is_short(path, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [path.name, str(tmp_path / "out")])
-    monkeypatch.setattr(base, "_METHODS", dict(base.all_methods()))
     monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(path), run_name="__main__")
+    with METHODS.temporary():
+        runpy.run_path(str(path), run_name="__main__")
     assert SAYS[path.stem] in capsys.readouterr().out
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 40
     assert all(made.name.startswith("out") for made in tmp_path.iterdir())

@@ -114,7 +114,7 @@ def test_an_unforeseen_error_is_one_line_and_debug_shows_where(monkeypatch):
     def broken(*_: object, **__: object) -> None:
         raise KeyError("surprise")
 
-    monkeypatch.setattr("cospadi.engine.run.make_plan", broken)
+    monkeypatch.setattr("cospadi.engine.compress.make_plan", broken)
     done = quick()
     assert done.code == 1 and "surprise" in done.error and "--debug" in done.error and "Traceback" not in done.err
     assert "in broken" in quick("--debug").err

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGenerat
 
 import cospadi
 from command import command, snapshot, unchanged, weights
+from cospadi.engine import outputs
 from cospadi.engine import prune as prune_run
 from cospadi.errors import BudgetError, RecipeError
 from cospadi.recipe import Recipe
@@ -138,7 +139,7 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished_and_is_done_again
         raise KeyboardInterrupt
 
     if when == "save":
-        monkeypatch.setattr(prune_run, "write_checksums", stop)
+        monkeypatch.setattr(outputs, "write_checksums", stop)
     else:
         monkeypatch.setattr(prune_run, "_recipe_yaml", stop)
     assert prune(model, out, "--blocks", 1, flags=flags).code == 130
@@ -178,6 +179,18 @@ def test_stock_results_need_no_package_and_others_say_so_loudly(model, tmp_path,
         assert not (tmp_path / "no").exists()
 
 
+def test_a_hybrid_model_is_pruned_and_generates(tmp_path, flags):
+    lfm2 = {"layer_types": ["conv", "full_attention", "conv", "conv", "full_attention"], "num_key_value_heads": 2}
+    save_tiny(
+        tmp_path / "lfm2", "lfm2", num_hidden_layers=5, intermediate_size=44, block_auto_adjust_ff_dim=False, **lfm2
+    )
+    done = prune(tmp_path / "lfm2", tmp_path / "out", "--method", "uidl", "--blocks", 2, "--json", flags=flags)
+    assert done.code == 0, done.err
+    kinds = [kind for index, kind in enumerate(lfm2["layer_types"]) if index not in done.json["prune"]["removed"]]
+    assert json.loads((tmp_path / "out/config.json").read_text())["layer_types"] == kinds
+    assert command("generate", tmp_path / "out", "--prompt", "abc", "--max-new-tokens", 3).code == 0
+
+
 def test_a_dry_run_tells_sizes_from_the_configuration_alone(model, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -207,7 +220,7 @@ def test_a_dry_run_tells_sizes_from_the_configuration_alone(model, tmp_path):
         (["--blocks", 1, "--set", "ridge=.nan"], 1, "option 'ridge' cannot be nan: it must be a finite number"),
         (["--blocks", 1, "--set", "rank=0"], 1, "option 'rank' cannot be 0: it must be at least 1"),
         (["--blocks", 1, "--keep-blocks", 0.5], 2, "give one of them"),
-        ([], 2, "say how much to prune"),
+        ([], 2, "no size given: pass --blocks"),
     ],
 )
 def test_bad_input_is_refused_in_one_line_and_leaves_nothing(model, tmp_path, flags, more, code, said):

@@ -21,8 +21,8 @@ from cospadi.evaluation import evaluate
 from cospadi.evaluation import load as load_any
 from cospadi.layers.sliced import SlicedBlock
 from cospadi.model_view import discover, open_model
-from cospadi.pruning import Evidence, Tokens, block_bytes, get_depth_method
-from cospadi.pruning.width.sliced_structure import residual_blocks
+from cospadi.pruning import Evidence, Tokens, block_bytes, get_pruning_method
+from cospadi.pruning.width.residual import residual_blocks
 from cospadi.pruning.width.slicegpt import find_bases
 from cospadi.recipe import Recipe
 from tiny import byte_tokenizer, save_tiny, tiny_model, tiny_text, token_ids
@@ -44,7 +44,7 @@ def logits(model):
 def prune(kind, architecture="llama", **overrides):
     method, keep, options = MAKE[kind]
     model = tiny_model(architecture, **overrides)
-    edit = get_depth_method(method).shrink(Evidence(discover(model), Tokens(token_ids(4, 20))), keep, options)
+    edit = get_pruning_method(method).shrink(Evidence(discover(model), Tokens(token_ids(4, 20))), keep, options)
     return edit.apply(discover(model))
 
 
@@ -253,7 +253,7 @@ def test_a_dense_model_is_not_pruned_on_the_fly(checkpoint, tmp_path):
 def test_a_pruned_model_is_not_sliced_again(tmp_path):
     model = prune("slicegpt")
     with pytest.raises(ModelError, match="choose another pruning method"):
-        get_depth_method("slicegpt").shrink(Evidence(discover(model), Tokens(ids)), 0.9, {})
+        get_pruning_method("slicegpt").shrink(Evidence(discover(model), Tokens(ids)), 0.9, {})
 
 
 @pytest.mark.parametrize("kind", MAKE)

@@ -30,7 +30,7 @@ def benchmark(
         str | None,
         typer.Argument(
             metavar="[DIR]",
-            help="Take the shapes, or a compressed checkpoint's own storage, from here.",
+            help="A model whose shapes are used, or a compressed checkpoint, which is measured as stored.",
             show_default=False,
             callback=expand_home,
         ),
@@ -38,53 +38,56 @@ def benchmark(
     shapes: Annotated[
         str | None,
         typer.Option(
-            help="llama-3-8b, llama-3.2-1b, qwen3-8b, smollm2-135m, with commas; the first as a whole model too.",
+            help="Comma-separated: llama-3-8b, llama-3.2-1b, qwen3-8b, smollm2-135m; the first also as a whole model.",
             show_default="all; on a CPU smollm2-135m",
         ),
     ] = None,
     keep: Annotated[
-        str, typer.Option(help="Shares of the bytes to keep, with commas; 0.4:8 for one with 8 bits only.")
+        str, typer.Option(help="Comma-separated shares of bytes to keep; 0.4:8 is 0.4 with 8 bits only.")
     ] = "0.6,0.4",
-    bits: Annotated[str, typer.Option(help="Bits of the factors, with commas: 16, 8, 4 …")] = "16,8",
+    bits: Annotated[str, typer.Option(help="Comma-separated bits of the factors: 16, 8, 4, 3, 2.")] = "16,8",
     tokens: Annotated[
-        str | None, typer.Option(help="Tokens at once, with commas.", show_default="1,4,16,2048; on a CPU 1,16,256")
+        str | None,
+        typer.Option(help="Comma-separated numbers of tokens.", show_default="1,4,16,2048; on a CPU 1,16,256"),
     ] = None,
     layers: Annotated[
-        int | None, typer.Option(min=1, help="Decoder layers of the whole model.", show_default="all")
+        int | None, typer.Option(min=1, help="Number of decoder layers of the whole model.", show_default="all")
     ] = None,
     prompt: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of the whole model's prefill.", show_default="2048; on a CPU 256")
+        int | None,
+        typer.Option(min=2, help="Tokens in the prefill of the whole model.", show_default="2048; on a CPU 256"),
     ] = None,
     products: Annotated[bool, typer.Option("--products/--no-products", help="Measure single groups of layers.")] = True,
     whole: Annotated[bool, typer.Option("--whole/--no-whole", help="Measure a whole model.")] = True,
     load: Annotated[
-        bool, typer.Option("--load", help="Also write checkpoints to OUT, time their loading, remove them.")
+        bool, typer.Option("--load", help="Also write checkpoints to OUT, time loading them, and remove them.")
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="One shape, two numbers of tokens, fewer rounds.")] = False,
     compile_: Annotated[
-        bool, typer.Option("--compile", help="Whole models, dense and compressed, through torch.compile.")
+        bool, typer.Option("--compile", help="Run whole models, dense and compressed, through torch.compile.")
     ] = False,
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes that compile kernels first (GPU).", show_default="one a core, up to 14"),
+        typer.Option(min=1, help="Processes that compile kernels first (GPU).", show_default="one per core, up to 14"),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="New directory for numbers and plot.", show_default=False, callback=expand_home)
+        Path | None,
+        typer.Option(help="New directory for the numbers and the plot.", show_default=False, callback=expand_home),
     ] = None,
     device: DeviceOption = None,
     seed: SeedOption = None,
     json_: JsonOption = False,
 ) -> None:
-    """Speed of compressed layers and models, beside dense ones and rivals of the same bytes; random weights."""
+    """Measure compressed layers and models, with random weights, against dense ones and rivals of equal size."""
     if model is not None and shapes is not None:
-        raise UsageError("a model and --shapes are both given: give one of them")
+        raise UsageError("both a model and --shapes are given: give one of them")
     if load and out is None:
-        raise UsageError("--load writes checkpoints for a while: name a directory for them with --out DIR")
+        raise UsageError("--load writes temporary checkpoints: name a directory for them with --out DIR")
     widths = _widths(bits, "--bits")
     ways = _ways(keep, widths)
     counts = _numbers(tokens or "", "--tokens", int, lambda count: count > 0, "whole numbers above 0, such as 1,2048")
     if not ways:
-        raise UsageError("nothing to measure: --keep and --bits name at least one number each")
+        raise UsageError("nothing to measure: --keep and --bits each need at least one number")
     if out is not None:
         check_new_directory(out)
 
@@ -133,10 +136,10 @@ def _widths(text: str, option: str) -> tuple[int, ...]:
 
 
 def _ways(text: str, widths: tuple[int, ...]) -> tuple[tuple[float, int], ...]:
-    """Pairs of keep and bits; a keep without bits of its own is taken with all of `widths`.
+    """Pairs of keep and bits; a keep without its own bits is combined with all of `widths`.
 
     Raises:
-        UsageError: if one is no share, or no number of bits.
+        UsageError: if a word is not a share, or not a number of bits.
     """
     found: list[tuple[float, int]] = []
     for word in split(text):
@@ -150,10 +153,10 @@ def _ways(text: str, widths: tuple[int, ...]) -> tuple[tuple[float, int], ...]:
 def _numbers(
     text: str, option: str, kind: Callable[[str], Number], fits: Callable[[Number], bool], wanted: str
 ) -> tuple[Number, ...]:
-    """Different numbers from a list with commas, in the order given.
+    """The distinct numbers of a comma-separated list, in the order given.
 
     Raises:
-        UsageError: if one is no number, or does not fit.
+        UsageError: if a word is not a number, or does not fit.
     """
     found: list[Number] = []
     for word in split(text):

@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from cospadi.methods import Method, all_methods, get_method
-from cospadi.pruning import DepthMethod, all_depth_methods
+from cospadi.pruning import PruningMethod, all_pruning_methods
 
 
 def methods_data(name: str | None) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def methods_data(name: str | None) -> dict[str, Any]:
     Raises:
         RecipeError: if there is no method of that name.
     """
-    pruning = all_depth_methods()
+    pruning = all_pruning_methods()
     if name in pruning:
         return {"methods": [_describe_pruning(pruning[name])]}
     chosen = {name: get_method(name)} if name else all_methods()
@@ -24,7 +24,7 @@ def methods_data(name: str | None) -> dict[str, Any]:
     return {"methods": found + ([] if name else [_describe_pruning(method) for method in pruning.values()])}
 
 
-def _describe_pruning(method: DepthMethod) -> dict[str, Any]:
+def _describe_pruning(method: PruningMethod) -> dict[str, Any]:
     return {
         "name": method.name,
         "summary": f"Prunes. {method.summary}",

@@ -1,4 +1,4 @@
-"""`cospadi prune`: remove blocks, or a share of their width, without retraining."""
+"""`cospadi prune`: remove decoder layers, or part of their width, without retraining."""
 
 from __future__ import annotations
 
@@ -40,11 +40,14 @@ def prune(
     method: Annotated[
         str | None,
         typer.Option(
-            help="replaceme, uidl, shortgpt, sleb, laco, llm_streamline, slicegpt, llm_pruner, magnitude or random.",
+            help="replaceme, uidl, shortgpt, sleb, laco, llm_streamline, slicegpt, llm_pruner, magnitude, random, or a "
+            "plug-in's; see `cospadi methods`.",
             show_default="replaceme",
         ),
     ] = None,
-    blocks: Annotated[int | None, typer.Option(help="How many blocks go.", show_default=False)] = None,
+    blocks: Annotated[
+        int | None, typer.Option(help="Number of blocks (decoder layers) to remove.", show_default=False)
+    ] = None,
     keep_blocks: KeepBlocksOption = None,
     recipe: RecipeOption = None,
     set_: SetOption = None,
@@ -53,13 +56,13 @@ def prune(
     seq_len: LengthOption = None,
     device: DeviceOption = None,
     seed: SeedOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the sizes and stop.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget an earlier run in OUT.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resulting sizes and stop.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard an earlier run in OUT.")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Remove whole blocks (depth) or a share of their width; depth methods give stock checkpoints."""
+    """Remove whole decoder layers (depth) or part of their width. Depth methods write stock checkpoints."""
     if blocks is not None and keep_blocks is not None:
-        raise UsageError("--blocks and --keep-blocks are both given: give one of them")
+        raise UsageError("--blocks and --keep-blocks exclude each other: give one of them")
     section = {"source": calibration, "samples": samples, "seq_len": seq_len}
     section = {key: value for key, value in section.items() if value is not None}
     flags = {"device": device, "seed": seed, "calibration": section or None}
@@ -77,7 +80,7 @@ def prune(
     with ProgressDisplay(stderr) as display:
         result = run(model, out, recipe=merged, fresh=fresh, progress=display.update, command=command_line())
     if result.complete:
-        stderr.print(f"{out} was complete already, nothing was changed; --fresh prunes anew", markup=False)
+        stderr.print(f"{out} was complete already, nothing was changed; --fresh prunes again", markup=False)
     if not result.complete or not pages_written(out):
         write_depth(result.report, out)
     if json_:
@@ -98,11 +101,11 @@ def _recipe(
     keep_blocks: float | None,
     options: dict[str, Any],
 ) -> Recipe:
-    """The recipe of a file with the given flags laid over it.
+    """The recipe file, if any, with the flags applied on top.
 
     Raises:
-        RecipeError: on an unknown key or a wrong value.
-        UsageError: if nothing says how much to prune.
+        RecipeError: on an unknown key or an invalid value.
+        UsageError: if there is no size.
     """
     from cospadi.recipe import Recipe, with_prune
 
@@ -110,7 +113,7 @@ def _recipe(
     merged = with_prune(base.merged(changes, source="command line"), method, blocks, keep_blocks, options)
     assert merged.prune is not None
     if merged.prune.blocks is None and merged.prune.keep_blocks is None:
-        raise UsageError("say how much to prune: --blocks (such as 2) or --keep-blocks (such as 0.75)")
+        raise UsageError("no size given: pass --blocks (such as 2) or --keep-blocks (such as 0.75)")
     return merged
 
 
@@ -126,7 +129,7 @@ def _print_plan(model: str, merged: Recipe, json_: bool) -> None:
     sizes = arrow(human_bytes(data["bytes_before"]), human_bytes(data["bytes_after"]))
     consoles()[0].print(
         f"{data['model']} · {data['method']}: {data['blocks_before']} → {data['blocks_after']} blocks, {sizes} at 16 "
-        "bits a weight",
+        "bits per weight",
         markup=False,
         soft_wrap=True,
     )

@@ -230,7 +230,9 @@ def compressed_row(
     outputs = RowCheckpoint(out, measured, keep=keep)
     report = CompressRun(LentInputs(shared, recipe, progress), outputs, recipe, progress, command).go(fresh).report
     if not measured.row:  # the checkpoint was written by an earlier comparison, perhaps with another yardstick
-        measured.stored(load(out, compose=True, dtype=yardstick.dtype or "auto"))
+        model: Any = load(out)
+        model.dequantize(dtype=yardstick.dtype or model.dtype)
+        measured.stored(model)
     seconds = report["seconds"]
     # After an interruption the phase holds what was left to do, the groups' own times hold all of it.
     factorise = max(seconds.get("factorise", 0.0), sum(group["seconds"] for group in report["groups"]))

@@ -10,7 +10,7 @@ from cospadi.aliases import canonical
 from cospadi.engine.plan.pruning import check_section
 from cospadi.errors import RecipeError
 from cospadi.methods import get_method
-from cospadi.pruning import all_depth_methods
+from cospadi.pruning import all_pruning_methods
 from cospadi.recipe import Recipe
 
 REFERENCE_BITS = (8, 4, 3)
@@ -64,7 +64,7 @@ def make_entries(
         raise RecipeError(f"{twice[0]!r} is both a method and the name of a recipe: rename the recipe")
     entries = []
     bare = base.model_copy(update={"options": {}, "target_size": None})
-    pruning = all_depth_methods()
+    pruning = all_pruning_methods()
     for keep in dict.fromkeys(keeps):
         for name in dict.fromkeys(methods):
             if name in pruning:

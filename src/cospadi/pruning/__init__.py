@@ -1,40 +1,53 @@
-"""Removing whole decoder layers (blocks), or a share of their width, without retraining.
+"""Structured pruning without retraining: remove whole decoder layers (``depth``) or part of their width (``width``).
 
-Names are loaded on first use: what lets transformers read pruned checkpoints lies in this package too, and may be
-imported while transformers itself is only half imported.
+A pruning method reads :class:`Evidence` (the model, calibration text and statistics shared between methods) and returns
+an :class:`Edit`; see :mod:`cospadi.pruning.base`.
+
+Names are imported on first use, because the hooks that let transformers read pruned checkpoints can import this package
+while transformers itself is only partly imported.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cospadi.pruning.base import DepthMethod, Edit, all_depth_methods, block_bytes, depth_method, get_depth_method
+    from cospadi.pruning.base import (
+        PRUNING,
+        Edit,
+        PruningMethod,
+        all_pruning_methods,
+        block_bytes,
+        get_pruning_method,
+        pruning_method,
+    )
     from cospadi.pruning.depth.surgery import Cut, without_blocks
     from cospadi.pruning.evidence import Evidence, Tokens
 
 __all__ = [
+    "PRUNING",
     "Cut",
-    "DepthMethod",
     "Edit",
     "Evidence",
+    "PruningMethod",
     "Tokens",
-    "all_depth_methods",
+    "all_pruning_methods",
     "block_bytes",
-    "depth_method",
-    "get_depth_method",
+    "get_pruning_method",
+    "pruning_method",
     "without_blocks",
 ]
 
 _HOMES = {
+    "PRUNING": "base",
     "Cut": "depth.surgery",
-    "DepthMethod": "base",
     "Edit": "base",
     "Evidence": "evidence",
+    "PruningMethod": "base",
     "Tokens": "evidence",
-    "all_depth_methods": "base",
+    "all_pruning_methods": "base",
     "block_bytes": "base",
-    "depth_method": "base",
-    "get_depth_method": "base",
+    "get_pruning_method": "base",
+    "pruning_method": "base",
     "without_blocks": "depth.surgery",
 }
 

@@ -1,51 +1,51 @@
-"""What a pruning method is: evidence from calibration text and a size → an edit of the model.
+"""What a pruning method is: a function of the evidence and a size that returns an edit of the model.
 
-A method is one decorated function; its keyword-only arguments are its options::
+A method is one decorated function. Its keyword-only arguments are its options::
 
-    @depth_method("uidl", paper="arXiv 2403.17887")
+    @pruning_method("uidl", paper="arXiv 2403.17887")
     def uidl(evidence: Evidence, blocks: int, *, start: int | None = None) -> Cut: ...
 
-The second argument is the number of blocks to remove or, of a method that removes width (``unit="share"``), the share
-of the blocks' 16-bit bytes that may stay. Nothing is changed before :meth:`Edit.apply` is called.
+The second argument is the number of blocks (decoder layers) to remove or, for a method that prunes width
+(``unit="share"``), the share of the blocks' 16-bit bytes to keep. The model does not change until :meth:`Edit.apply`.
+
+Other packages add methods through the entry-point group ``cospadi.pruning``: an entry names a module, and importing the
+module runs the decorators.
 """
 
-import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from pkgutil import walk_packages
 from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, create_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from cospadi.errors import BudgetError, RecipeError
+from cospadi.errors import BudgetError
 from cospadi.methods.options import checked_options
 from cospadi.model_view import ModelView
 from cospadi.pruning.evidence import Evidence
+from cospadi.registry import Registry
 
 Unit = Literal["blocks", "share"]
 
 
 class Edit(Protocol):
-    """What a method decided to do with a model."""
+    """A decision about a model, ready to be carried out."""
 
     def apply(self, view: ModelView) -> PreTrainedModel:
-        """Carry it out.
+        """Carry out the edit in place.
 
         Args:
-            view: of the model that the evidence was taken from, or of a copy.
+            view: the model that the evidence was collected from, or a copy of it.
 
         Returns:
-            the model, changed in place; plain ``save_pretrained`` writes a whole checkpoint of it.
+            The same model, pruned. Plain ``save_pretrained`` writes a complete checkpoint of it.
         """
         ...
 
     def facts(self) -> dict[str, Any]:
-        """Plain data for the report; ``removed`` holds the indices of the removed blocks (empty if none is)."""
+        """Plain data for the report. ``removed`` lists the indices of the removed blocks (empty for width pruning)."""
         ...
 
 
@@ -53,8 +53,17 @@ Solve = Callable[..., Edit]
 
 
 @dataclass(frozen=True)
-class DepthMethod:
-    """A registered method."""
+class PruningMethod:
+    """A registered pruning method.
+
+    Attributes:
+        name: the name in recipes and on the command line.
+        summary: one line.
+        paper: citation.
+        unit: what the size counts: ``"blocks"`` to remove, or the ``"share"`` of the blocks' bytes to keep.
+        solve: ``solve(evidence, size, **options) -> Edit``.
+        options: model of the options, with their defaults.
+    """
 
     name: str
     summary: str
@@ -67,28 +76,28 @@ class DepthMethod:
         """Validate options and fill in defaults.
 
         Raises:
-            RecipeError: on an unknown option (naming the nearest) or a wrong value.
+            RecipeError: on an unknown option (suggests the nearest) or an invalid value.
         """
         return checked_options(self.name, self.options, options)
 
     def remove(self, evidence: Evidence, blocks: int, options: dict[str, Any]) -> Edit:
-        """Remove so many blocks.
+        """Remove a number of blocks.
 
         Raises:
-            BudgetError: if the model has too few blocks, or the method removes no whole blocks.
-            RecipeError: if an option is wrong, or does not fit the model.
+            BudgetError: if the model has too few blocks, or the method does not remove whole blocks.
+            RecipeError: if an option is invalid or does not fit the model.
         """
         if self.unit != "blocks":
-            raise BudgetError(f"method {self.name!r} removes no whole blocks: say how much shall stay (--keep-blocks)")
+            raise BudgetError(
+                f"method {self.name!r} does not remove whole blocks: give the share to keep (--keep-blocks)"
+            )
         count = len(evidence.view.layers)
         if not 1 <= blocks < count:
-            raise BudgetError(
-                f"cannot remove {blocks} of {count} blocks: at least one must go and at least one must stay"
-            )
+            raise BudgetError(f"cannot remove {blocks} of {count} blocks: remove at least one and keep at least one")
         return self.solve(evidence, blocks, **self.check(options))
 
     def shrink(self, evidence: Evidence, keep: float, options: dict[str, Any]) -> Edit:
-        """Keep at most a share of the blocks' 16-bit bytes: remove the fewest blocks (or the least width) for it.
+        """Keep at most a share of the blocks' 16-bit bytes by removing as few blocks, or as little width, as possible.
 
         Args:
             evidence: of the model.
@@ -96,21 +105,22 @@ class DepthMethod:
             options: of the method.
 
         Raises:
-            BudgetError: if the share cannot be reached (names the least possible).
-            RecipeError: if an option is wrong, or does not fit the model.
+            BudgetError: if the share cannot be reached (names the smallest possible one).
+            RecipeError: if an option is invalid or does not fit the model.
         """
         if not 0 < keep < 1:
-            raise BudgetError(f"keep must lie between 0 and 1, not {keep:g}: it is the share of the blocks that stays")
+            raise BudgetError(
+                f"keep must lie between 0 and 1, not {keep:g}: it is the share of the blocks' bytes to keep"
+            )
         if self.unit == "share":
             return self.solve(evidence, keep, **self.check(options))
         sizes = [block_bytes(layer) for layer in evidence.view.layers]
         allowed = keep * sum(sizes)
-        least = fewest_blocks(sizes, allowed)
-        for blocks in range(least, len(sizes)):
+        for blocks in range(fewest_blocks(sizes, allowed), len(sizes)):
             edit = self.remove(evidence, blocks, options)
-            gone = edit.facts()["removed"]
-            added = int(edit.facts().get("added_bytes", 0))
-            if sum(sizes) - sum(sizes[index] for index in gone) + added <= allowed:
+            facts = edit.facts()
+            left = sum(sizes) - sum(sizes[index] for index in facts["removed"])
+            if left + int(facts.get("added_bytes", 0)) <= allowed:
                 return edit
         raise BudgetError(
             f"keep {keep:g} is too small for method {self.name!r} on this model: one block must stay "
@@ -119,7 +129,7 @@ class DepthMethod:
 
 
 def fewest_blocks(sizes: list[int], allowed: float) -> int:
-    """How many blocks must go at least so that the others fit into `allowed` bytes, whichever they are."""
+    """The least number of blocks to remove so that the rest can fit into `allowed` bytes; at least 1."""
     left = sum(sizes)
     for count, size in enumerate(sorted(sizes, reverse=True)):
         if left <= allowed:
@@ -129,27 +139,29 @@ def fewest_blocks(sizes: list[int], allowed: float) -> int:
 
 
 def block_bytes(module: nn.Module) -> int:
-    """Bytes of the matrices of a block at 16 bits a weight; vectors (norms, biases) are not counted.
+    """Bytes of a block's matrices at 16 bits per weight. Vectors (norms, biases) do not count.
 
     Args:
-        module: a decoder layer, or a list of them; real or on ``meta``.
+        module: one decoder layer or a list of them, real or on ``meta``.
     """
     return sum(2 * parameter.numel() for parameter in module.parameters() if parameter.ndim >= 2)
 
 
-_METHODS: dict[str, DepthMethod] = {}
+PRUNING: Registry[PruningMethod] = Registry("pruning method", "cospadi.pruning", "cospadi.pruning")
+"""All pruning methods: those of this package and of installed plug-ins."""
 
 
-def depth_method(name: str, *, paper: str = "", unit: Unit = "blocks") -> Callable[[Solve], Solve]:
-    """Register a method.
+def pruning_method(name: str, *, paper: str = "", unit: Unit = "blocks") -> Callable[[Solve], Solve]:
+    """Register a pruning method.
 
     Args:
-        name: as it stands in recipes and on the command line.
+        name: the name in recipes and on the command line.
         paper: citation.
-        unit: of the second argument: ``"blocks"`` to remove, or ``"share"`` of the blocks' bytes that may stay.
+        unit: what the second argument counts: ``"blocks"`` to remove, or the ``"share"`` of the blocks' bytes to keep.
 
     Returns:
-        A decorator for ``solve(evidence, size, *, options…) -> Edit``; its docstring's first line is the summary.
+        A decorator for ``solve(evidence, size, *, options…) -> Edit``. The first line of its docstring becomes the
+        summary.
     """
 
     def register(solve: Solve) -> Solve:
@@ -161,34 +173,21 @@ def depth_method(name: str, *, paper: str = "", unit: Unit = "blocks") -> Callab
         }
         options = create_model(f"{name}_options", __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
         summary = (inspect.getdoc(solve) or "").split("\n", 1)[0]
-        _METHODS[name] = DepthMethod(name, summary, paper, unit, solve, options)
+        PRUNING.add(name, PruningMethod(name, summary, paper, unit, solve, options))
         return solve
 
     return register
 
 
-@cache
-def _load_all() -> None:
-    package = import_module("cospadi.pruning")
-    for module in walk_packages(package.__path__, "cospadi.pruning."):
-        import_module(module.name)
+def all_pruning_methods() -> dict[str, PruningMethod]:
+    """Every pruning method by name."""
+    return PRUNING.all()
 
 
-def all_depth_methods() -> dict[str, DepthMethod]:
-    """Every method by name."""
-    _load_all()
-    return dict(sorted(_METHODS.items()))
-
-
-def get_depth_method(name: str) -> DepthMethod:
-    """A method by name.
+def get_pruning_method(name: str) -> PruningMethod:
+    """A pruning method by name.
 
     Raises:
-        RecipeError: if there is none of that name (names the nearest).
+        RecipeError: if there is none of that name (suggests the nearest).
     """
-    known = all_depth_methods()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise RecipeError(f"there is no pruning method {name!r}{hint} (known: {', '.join(known)})")
-    return known[name]
+    return PRUNING.get(name)

@@ -1,4 +1,4 @@
-"""What methods may ask of a model and its calibration text; computed on demand and once."""
+"""What pruning methods may ask about a model and its calibration text, computed on demand and only once."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ from cospadi.progress import Progress, silent
 from cospadi.pruning.depth.distances import PairDistances, pair_distances
 
 BATCH_TOKENS = 4096
-REMEDY = "give fewer --samples or a smaller --seq-len, or use --device cpu"
+REMEDY = "use fewer --samples or a smaller --seq-len, or --device cpu"
 
 
 @dataclass(frozen=True)
 class Tokens:
     """Calibration text.
 
-    Sequences may be padded on the right: under a causal mask nothing that stands to the right of a token changes its
-    hidden states, so padding only has to be left out of the statistics. That is what `lengths` is for.
+    Sequences may be padded on the right. Under a causal mask, padding does not change the hidden states of the tokens
+    before it, so it only has to be kept out of the statistics; `lengths` says where it starts.
 
     Attributes:
         ids: int64 (sequences, length).
-        lengths: int64 (sequences,), real tokens of each; None: all are real.
+        lengths: int64 (sequences,), number of real tokens of each sequence; None: all tokens are real.
+
+    Raises:
+        CalibrationError: if there are no tokens, or the lengths do not fit the ids.
     """
 
     ids: Tensor
@@ -49,15 +52,22 @@ class Tokens:
 
     @property
     def count(self) -> int:
-        """Real tokens."""
+        """Number of real tokens."""
         return int(self.ids.numel() if self.lengths is None else self.lengths.sum())
 
     def first(self, sequences: int) -> Tokens:
-        """The first so many sequences."""
+        """The first sequences."""
         return Tokens(self.ids[:sequences], None if self.lengths is None else self.lengths[:sequences])
 
     def parted(self, every: int) -> tuple[Tokens, Tokens]:
-        """The text without every so manieth sequence (at least one), and these; all of it twice if it is but one."""
+        """Split the text for fitting and validation: one sequence in `every` (at least one) is held out.
+
+        Args:
+            every: distance between held-out sequences.
+
+        Returns:
+            the text to fit on, and the held-out text; both are the whole text if it has a single sequence.
+        """
         if len(self.ids) == 1:
             return self, self
         held = torch.arange(1, len(self.ids) + 1) % every == 0
@@ -66,7 +76,7 @@ class Tokens:
         return parts[0], parts[1]
 
     def batches(self, sequences: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Ids (b, length), and a mask (b, length) that is true at real tokens, so many sequences at a time."""
+        """Batches of ids (b, length), with a mask (b, length) of the real tokens; at most `sequences` in each."""
         length = self.ids.shape[1]
         lengths = torch.full((len(self.ids),), length) if self.lengths is None else self.lengths
         for ids, real in zip(torch.split(self.ids, sequences), torch.split(lengths, sequences), strict=True):
@@ -77,16 +87,16 @@ class Tokens:
 class Evidence:
     """A model, its calibration text, and statistics that several methods or sizes share.
 
-    The model is only read. Statistics come in the float type in which the model lies when they are first asked for.
+    The model is only read. Statistics are computed in the dtype that the model has when they are first requested.
 
     Attributes:
         view: of the model.
         tokens: calibration text.
         device: where layers run.
-        seed: of every random choice.
+        seed: for every random choice.
         progress: called as progress(phase, done, total, detail, error).
-        memo: what a method wants to keep for its next size, under its own name.
-        spent: when distances were begun, and the seconds that they took.
+        memo: results that a method keeps for its next size, under its own name.
+        spent: when the distances were started, and the seconds that they took.
     """
 
     view: ModelView
@@ -107,7 +117,7 @@ class Evidence:
         return found
 
     def seconds_since(self, moment: float) -> float:
-        """Seconds that distances took, if they were begun after a moment of ``time.perf_counter``."""
+        """Seconds that the distances took, if they were started after a moment of ``time.perf_counter``; else 0."""
         begun, seconds = self.spent
         return seconds if begun >= moment else 0.0
 
@@ -116,11 +126,11 @@ class Evidence:
         """Hidden states at every depth, batch by batch.
 
         Args:
-            tokens: what to run.
-            phase: for the progress.
+            tokens: the text to run.
+            phase: name of the work, for progress.
 
         Yields:
-            an iterator over batches: the inputs of every block and, last, the output of the last block, each
+            an iterator over batches: the inputs of all blocks followed by the output of the last block, each
             (b, length, width) on `device`; and the mask of real tokens (b, length).
         """
         with LayerReplay(self.view, self.device) as replay:
@@ -134,7 +144,7 @@ class Evidence:
             yield states, mask.to(replay.device)
 
     def batched(self, tokens: Tokens, phase: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of a few thousand tokens, with progress."""
+        """Batches of a few thousand tokens, reporting progress."""
         size = sequences_per_batch(tokens.ids.shape[1], BATCH_TOKENS)
         total = -(-len(tokens.ids) // size)
         self.progress("calibrate", 0, total, phase)

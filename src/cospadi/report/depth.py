@@ -1,4 +1,4 @@
-"""What people see of a pruned model: the heat map of all pairs of blocks with the cut, page, card and summary."""
+"""Reports on a pruned model: heat map of all pairs of blocks with the cut, HTML page, model card and summary."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ _MEASURES = {"cosine": "mean cosine distance over all tokens", "angular": "angul
 
 
 def removed_text(report: Mapping[str, Any]) -> str:
-    """The removed blocks in words: ``4-6, 9``."""
+    """The removed blocks as text: ``4-6, 9``."""
     parts = []
     for run in sequence(mapping(report.get("prune")).get("runs")):
         first, stop = run
@@ -89,7 +89,7 @@ def removed_text(report: Mapping[str, Any]) -> str:
 
 
 def depth_headlines(report: Mapping[str, Any]) -> list[Fact]:
-    """The few numbers that come first."""
+    """The headline figures."""
     times = mapping(report.get("seconds"))
     removed = removed_text(report)
     blocks = f"{report.get('blocks_before')} → {report.get('blocks_after')}" if removed else ""
@@ -114,7 +114,7 @@ def depth_headlines(report: Mapping[str, Any]) -> list[Fact]:
 
 
 def run_rows(report: Mapping[str, Any]) -> list[list[str]]:
-    """A row for every removed run: blocks, what took their place, distance, error of the correction."""
+    """One row per removed run: blocks, what replaces them, distance, error of the correction."""
     told = mapping(report.get("prune"))
     transforms = {tuple(sequence(item.get("removed"))): item for item in sequence(told.get("transforms"))}
     distances = sequence(mapping(report.get("distances")).get("cosine"))
@@ -136,7 +136,7 @@ def run_rows(report: Mapping[str, Any]) -> list[list[str]]:
 
 
 def trial_rows(report: Mapping[str, Any]) -> list[list[str]]:
-    """A row for every run that was tried: blocks, ridge of its correction, held-out error and loss."""
+    """One row per run that was tried: blocks, ridge of the correction, held-out error and loss."""
     rows = []
     for trial in map(mapping, sequence(mapping(report.get("prune")).get("trials"))):
         first, stop = sequence(trial.get("run"))
@@ -172,12 +172,12 @@ def heat_map(report: Mapping[str, Any], measure: str = "cosine") -> Figure:
     from matplotlib.patches import Rectangle
 
     count = len(distances) - 1
-    # rows: the first block that would go; columns: the last one that would; below the diagonal nothing
+    # rows: first block of a run; columns: its last block; nothing below the diagonal
     values = [[float(value) for value in row[1:]] for row in distances[:-1]]
     cells = [
         [value if column >= row else math.nan for column, value in enumerate(line)] for row, line in enumerate(values)
     ]
-    # the embedding is often far from everything: it shall not wash out the others
+    # the embedding is often far from everything and must not set the colour scale
     seen = [value for line in cells[1 if count > 2 else 0 :] for value in line if not math.isnan(value)]
     top = max(seen) or 1.0
     edges = [place - 0.5 for place in range(count + 1)]
@@ -201,7 +201,7 @@ def heat_map(report: Mapping[str, Any], measure: str = "cosine") -> Figure:
 
 
 def depth_page(report: Mapping[str, Any]) -> str:
-    """The report page: one file without scripts or links to elsewhere."""
+    """The HTML report: one self-contained file without scripts."""
     report = publishable(report)
     columns = [("removed blocks", False), ("in their place", False), ("cosine distance", True), ("error", True)]
     rows = [[escape(cell) for cell in row] for row in run_rows(report)]
@@ -295,15 +295,15 @@ def write_depth(report: Mapping[str, Any], out_dir: str | os.PathLike[str]) -> d
 
 
 def print_prune(report: Mapping[str, Any], console: Console) -> None:
-    """The end of ``cospadi prune``: what was cut, the bytes, the warnings."""
+    """Print the summary at the end of ``cospadi prune``: the cut, sizes and warnings."""
     print_heading(console, model_name(report), report.get("method"))
     print_facts(console, depth_headlines(report))
     corrects = bool(sequence(mapping(report.get("prune")).get("transforms")))
     for removed, place, _, error in run_rows(report):
         if place != "nothing":
-            told = f"Blocks {removed} became {place}, error {error} of plain removal's"
+            told = f"Blocks {removed}: replaced by {place}, error {error} of plain removal's"
         else:
-            told = f"Blocks {removed} went without a correction: none was better on held-out text" if corrects else ""
+            told = f"Blocks {removed}: removed without correction; none was better on held-out text" if corrects else ""
         if told:
             console.print(told, style="dim", markup=False)
     print_warnings(console, report)

@@ -1,4 +1,4 @@
-"""What `cospadi benchmark` prints and writes: tables, the numbers as JSON, and a plot of times over dense ones."""
+"""What `cospadi benchmark` prints and writes: tables, the numbers as JSON, and a plot of times relative to dense."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ def print_speed(data: Mapping[str, Any], console: Console) -> None:
     """Tables of layers, whole models and loading."""
     rate = number(data.get("copy_bytes_per_second"))
     copied = DASH if rate is None else human_bytes(rate)
-    console.print(Text(f"{data['device']} · a large copy moves {copied} a second (read and written)", style="bold"))
+    console.print(Text(f"{data['device']} · a large copy moves {copied} per second (read and written)", style="bold"))
     _print_layers(data["layers"], console)
     _print_models(data["models"], console)
     _print_loading(data["loading"], console)
     console.print(
-        "Times as multiples of dense bfloat16 in the same round, medians; of copy: bandwidth at the fewest tokens.",
+        "Times relative to dense bfloat16 in the same round (medians). Of copy: bandwidth for the fewest tokens.",
         style="dim",
     )
 
 
 def _print_layers(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """A block of lines a shape: dense times, then every way's multiples of them; columns are numbers of tokens."""
+    """One block per shape: dense times, then each variant's multiples of them; one column per number of tokens."""
     counts = sorted({row["tokens"] for row in rows})
     table = Table(
         ("layers, tokens at once", "left"), *((str(count), "right") for count in counts), ("of copy", "right")
@@ -78,7 +78,7 @@ def _multiples(rows: Sequence[Mapping[str, Any]], counts: Sequence[int], key: st
 
 
 def _of_copy(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Bandwidth with the fewest tokens, as a share of a copy's."""
+    """Bandwidth for the fewest tokens, relative to that of a copy."""
     return percent(min(rows, key=lambda row: row["tokens"])["of_copy"])
 
 
@@ -103,7 +103,7 @@ def _print_models(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
         ("decode", "right"), *launched, ("prefill", "right"), *launched,
     )  # fmt: skip
     for row in rows:
-        # the dense model is timed with every variant: its first times stand for it
+        # the dense model is timed with every variant; its row shows the first times
         source, prefix = (rows[1], "dense_") if row["keep"] is None and len(rows) > 1 else (row, "")
         cells = [row["variant"], human_bytes(row["device_bytes"] if placed else row["weight_bytes"])]
         for mode, direct in (("decode", "decode_eager"), ("prefill", "prefill")):
@@ -134,16 +134,16 @@ def _print_loading(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
 
 
 def speed_plot(data: Mapping[str, Any]) -> Figure:
-    """Time over that of the dense layer per shape, one panel a number of tokens.
+    """Time relative to the dense layer per shape, one panel per number of tokens.
 
     Raises:
-        ResourceError: without matplotlib.
+        ResourceError: if matplotlib is not installed.
     """
     rows = data["layers"]
     counts = sorted({row["tokens"] for row in rows})
     names = list(dict.fromkeys(_layer_name(row) for row in rows))
     figure = blank_figure((2.2 + 2.1 * max(1, len(counts)), 1.7 + 0.42 * max(1, len(names))))
-    figure.text(0.02, 0.965, f"Time over that of a dense layer: {data['device']}", fontsize=11, fontweight="bold",
+    figure.text(0.02, 0.965, f"Time relative to a dense layer: {data['device']}", fontsize=11, fontweight="bold",
                 color=INK, va="top")  # fmt: skip
     panels = figure.subplots(1, max(1, len(counts)), sharey=True, squeeze=False)[0]
     for axes, count in zip(panels, counts, strict=False):
@@ -187,7 +187,7 @@ def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -
 
 
 def write_numbers(data: Mapping[str, Any], out: Path) -> Path:
-    """Write ``benchmark.json``; absolute paths are cut.
+    """Write ``benchmark.json``, without absolute paths.
 
     Raises:
         OutputError: if it cannot be written.
@@ -196,7 +196,7 @@ def write_numbers(data: Mapping[str, Any], out: Path) -> Path:
 
 
 def write_speed(data: Mapping[str, Any], out: Path) -> list[Path]:
-    """Write ``benchmark.json`` and, where there are layers and matplotlib, the plot as SVG and PNG.
+    """Write ``benchmark.json`` and, if layers were measured and matplotlib is installed, the plot as SVG and PNG.
 
     Raises:
         OutputError: if a file cannot be written.

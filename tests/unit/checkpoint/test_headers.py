@@ -110,15 +110,15 @@ def test_index(sharded):
     ("change", "message"),
     [
         ({"secret": "../outside.safetensors"}, r"secret is in '\.\./outside"),
-        ({"secret": "/etc/passwd"}, "no file name in this directory"),
-        ({"secret": "sub\\m1.safetensors"}, "no file name in this directory"),
-        ({"secret": ".."}, "no file name in this directory"),
-        ({"secret": ""}, "no file name in this directory"),
-        ({"secret": 3}, "no file name in this directory"),
+        ({"secret": "/etc/passwd"}, "not a file name in this directory"),
+        ({"secret": "sub\\m1.safetensors"}, "not a file name in this directory"),
+        ({"secret": ".."}, "not a file name in this directory"),
+        ({"secret": ""}, "not a file name in this directory"),
+        ({"secret": 3}, "not a file name in this directory"),
         ({"d": "m2.safetensors"}, "m2.safetensors: tensor d is missing"),
         ({"c": "m1.safetensors"}, "tensor c is missing"),
         ({"d": "m3.safetensors"}, "m3.safetensors: the file is missing"),
-        ({"c": None}, "no file name"),
+        ({"c": None}, "not a file name"),
     ],
 )
 def test_damaged_index(sharded, change, message):

@@ -31,7 +31,7 @@ def run(model_path, out, **changes):
 
 
 def problem(bits=16, count=6):
-    from test_refine import layer_setup
+    from test_block_tuning import layer_setup
 
     streams, groups, _ = layer_setup(count=count, noise=0.0)
     view, ids = streams.view, streams.ids

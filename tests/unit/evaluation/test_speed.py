@@ -244,7 +244,7 @@ def test_compiled_models_are_compiled_before_anything_is_timed(monkeypatch):
         counted.append((before, len(programs) - before))
         return {name: Timed((1.0,)) for name in calls}
 
-    monkeypatch.setattr(whole, "_compiled", lambda model: torch.compile(model, backend=backend))
+    monkeypatch.setattr(whole, "compiled_model", lambda model: torch.compile(model, backend=backend))
     monkeypatch.setattr(whole, "alternate", timed)
     model_of = subject()
     way = variants(model_of, [(0.8, 16)])[0]
@@ -252,7 +252,7 @@ def test_compiled_models_are_compiled_before_anything_is_timed(monkeypatch):
     assert dense["compiled"] and ours["decode_eager_of_dense"] == 1
     assert [made for _, made in counted] == [0, 0]
     assert counted[0][0] >= 2 and counted[1][0] >= counted[0][0] + 2
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 class _Synchronising(TorchDispatchMode):
@@ -297,13 +297,13 @@ def test_loading_leaves_nothing_behind(tmp_path, monkeypatch):
     [way] = variants(model_of, ((0.6, 16),))
     monkeypatch.setattr(loading, "TURNS", 1)
     sizes = {}
-    real = loading._load
+    real = loading.timed_load
 
     def noting(folder, device, checked):
         sizes[folder.name] = file_bytes(folder)
         return real(folder, device, checked)
 
-    monkeypatch.setattr(loading, "_load", noting)
+    monkeypatch.setattr(loading, "timed_load", noting)
     row = loading.measure_loading(model_of, way, CPU, 0, out)
     assert sizes == {"dense": row["dense_file_bytes"], "compressed": row["file_bytes"]}
     assert row["file_bytes"] < row["dense_file_bytes"]
@@ -348,7 +348,7 @@ def test_kernels_are_compiled_ahead_for_all_that_is_timed(monkeypatch):
     monkeypatch.setattr(ahead, "compile_ahead", lambda products, dtype, jobs: asked.extend(products))
     settings = Settings(ways=((0.6, 8),), tokens=(1, 4), prompt=64)
     model_of = subject()
-    run._compile_ahead(settings, [model_of], {model_of.name: variants(model_of, settings.ways)})
+    run.compile_kernels(settings, [model_of], {model_of.name: variants(model_of, settings.ways)})
     spec = planned(model_of.groups[0], 0.6, 8)
     for count in (1, 4, 64):
         assert (spec.dictionary, count, spec.codes) in asked

@@ -78,6 +78,18 @@ def test_all_layers_of_a_group(kind, joined):
     torch.library.opcheck(torch.ops.cospadi.factored_group.default, given)
 
 
+@pytest.mark.parametrize("joined", [True, False])
+def test_joined_codes_take_one_product(joined):
+    dictionary, spec, codes, codes_spec = case(9, 11, 12)
+    parts = [{role: t[rows] for role, t in codes.items()} for rows in (slice(5), slice(5, 6), slice(6, None))]
+    if not joined:
+        parts = [{role: tensor.clone() for role, tensor in part.items()} for part in parts]
+    with torch.profiler.profile() as profile:
+        factored_group(torch.randn(2, 9, dtype=torch.float64), dictionary, spec, parts, codes_spec)
+    products = sum(event.count for event in profile.key_averages() if event.key == "aten::linear")
+    assert products == (2 if joined else 4)  # x D, then the codes of all or of each layer
+
+
 def test_what_does_not_lie_in_one_piece():
     whole = torch.arange(24.0).view(6, 4)
     joined = as_one_matrix([{"values": whole[1:3]}, {"values": whole[3:]}])

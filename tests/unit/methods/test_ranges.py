@@ -8,7 +8,7 @@ from pydantic import Field
 from cospadi.engine.compress import compress
 from cospadi.errors import RecipeError
 from cospadi.format import GroupSpec
-from cospadi.methods import Problem, all_methods, base, get_method, method
+from cospadi.methods import METHODS, Problem, all_methods, get_method, method
 from cospadi.methods.ranges import range_text
 from cospadi.methods.sizing import low_rank_plan
 from cospadi.recipe import Recipe
@@ -99,13 +99,13 @@ def test_an_option_of_another_method_names_those_that_have_it():
         get_method("pursuit").check({"round": 8})
 
 
-def test_plug_ins_say_their_ranges_in_the_same_way(monkeypatch):
-    monkeypatch.setattr(base, "_METHODS", dict(base.all_methods()))
+def test_plug_ins_say_their_ranges_in_the_same_way():
+    with METHODS.temporary():
 
-    @method("ranged", plan=low_rank_plan)
-    def ranged(problem: Problem, spec: GroupSpec, *, share: Annotated[float, Field(gt=0, le=1)] = 1.0) -> None:
-        """Nothing."""
+        @method("ranged", plan=low_rank_plan)
+        def ranged(problem: Problem, spec: GroupSpec, *, share: Annotated[float, Field(gt=0, le=1)] = 1.0) -> None:
+            """Nothing."""
 
-    with pytest.raises(RecipeError, match="'share' cannot be 0: it must be more than 0 and at most 1"):
-        get_method("ranged").check({"share": 0})
+        with pytest.raises(RecipeError, match="'share' cannot be 0: it must be more than 0 and at most 1"):
+            get_method("ranged").check({"share": 0})
     assert range_text([]) == ""

@@ -7,11 +7,36 @@ from tiny import _GATED, tiny_model
 STANDARD = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "phi3", "gpt_neox", "opt")
 FOLDABLE = tuple(name for name in STANDARD if not name.startswith("gemma"))
 
+HYBRID = ("qwen3_5_text", "lfm2")
+"""Blocks of two kinds: linear attention or a short convolution (0, 1, 3) and full attention (2, 4)."""
+
 _KINDS = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 _OWN = {
     "gpt2": {"n_embd": 24, "n_layer": 5, "n_head": 4, "n_positions": 128},
     "gemma2": _GATED | {"sliding_window": 8, "layer_types": _KINDS},
     "gemma3_text": {"layer_types": _KINDS},
+    "qwen3_5_text": _GATED
+    | {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 6,
+        "linear_value_head_dim": 6,
+        "layer_types": [kind.replace("sliding", "linear") for kind in _KINDS],
+    },
+    "lfm2": {
+        "intermediate_size": 44,
+        "num_key_value_heads": 2,
+        "block_auto_adjust_ff_dim": False,
+        "layer_types": [kind.replace("sliding_attention", "conv") for kind in _KINDS],
+    },
+    "gemma4_text": _GATED
+    | {
+        "sliding_window": 8,
+        "layer_types": _KINDS,
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0,
+        "global_head_dim": 6,
+    },
     "granite": _GATED | {"residual_multiplier": 0.22},
 }
 

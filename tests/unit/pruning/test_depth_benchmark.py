@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cospadi.pruning import get_depth_method
+from cospadi.pruning import get_pruning_method
 
 PATH = Path(__file__).parents[3] / "benchmarks/depth.py"
 
@@ -40,7 +40,7 @@ def test_parts_of_different_measurements_are_refused(benchmark, tmp_path, change
 
 
 def test_every_variant_has_options_that_exist(benchmark):
-    method = get_depth_method("replaceme")
+    method = get_pruning_method("replaceme")
     for options in benchmark.VARIANTS.values():
         assert options.items() <= method.check(options).items()
     assert [benchmark.share(blocks, 9) for blocks in (1, 2, 3)] == [0.8889, 0.7778, 0.6667]

@@ -10,9 +10,9 @@ from cospadi.checkpoint.formats.linear_blocks import LINEAR_BLOCKS
 from cospadi.errors import CheckpointError
 from cospadi.layers.linear_block import LinearBlock
 from cospadi.model_view import discover_layers
-from cospadi.pruning import Cut, Evidence, Tokens, get_depth_method
+from cospadi.pruning import Cut, Evidence, Tokens, get_pruning_method
 from tiny import token_ids
-from unit.pruning.models import STANDARD, deep_model, generated, logits
+from unit.pruning.models import HYBRID, STANDARD, deep_model, generated, logits
 
 IDS = token_ids(2, 20, seed=4)
 
@@ -32,6 +32,7 @@ def separate(model, runs):
 
 
 CASES = [(name, [(2, 5)]) for name in STANDARD]
+CASES += [(name, runs) for name in HYBRID for runs in ([(1, 2)], [(2, 3)], [(3, 5)])]
 CASES += [(name, runs) for name in ("llama", "gemma3_text") for runs in ([(1, 3)], [(1, 2), (3, 5)])]
 
 
@@ -65,7 +66,7 @@ def test_it_loads_as_a_bare_decoder_and_in_sixteen_bits(tmp_path):
 def test_replaceme_with_a_separate_block_is_the_best_map_of_the_hidden_state():
     model = deep_model("gemma2")
     found = Evidence(discover_layers(model), Tokens(token_ids(16, 24, seed=9)))
-    cut = get_depth_method("replaceme").remove(
+    cut = get_pruning_method("replaceme").remove(
         found, 2, {"separate": True, "ridge": 0.0, "start": 2, "relative": False}
     )
     with found.walk(found.tokens, "states") as batches:

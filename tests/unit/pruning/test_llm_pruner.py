@@ -8,10 +8,10 @@ from torch.nn import functional
 
 from cospadi.errors import BudgetError, CalibrationError, ModelError, NumericalError, RecipeError
 from cospadi.model_view import discover
-from cospadi.pruning.base import block_bytes, get_depth_method
+from cospadi.pruning.base import block_bytes, get_pruning_method
 from cospadi.pruning.evidence import Evidence, Tokens
 from cospadi.pruning.width.llm_pruner import Narrowing, gradients, importance, largest, sizes_for
-from cospadi.pruning.width.sliced_units import block_units
+from cospadi.pruning.width.units import block_units
 from tiny import tiny_model, token_ids
 
 ids = token_ids(3, 13, seed=2)
@@ -142,7 +142,7 @@ def test_pruned_model_is_the_dense_model_with_those_weights_at_zero(architecture
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "starcoder2", "gemma3_text"])
 def test_equal_cuts_are_a_stock_model(architecture):
     model = small(architecture)
-    method = get_depth_method("llm_pruner")
+    method = get_pruning_method("llm_pruner")
     edit = method.shrink(evidence_of(model), 0.45, {"leave_first": 0, "leave_last": 0})
     pruned = edit.apply(discover(copy.deepcopy(model)))
     config = pruned.config
@@ -157,7 +157,7 @@ def test_equal_cuts_are_a_stock_model(architecture):
 
 def test_blocks_are_left_alone_as_published():
     model = small(num_hidden_layers=16)
-    edit = get_depth_method("llm_pruner").shrink(evidence_of(model), 0.58, {"sequences": 1})
+    edit = get_pruning_method("llm_pruner").shrink(evidence_of(model), 0.58, {"sequences": 1})
     told = edit.facts()
     assert told["head_groups"] == [2, 2] + [1] * 13 + [2]
     assert told["channels"][:2] == [44, 44] and told["channels"][-1] == 44 and len(set(told["channels"][2:15])) == 1
@@ -181,7 +181,7 @@ def test_the_least_important_go():
         view.layers[1].mlp.gate_proj.weight[5:15] = 0
         view.layers[1].mlp.up_proj.weight[5:15] = 0
     for taylor in TAYLOR:
-        edit = get_depth_method("llm_pruner").shrink(
+        edit = get_pruning_method("llm_pruner").shrink(
             evidence_of(model), 0.8, {"taylor": taylor, "leave_first": 1, "leave_last": 1}
         )
         assert edit.heads[1] == (1,)
@@ -222,7 +222,7 @@ def test_bytes_told_are_those_of_the_tensors_and_scores_are_shared():
     evidence = evidence_of(model)
     seen = []
     evidence.progress = lambda *event: seen.append(event)
-    method = get_depth_method("llm_pruner")
+    method = get_pruning_method("llm_pruner")
     for keep in (0.8, 0.6):
         edit = method.shrink(evidence, keep, {})
         cut = edit.apply(discover(copy.deepcopy(model)))
@@ -260,19 +260,19 @@ def test_fused_projections_are_refused(architecture):
 def test_heads_that_are_not_independent_are_noticed():
     norms_over_all_heads = tiny_model("olmo2", num_key_value_heads=2, intermediate_size=44)
     edit = Narrowing(((0,),) * 3, (tuple(range(44)),) * 3, {})
-    with pytest.raises(ModelError, match="cannot be cut one by one"):
+    with pytest.raises(ModelError, match="are not independent"):
         edit.apply(discover(norms_over_all_heads))
     model = small()
     attention = model.model.layers[1].self_attn
     attention.o_proj.register_forward_pre_hook(lambda _, args: (args[0] + args[0].mean(-1, keepdim=True),))
-    with pytest.raises(ModelError, match="something else than the whole one without them"):
+    with pytest.raises(ModelError, match="does not compute what the original computes"):
         edit.apply(discover(model))
 
 
 def test_bad_sizes_options_and_texts():
-    method = get_depth_method("llm_pruner")
+    method = get_pruning_method("llm_pruner")
     evidence = evidence_of(small())
-    with pytest.raises(BudgetError, match=r"at least 0\.\d+ must stay; leave fewer"):
+    with pytest.raises(BudgetError, match=r"the least possible is 0\.\d+; lower leave_first"):
         method.shrink(evidence, 0.1, {})
     with pytest.raises(BudgetError, match="leaves none to prune"):
         method.shrink(evidence, 0.8, {"leave_first": 2, "leave_last": 1})

@@ -1,19 +1,21 @@
 import copy
+import warnings
 
 import pytest
 import torch
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
 from cospadi.errors import BudgetError, ModelError, RecipeError
 from cospadi.model_view import discover_layers
-from cospadi.pruning import Evidence, Tokens, all_depth_methods, block_bytes, get_depth_method
+from cospadi.pruning import Evidence, Tokens, all_pruning_methods, block_bytes, get_pruning_method
 from cospadi.pruning.base import fewest_blocks
 from cospadi.pruning.depth.laco import merged_weights
 from cospadi.pruning.depth.surgery import Cut
 from tiny import token_ids
-from unit.pruning.models import STANDARD, deep_model, logits
+from unit.pruning.models import HYBRID, STANDARD, deep_model, generated, logits, skipping
 
-DEPTH = sorted(name for name, method in all_depth_methods().items() if method.unit == "blocks")
+DEPTH = sorted(name for name, method in all_pruning_methods().items() if method.unit == "blocks")
 
 
 def evidence(model, *, seed=0, sequences=6, length=20, lengths=None):
@@ -21,7 +23,7 @@ def evidence(model, *, seed=0, sequences=6, length=20, lengths=None):
 
 
 def remove(found, name, blocks, **options):
-    return get_depth_method(name).remove(found, blocks, options)
+    return get_pruning_method(name).remove(found, blocks, options)
 
 
 def pruned(model, cut):
@@ -43,6 +45,26 @@ def test_every_method_prunes_every_architecture(architecture):
             assert len(cut.removed) == blocks == len(cut.facts()["removed"])
         out = logits(pruned(model, cut), found.tokens.ids)
         assert bool(out.isfinite().all())
+
+
+@pytest.mark.parametrize("architecture", HYBRID)
+@pytest.mark.parametrize("name", DEPTH)
+def test_hybrid_models_are_pruned_as_if_the_blocks_were_skipped_or_refused(architecture, name, tmp_path):
+    model = deep_model(architecture)
+    found = evidence(model)
+    if name == "laco":
+        with pytest.raises(ModelError, match="block 2 has other shapes"):
+            remove(found, name, 1)
+        return
+    cut = remove(found, name, 1)
+    made = pruned(model, cut)
+    if not cut.weights:
+        expected = skipping(model, found.view.layers, cut.removed, found.tokens.ids)
+        assert torch.equal(logits(made, found.tokens.ids), expected)
+    made.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, found.tokens.ids), logits(made, found.tokens.ids))
+    assert torch.equal(generated(loaded, found.tokens.ids, True), generated(loaded, found.tokens.ids, False))
 
 
 @pytest.mark.parametrize(("name", "measure"), [("uidl", "angular"), ("llm_streamline", "cosine")])
@@ -137,7 +159,9 @@ def test_laco_reports_the_similarity_of_the_model_it_gives():
     model = deep_model("llama", blocks=7)
     found = evidence(model, lengths=torch.tensor([20, 5, 13, 20, 2, 9]))
     for blocks in (1, 2, 4):
-        cut = remove(found, "laco", blocks)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # random blocks: little is left of the model
+            cut = remove(found, "laco", blocks)
         told = cut.facts()
         assert len(cut.removed) == blocks and 0 not in cut.removed and 1 not in cut.removed
         final = []
@@ -153,6 +177,50 @@ def test_laco_reports_the_similarity_of_the_model_it_gives():
         assert told["similarity"] > told["threshold"]
     with pytest.raises(BudgetError, match="laco cannot remove 6"):
         remove(found, "laco", 6)
+
+
+def silent_blocks(silent, blocks=9):
+    """A model some of whose blocks add nothing to the residual stream."""
+    model = deep_model("llama", blocks=blocks)
+    with torch.no_grad():
+        for index in silent:
+            model.model.layers[index].self_attn.o_proj.weight.zero_()
+            model.model.layers[index].mlp.down_proj.weight.zero_()
+    return model
+
+
+def test_laco_searches_the_size_of_a_collapse():
+    # A collapse of two blocks leaves the second, so dropping two silent blocks changes nothing. One collapse of three
+    # blocks, all that the published size of 4 leaves room for, always loses a block that matters.
+    found = evidence(silent_blocks((2, 6)))
+    told = remove(found, "laco", 2).facts()
+    assert told["collapsed"] == [[2, 3], [6, 7]] and told["merge"] == 2
+    assert told["similarity"] == pytest.approx(1.0, abs=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for merge in (2, 3, 4):
+            fixed = remove(found, "laco", 2, merge=merge).facts()
+            assert fixed["merge"] == merge and fixed["similarity"] <= told["similarity"]
+    assert fixed["similarity"] < 0.9 and len(fixed["collapsed"]) == 1
+
+
+def test_laco_warns_where_little_of_the_model_is_left():
+    found = evidence(silent_blocks((2, 6)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert remove(found, "laco", 2).facts()["similarity"] > 0.45
+    found = evidence(deep_model("llama", blocks=9))
+    with pytest.warns(UserWarning, match="leave out merge, remove fewer blocks or use another method") as caught:
+        told = remove(found, "laco", 5, merge=6).facts()
+    assert told["similarity"] < 0.45 and f"only {told['similarity']:.2f}" in str(caught[0].message)
+
+
+def test_laco_never_collapses_a_block_twice():
+    found = evidence(silent_blocks((1, 2, 3, 4, 5, 6, 7)))
+    for blocks in (2, 3, 4):
+        collapsed = remove(found, "laco", blocks, merge=3, interval=1).facts()["collapsed"]
+        members = [index for run in collapsed for index in run]
+        assert len({*members}) == len(members) and sum(len(run) - 1 for run in collapsed) == blocks
 
 
 def test_laco_needs_blocks_of_one_shape():
@@ -208,7 +276,7 @@ def test_what_cannot_be_is_refused_before_any_text_is_run(name, blocks, options)
 
 def test_unknown_methods_and_options_name_the_nearest():
     with pytest.raises(RecipeError, match="did you mean 'replaceme'"):
-        get_depth_method("replace_me")
+        get_pruning_method("replace_me")
     with pytest.raises(RecipeError, match="did you mean 'start'"):
         remove(evidence(deep_model()), "uidl", 1, strat=1)
     with pytest.raises(RecipeError, match="takes none"):
@@ -217,7 +285,7 @@ def test_unknown_methods_and_options_name_the_nearest():
 
 def test_a_share_removes_the_fewest_blocks_that_meet_it():
     found = evidence(deep_model(blocks=6))
-    uidl = get_depth_method("uidl")
+    uidl = get_pruning_method("uidl")
     for keep, blocks in ((0.99, 1), (5 / 6, 1), (0.83, 2), (0.5, 3), (0.49, 4), (1 / 6, 5)):
         assert len(uidl.shrink(found, keep, {}).facts()["removed"]) == blocks
     with pytest.raises(BudgetError, match=r"keep 0\.1667"):
@@ -228,7 +296,7 @@ def test_a_share_removes_the_fewest_blocks_that_meet_it():
     # a linear block takes bytes too: one more ordinary block has to go for it
     size = block_bytes(found.view.layers[0])
     keep = (5 * size + 100) / (6 * size)
-    separate = get_depth_method("replaceme").shrink(found, keep, {"separate": True, "ridge": 0.1})
+    separate = get_pruning_method("replaceme").shrink(found, keep, {"separate": True, "ridge": 0.1})
     assert len(separate.facts()["removed"]) == 2 and separate.facts()["added_bytes"] == 2 * 24 * 24
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from cospadi.errors import BudgetError, ModelError, RecipeError
 from cospadi.model_view import LayerReplay, discover_layers
-from cospadi.pruning import Evidence, Tokens, get_depth_method
+from cospadi.pruning import Evidence, Tokens, get_pruning_method
 from cospadi.pruning.depth.replaceme.branch import find_branch
 from cospadi.pruning.depth.replaceme.normal_equations import Sums
 from cospadi.pruning.depth.surgery import Cut
@@ -24,7 +24,7 @@ def evidence(model, sequences=16, length=24, lengths=None):
 
 
 def remove(found, blocks, **options):
-    return get_depth_method("replaceme").remove(found, blocks, options)
+    return get_pruning_method("replaceme").remove(found, blocks, options)
 
 
 def pruned(model, cut):
@@ -179,7 +179,7 @@ def test_the_run_is_that_of_least_cosine_distance_and_the_first_block_stays():
     with pytest.raises(RecipeError, match="start=0"):
         remove(found, 2, start=0)
     with pytest.raises(BudgetError, match="keeps the first 1"):
-        get_depth_method("replaceme").solve(found, 5)
+        get_pruning_method("replaceme").solve(found, 5)
 
 
 @pytest.mark.parametrize(
@@ -319,6 +319,6 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
     )
     found = evidence(model)
     for method in ("replaceme", "uidl", "sleb", "laco"):
-        get_depth_method(method).remove(found, 2, {})
+        get_pruning_method(method).remove(found, 2, {})
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(layer._forward_hooks for layer in model.modules())

@@ -6,12 +6,13 @@ from transformers import AutoModelForCausalLM
 
 from cospadi.errors import BudgetError, ModelError
 from cospadi.model_view import discover_layers, skeleton
-from cospadi.pruning.depth.surgery import Cut, _cut_config, runs, without_blocks
+from cospadi.pruning.depth.surgery import Cut, runs, without_blocks
 from tiny import tiny_config, token_ids
-from unit.pruning.models import STANDARD, deep_model, generated, logits, skipping
+from unit.pruning.models import HYBRID, STANDARD, deep_model, generated, logits, skipping
 
 IDS = token_ids(2, 20, seed=4)
 CASES = [(name, (0, 3)) for name in STANDARD]
+CASES += [(name, cut) for name in HYBRID for cut in ((0,), (2,), (1, 2), (0, 1, 3))]
 CASES += [(name, cut) for name in ("llama", "gemma3_text") for cut in ((1,), (1, 2), (2, 4))]
 
 
@@ -41,23 +42,29 @@ def test_every_block_knows_its_new_index(architecture):
         assert indices == {place}
 
 
-def test_lists_with_an_entry_per_block_are_cut_too():
-    model = deep_model("gemma3_text")
+@pytest.mark.parametrize("architecture", ["gemma3_text", *HYBRID])
+def test_lists_with_an_entry_per_block_are_cut_too(architecture):
+    model = deep_model(architecture)
     kinds = list(model.config.layer_types)
     pruned = without_blocks(discover_layers(model), (0, 3))
     assert pruned.model.config.layer_types == [kinds[1], kinds[2], kinds[4]]
 
 
-def test_lists_that_name_blocks_are_counted_anew_and_other_lists_are_left_alone():
-    config = tiny_config("llama", num_hidden_layers=5)
-    config.mlp_only_layers = [0, 2, 4]
-    config.eos_token_id = [1, 2, 3, 4, 5]
-    config.block_kinds = ["a", "b", "c", "d", "e"]
-    _cut_config(config, 5, [1, 2, 4], set())
-    assert config.mlp_only_layers == [1, 2]
-    assert config.eos_token_id == [1, 2, 3, 4, 5]
-    assert config.block_kinds == ["b", "c", "e"]
-    assert config.num_hidden_layers == 3
+@pytest.mark.parametrize(
+    ("key", "before", "after"),
+    [
+        ("mlp_only_layers", [0, 2, 4], [1, 2]),  # names blocks
+        ("full_attn_idxs", [0, 1, 2, 3, 4], [0, 1, 2]),  # names all of them
+        ("no_rope_layers", [1, 0, 1, 1, 0], [0, 1, 0]),  # one flag per block
+        ("indexer_types", ["a", "b", "c", "d", "e"], ["b", "c", "e"]),
+        ("eos_token_id", [1, 2, 3, 4, 5], [1, 2, 3, 4, 5]),  # nothing to do with blocks
+        ("mlp_only_layers", [], []),
+    ],
+)
+def test_lists_of_the_configuration_follow_the_cut(key, before, after):
+    model = skeleton(tiny_config("llama", num_hidden_layers=5, **{key: before}))
+    config = without_blocks(discover_layers(model), (0, 3)).model.config
+    assert getattr(config, key) == after and config.num_hidden_layers == 3
 
 
 def test_a_model_on_meta_is_cut_without_any_weight():
@@ -80,6 +87,31 @@ def test_a_configuration_that_cannot_say_what_is_left_is_refused():
     with pytest.raises(ModelError, match=r"attn\.scaling of block 1 would change"):
         without_blocks(discover_layers(model), (1,))
     without_blocks(discover_layers(deep_model("gpt2", scale_attn_by_inverse_layer_idx=True)), (3, 4))
+
+
+@pytest.mark.parametrize("architecture", HYBRID)
+def test_a_hybrid_model_keeps_a_block_with_attention(architecture):
+    # transformers' cache has no length without one, so that generate would fail
+    model = deep_model(architecture)
+    with pytest.raises(ModelError, match="generation with a cache fails"):
+        without_blocks(discover_layers(model), (2, 4))
+
+
+@pytest.mark.parametrize("chance", [1, 4])
+def test_an_attribute_that_equals_the_index_by_chance_is_left_alone(chance):
+    model = deep_model("lfm2")
+    layers = discover_layers(model).layers
+    layers[chance].get_submodule("conv" if chance == 1 else "self_attn").stride = chance
+    pruned = without_blocks(discover_layers(model), (0,))
+    (kept,) = [module for module in pruned.model.modules() if "stride" in vars(module) and type(module.stride) is int]
+    assert kept.stride == chance
+
+
+def test_a_configuration_that_reads_back_otherwise_is_refused():
+    # Gemma 4 makes the last block one of full attention when its configuration is read, whatever is stored there
+    model = deep_model("gemma4_text")
+    with pytest.raises(ModelError, match="transformers turns layer_types"):
+        without_blocks(discover_layers(model), (2, 4))
 
 
 @pytest.mark.parametrize("removed", [(5,), (-1,), (0, 1, 2, 3, 4)])

@@ -32,7 +32,7 @@ def printed(told):
 
 def test_a_correction_is_told_with_its_place_and_error():
     assert run_rows(report()) == [["2-3", "model.layers.1.mlp.down_proj", "0.0000", "25.00%"]]
-    assert "became model.layers.1.mlp.down_proj, error 25.00%" in printed(report())
+    assert "replaced by model.layers.1.mlp.down_proj, error 25.00%" in printed(report())
     separate = run_rows(report(into=None))
     assert separate[0][1] == "a linear block"
 
@@ -40,7 +40,7 @@ def test_a_correction_is_told_with_its_place_and_error():
 def test_a_cut_without_a_correction_claims_none():
     told = report(corrected=False, error=1.0)
     assert run_rows(told)[0][1:] == ["nothing", "0.0000", "–"]
-    assert "went without a correction" in printed(told) and "became" not in printed(told)
+    assert "removed without correction" in printed(told) and "replaced by" not in printed(told)
     told["prune"] |= {"transforms": [], "trials": []}  # a method that corrects nothing says nothing of it
     assert run_rows(told)[0][1] == "nothing" and "correction" not in printed(told)
     assert "Runs that were tried" not in depth_page(told)

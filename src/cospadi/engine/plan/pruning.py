@@ -13,7 +13,7 @@ from cospadi.engine.plan.selection import chosen_modules, narrowed, restricted
 from cospadi.errors import BudgetError, RecipeError
 from cospadi.model_view import ModelView, discover, discover_layers, model_name, open_config, skeleton
 from cospadi.progress import Progress
-from cospadi.pruning import Edit, Evidence, Tokens, block_bytes, get_depth_method, without_blocks
+from cospadi.pruning import Edit, Evidence, Tokens, block_bytes, get_pruning_method, without_blocks
 from cospadi.pruning.base import fewest_blocks
 from cospadi.recipe import Prune, Recipe
 from cospadi.runtime.devices import widened
@@ -27,7 +27,7 @@ def decide(section: Prune, evidence: Evidence) -> Edit:
         RecipeError: if the method or one of its options does not exist.
     """
     check_section(section)
-    method = get_depth_method(section.method)
+    method = get_pruning_method(section.method)
     if section.blocks is not None:
         return method.remove(evidence, section.blocks, section.options)
     assert section.keep_blocks is not None
@@ -41,7 +41,7 @@ def check_section(section: Prune) -> None:
         BudgetError: if it does not.
         RecipeError: if there is no such method or option.
     """
-    get_depth_method(section.method).check(section.options)
+    get_pruning_method(section.method).check(section.options)
     section.require_size()
 
 
@@ -118,7 +118,7 @@ def estimate_prune(source: str | Path, recipe: Recipe) -> dict[str, Any]:
     """
     section = recipe.prune or Prune()
     check_section(section)
-    method = get_depth_method(section.method)
+    method = get_pruning_method(section.method)
     config = open_config(source)
     model = skeleton(config)
     sizes = [block_bytes(layer) for layer in discover_layers(model).layers]
@@ -162,7 +162,7 @@ def prune_skeleton(view: ModelView, recipe: Recipe) -> tuple[ModelView, Recipe, 
     """
     assert recipe.prune is not None
     check_section(recipe.prune)
-    if get_depth_method(recipe.prune.method).unit != "blocks":
+    if get_pruning_method(recipe.prune.method).unit != "blocks":
         raise BudgetError(f"method {recipe.prune.method!r} cannot be planned from the configuration alone")
     before = chosen_bytes(view, recipe)
     gone = _count(recipe.prune, [block_bytes(layer) for layer in view.layers])

@@ -1,4 +1,4 @@
-"""Speed of compressed layers and whole models on this machine, beside dense ones and rivals of the same bytes."""
+"""Speed of compressed layers and models on this machine, compared with dense ones and with rivals of equal size."""
 
 from cospadi.evaluation.speed.run import Settings, benchmark
 from cospadi.evaluation.speed.shapes import SHAPES

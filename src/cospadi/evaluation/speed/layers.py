@@ -1,4 +1,4 @@
-"""Single groups of linear layers: ours, dense, two dense factors and an unstructured bitmask of the same bytes."""
+"""Timing of single groups of layers: ours, dense, two dense factors, and an unstructured bitmask of equal size."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from cospadi.model_view import LinearGroup
 from cospadi.runtime.memory import guard_memory
 
 DTYPE = torch.bfloat16
-FEW_TOKENS = 64  # beyond, weights are read once for so many tokens that caches no longer matter
+FEW_TOKENS = 64  # beyond, weights are read once for so many tokens that caching them no longer matters
 CHECKED_TOKENS = 16
-WORST_ERROR = 2e-2  # bfloat16 rounding gives a tenth of it
+WORST_ERROR = 2e-2  # ten times the error of bfloat16 rounding
 
 
 @dataclass(frozen=True)
-class PackedGroup:
+class StoredGroup:
     """One copy of a group's stored tensors."""
 
     spec: GroupSpec
@@ -39,7 +39,7 @@ class PackedGroup:
         return factored_linear(x, self.dictionary, self.spec.dictionary, self.codes, self.spec.codes)
 
     def coordinates(self, x: Tensor) -> Tensor:
-        """X D alone, as it is handed to :meth:`combine`."""
+        """The product x D alone, in the form that :meth:`combine` takes."""
         assert self.dictionary is not None and self.spec.dictionary is not None
         return _product(x, self.dictionary, self.spec.dictionary, self.spec.codes)
 
@@ -47,10 +47,10 @@ class PackedGroup:
         """The product of coordinates with S alone."""
         return _product(hidden, self.codes, self.spec.codes, None)
 
-    def clone(self) -> PackedGroup:
-        """The same elsewhere in memory."""
+    def clone(self) -> StoredGroup:
+        """A copy elsewhere in memory."""
         dictionary = None if self.dictionary is None else _clone(self.dictionary)
-        return PackedGroup(self.spec, dictionary, _clone(self.codes))
+        return StoredGroup(self.spec, dictionary, _clone(self.codes))
 
 
 def _clone(packed: Packed) -> Packed:
@@ -58,7 +58,7 @@ def _clone(packed: Packed) -> Packed:
 
 
 def _product(x: Tensor, packed: Packed, spec: MatrixSpec, reader: MatrixSpec | None) -> Tensor:
-    """One of the two products of the operation as it makes them itself on this device."""
+    """One of the two products, as the operation computes it on this device."""
     if x.device.type == "cuda":
         from cospadi.kernels.cuda import packed_linear
 
@@ -66,25 +66,25 @@ def _product(x: Tensor, packed: Packed, spec: MatrixSpec, reader: MatrixSpec | N
     return factored_linear(x, None, None, packed, spec)
 
 
-def random_group(spec: GroupSpec, device: torch.device, seed: int) -> PackedGroup:
-    """Random factors of a spec."""
+def random_group(spec: GroupSpec, device: torch.device, seed: int) -> StoredGroup:
+    """Random factors for a spec."""
     dictionary = None
     if spec.dictionary is not None:
         dictionary = random_packed(spec.dictionary, DTYPE, device, seed)
-    return PackedGroup(spec, dictionary, random_packed(spec.codes, DTYPE, device, seed + 1))
+    return StoredGroup(spec, dictionary, random_packed(spec.codes, DTYPE, device, seed + 1))
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What all measurements of single layers share."""
+    """Settings shared by all measurements of single layers."""
 
     device: torch.device
     rounds: int
     seed: int
-    copied: float  # bytes a second of a large copy
+    copied: float  # bytes per second of a large copy
 
-    def copies(self, spec: GroupSpec) -> list[PackedGroup]:
-        """Enough copies of one random layer to empty the cache."""
+    def copies(self, spec: GroupSpec) -> list[StoredGroup]:
+        """Enough copies of one random layer to exceed the cache."""
         first = random_group(spec, self.device, self.seed)
         return [first, *(first.clone() for _ in range(copies(spec.bytes, self.device) - 1))]
 
@@ -97,18 +97,18 @@ class Bench:
 def measure_layers(
     subjects: Sequence[Subject], bench: Bench, ways: dict[str, list[Variant]], tokens: Sequence[int]
 ) -> Iterator[list[dict[str, Any]]]:
-    """Rows for every different shape of every subject, a shape and share of bytes at a time.
+    """Rows for every distinct shape of every subject, one shape and share of bytes at a time.
 
-    Of a checkpoint that mixes representations, the first group of a shape stands for the others.
+    In a checkpoint that mixes representations, the first group of a shape represents the others.
 
     Args:
-        subjects: models; equal shapes of several are measured once.
+        subjects: models; shapes that several have in common are measured once.
         bench: device, rounds, seed.
         ways: how each subject's layers are stored, by the subject's name.
-        tokens: rows of x.
+        tokens: numbers of rows of x.
 
     Yields:
-        rows as `benchmark` describes them.
+        Rows as `benchmark` describes them.
     """
     todo: dict[tuple[int, int], tuple[LinearGroup, dict[GroupSpec, Variant], list[str]]] = {}
     for subject in subjects:
@@ -146,9 +146,9 @@ def _share(
 
 
 def _calls(
-    x: Tensor, weights: list[Tensor], rivals: dict[str, list[PackedGroup]], ours: dict[GroupSpec, list[PackedGroup]]
+    x: Tensor, weights: list[Tensor], rivals: dict[str, list[StoredGroup]], ours: dict[GroupSpec, list[StoredGroup]]
 ) -> dict[str, list[Call]]:
-    """What is timed together for one x: every way on all copies, or on two where caches no longer matter."""
+    """The calls that are timed together for one x: each variant on all copies, or on two if caching does not matter."""
     most = None if len(x) <= FEW_TOKENS else 2
     calls: dict[str, list[Call]] = {"dense": [partial(linear, x, weight) for weight in weights[:most]]}
     for name, stored in rivals.items():
@@ -184,11 +184,11 @@ def _row(
     return row
 
 
-def relative_error(stored: PackedGroup, x: Tensor) -> float:
-    """Error of the operation against float64, over the first rows of x.
+def relative_error(stored: StoredGroup, x: Tensor) -> float:
+    """Relative error of the operation against float64 for the first rows of x.
 
     Raises:
-        NumericalError: if it is more than rounding explains: such a kernel's speed means nothing.
+        NumericalError: if the error is larger than rounding explains; the speed of such a kernel is meaningless.
     """
     exact = reference(x[:CHECKED_TOKENS], stored.dictionary, stored.spec.dictionary, stored.codes, stored.spec.codes)
     error = float((stored(x)[:CHECKED_TOKENS].double() - exact).norm() / exact.norm())

@@ -1,4 +1,4 @@
-"""How long a saved checkpoint takes to load and what it takes on the device, compressed beside dense."""
+"""Loading time and device memory of a saved checkpoint, compressed and dense."""
 
 from __future__ import annotations
 
@@ -33,23 +33,24 @@ def measure_loading(
 ) -> dict[str, Any]:
     """Write a dense and a compressed checkpoint of random weights, load them in turn, and remove them.
 
-    The files were just written, so they come from the page cache where the memory suffices: what is measured is the
-    work of loading, not the disk.
+    The files were just written, so they are read from the page cache if memory suffices: this measures the work of
+    loading, not the disk.
 
     Args:
-        subject: what model.
+        subject: the model.
         variant: how its groups are stored.
         device: where to load to.
         seed: of the weights.
-        out: a directory with room for both, made where there is none.
-        say: is told what is under way.
+        out: a directory with room for both; created if it does not exist.
+        say: called with a description of each step.
 
     Returns:
-        ``file_bytes``, ``device_bytes``, median ``seconds`` of plain ``from_pretrained`` and ``checked_seconds`` of
-        `cospadi.load`, which compares checksums too; the same with ``dense_`` in front; ``of_dense`` of the seconds.
+        ``file_bytes``, ``device_bytes``, median ``seconds`` of plain ``from_pretrained``, and ``checked_seconds`` of
+        `cospadi.load`, which also compares checksums; the same for the dense model, prefixed ``dense_``; and
+        ``of_dense``, the ratio of the seconds.
 
     Raises:
-        OutputError: if there is no room.
+        OutputError: if there is not enough room.
     """
     row: dict[str, Any] = {"shape": subject.name, "keep": variant.keep, "bits": variant.bits, "variant": variant.label}
     out.mkdir(parents=True, exist_ok=True)
@@ -70,9 +71,9 @@ def measure_loading(
         for turn in range(TURNS):
             say(f"loading, {turn + 1} of {TURNS}")
             for prefix, folder in folders.items():
-                taken, row[f"{prefix}device_bytes"] = _load(folder, device, False)
+                taken, row[f"{prefix}device_bytes"] = timed_load(folder, device, False)
                 seconds[f"{prefix}seconds"].append(taken)
-            seconds["checked_seconds"].append(_load(folders[""], device, True)[0])
+            seconds["checked_seconds"].append(timed_load(folders[""], device, True)[0])
     row |= {name: median(times) for name, times in seconds.items()}
     return row | {"of_dense": row["seconds"] / row["dense_seconds"]}
 
@@ -81,13 +82,13 @@ def _require_room(out: Path, size: int) -> None:
     free = shutil.disk_usage(out).free
     if free < 1.05 * size:
         raise OutputError(
-            f"{out}: {free / 1e9:.1f} GB are free, a checkpoint of {size / 1e9:.1f} GB is to be written: free some "
-            "space or ask for fewer layers (--layers)"
+            f"{out}: {free / 1e9:.1f} GB are free, but the checkpoint takes {size / 1e9:.1f} GB: free some space or "
+            "ask for fewer layers (--layers)"
         )
 
 
-def _load(folder: Path, device: torch.device, checked: bool) -> tuple[float, int | None]:
-    """Seconds of loading, and bytes on the device."""
+def timed_load(folder: Path, device: torch.device, checked: bool) -> tuple[float, int | None]:
+    """Load once; returns the seconds it took and the bytes on the device."""
     gc.collect()
     before = allocated(device)
     begin = time.perf_counter()

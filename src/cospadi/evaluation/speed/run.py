@@ -1,4 +1,4 @@
-"""A whole benchmark: layers, whole models, loading; one dictionary of plain numbers."""
+"""A complete benchmark of layers, whole models and loading; the result is one dictionary of plain numbers."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ class Settings:
     """What to measure.
 
     Attributes:
-        model: a model directory or hub id whose configuration is taken; None: `shapes`.
-        shapes: names of :data:`~cospadi.evaluation.speed.shapes.SHAPES`; the first is measured as a whole model too.
-            Empty: all that suit the device.
-        ways: pairs of a share of the bytes to keep and the bits of dictionary and values; ignored for a compressed
+        model: a model directory or hub id whose configuration is used; None: `shapes`.
+        shapes: names of :data:`~cospadi.evaluation.speed.shapes.SHAPES`; the first is also measured as a whole model.
+            Empty: a default for the device.
+        ways: pairs of the share of bytes to keep and the bits of dictionary and values; ignored for a compressed
             checkpoint.
-        tokens: rows of x. Empty: what suits the device.
+        tokens: numbers of rows of x. Empty: a default for the device.
         layers: decoder layers of the whole model; None for all.
-        prompt: tokens of a prefill. None: what suits the device.
+        prompt: tokens of a prefill. None: a default for the device.
         products: measure single groups of layers.
         whole: measure the whole model.
-        load: write and load checkpoints as well.
-        quick: fewer shapes, tokens and rounds by default.
-        jobs: processes that compile kernels before anything is timed; 0: as many as are worth it.
+        load: also write and load checkpoints.
+        quick: use fewer shapes, tokens and rounds by default.
+        jobs: processes that compile kernels before anything is timed; 0: one per core, at most 14.
         compile: run whole models, dense and compressed, through ``torch.compile``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         seed: of weights and inputs.
@@ -81,7 +81,7 @@ class Settings:
     seed: int = 0
 
     def filled(self, device: torch.device) -> Settings:
-        """With defaults that suit the device in place of what is empty."""
+        """A copy in which empty fields have the defaults for the device."""
         gpu = device.type == "cuda"
         shapes = ("llama-3-8b", "llama-3.2-1b", "qwen3-8b") if gpu else ("smollm2-135m",)
         tokens = (1, 4, 16, 2048) if gpu else (1, 16, 256)
@@ -103,28 +103,28 @@ def benchmark(
 ) -> Results:
     """Measure the speed of compressed layers and models on this machine.
 
-    Everything runs on random weights. Dense layers are bfloat16 products of PyTorch; ``low_rank`` is two of them and
-    ``bitmask`` an unstructured mask over an identity dictionary, both within the bytes of our factors.
+    All weights are random. Dense layers are bfloat16 products of PyTorch; ``low_rank`` is two of them, and ``bitmask``
+    an unstructured mask over an identity dictionary, both within the bytes of our factors.
 
     Args:
         settings: what to measure.
         out: a directory for the checkpoints of `settings.load`.
-        command: as it was typed.
-        progress: is called with phase, steps done, steps in all and a detail.
-        partial: is given the results so far after every step.
+        command: the command line, for the record.
+        progress: called with the phase, the steps done, the number of steps and a detail.
+        partial: called with the results so far after every step.
 
     Returns:
         ``device``, ``cpu``, ``versions``, ``command``, ``seed``, ``settings``, ``copy_bytes_per_second``; ``layers``:
-        a row a shape, keep, bits and number of tokens, with ``us``, ``dense_us``, ``low_rank_us``, ``bitmask_us``
+        one row per shape, keep, bits and number of tokens, with ``us``, ``dense_us``, ``low_rank_us``, ``bitmask_us``
         (microseconds), ``…of_dense`` (median ratios of times), ``bytes_per_second``, ``of_copy`` and ``error``;
-        ``models``: a row a variant; ``loading``: a row a variant; ``kernels``: which kernel was chosen for which
+        ``models``: one row per variant; ``loading``: one row per variant; ``kernels``: the kernel chosen for each
         product.
 
     Raises:
-        RecipeError: on an unknown shape or device.
-        ModelError: if the model's configuration cannot be used.
+        RecipeError: if a shape or device is unknown.
+        ModelError: if the configuration of the model cannot be used.
         BudgetError: if a keep is too small for a layer.
-        NumericalError: if a kernel is wrong.
+        NumericalError: if a kernel computes wrong results.
         ResourceError: if memory does not suffice.
     """
     device = resolve_device(settings.device)
@@ -140,7 +140,7 @@ def benchmark(
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if device.type == "cuda":
             report("compile", 0, 1, "")
-            _compile_ahead(settings, subjects, ways)
+            compile_kernels(settings, subjects, ways)
         report("copy", 0, 1, "")
         bench = Bench(device, rounds, settings.seed, copy_bandwidth(device, rounds))
         results = _header(settings, device, command) | {"copy_bytes_per_second": bench.copied}
@@ -162,7 +162,7 @@ def benchmark(
             report("model", steps, steps, "")
         if settings.load:
             if out is None:
-                raise ResourceError("loading needs a directory to write checkpoints to: name one with --out DIR")
+                raise ResourceError("measuring loading needs a directory for checkpoints: name one with --out DIR")
             for way in ways[first.name][:1]:
                 say = lambda label: report("load", 0, 1, label)  # noqa: E731
                 results["loading"].append(measure_loading(first, way, device, settings.seed, out, say))
@@ -170,8 +170,8 @@ def benchmark(
     return _with_kernels(results, device)
 
 
-def _compile_ahead(settings: Settings, subjects: Sequence[Subject], ways: dict[str, list[Variant]]) -> None:
-    """Compile what will be timed, in parallel."""
+def compile_kernels(settings: Settings, subjects: Sequence[Subject], ways: dict[str, list[Variant]]) -> None:
+    """Compile the kernels of everything that will be timed, in parallel processes."""
     from cospadi.kernels.precompile import compile_ahead
 
     groups: dict[GroupSpec, set[int]] = {}
@@ -220,9 +220,9 @@ def _header(settings: Settings, device: torch.device, command: str) -> Results:
 
 
 def _with_kernels(results: Results, device: torch.device) -> Results:
-    """The results with the kernels that were chosen so far."""
+    """The results with the kernels chosen so far."""
     if device.type != "cuda":
         return results
-    from cospadi.kernels import autotune as tuning
+    from cospadi.kernels import autotune
 
-    return results | {"kernels": {str(key): name for key, name in tuning.choices().items()}}
+    return results | {"kernels": {str(key): name for key, name in autotune.choices().items()}}

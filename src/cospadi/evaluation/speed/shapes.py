@@ -1,7 +1,7 @@
-"""What is measured: the configurations of a few well-known models, and how their layers are stored.
+"""What is measured: the configurations of some well-known models, and how their layers are stored.
 
-Nothing is downloaded: a configuration is enough, since speed does not depend on what the weights are, only on that they
-are no zeros.
+Nothing is downloaded. A configuration is enough, because speed does not depend on the weights as long as they are not
+all zero.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cospadi.model_view import LinearGroup, ModelView, discover, discover_layers
 from cospadi.pruning.depth.surgery import without_blocks
 
 METHOD = "pursuit"
-"""The method whose plan says how factors of a size are stored: the default of `cospadi compress`."""
+"""The method that decides how factors within a budget are stored: the default of `cospadi compress`."""
 
 _LLAMA_3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -63,7 +63,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Subject:
-    """A model's configuration, and its own groups where it is a compressed checkpoint.
+    """A model's configuration, and the groups of a compressed checkpoint.
 
     Attributes:
         name: of the shape, or of the directory.
@@ -77,16 +77,16 @@ class Subject:
 
     @cached_property
     def groups(self) -> tuple[LinearGroup, ...]:
-        """The linear groups of the dense model; where a checkpoint stores parts of one apart, these parts."""
+        """The linear groups of the dense model, split where a checkpoint stores parts of a group separately."""
         return tuple(part for g in discover(skeleton(self.config)).groups for part in _as_stored(g, self.stored))
 
     def build(self) -> PreTrainedModel:
-        """The dense model on ``meta``."""
+        """The dense model on the ``meta`` device."""
         return skeleton(deepcopy(self.config))
 
 
 def _as_stored(group: LinearGroup, stored: Sequence[GroupSpec]) -> list[LinearGroup]:
-    """The parts of a group that a checkpoint stores apart, and what it leaves alone or shares with other groups."""
+    """The parts of a group that a checkpoint stores separately, and the rest, which it left dense or shares."""
     widths = dict(zip(group.modules, group.d_out, strict=True))
     parts = [spec.modules for spec in stored if set(spec.modules) <= widths.keys()]
     apart = {name for modules in parts for name in modules}
@@ -103,8 +103,8 @@ class Variant:
     """One way to store the layers of a model.
 
     Attributes:
-        label: for people.
-        keep: share of the bytes asked for; of a checkpoint, the share it has.
+        label: for display.
+        keep: share of bytes that was requested; for a checkpoint, its actual share.
         bits: of the dictionary and of the values; None for a checkpoint, which may mix them.
         specs: how each group is stored, by the names of its modules.
     """
@@ -115,19 +115,19 @@ class Variant:
     specs: dict[tuple[str, ...], GroupSpec]
 
     def of(self, group: LinearGroup) -> GroupSpec | None:
-        """How a group is stored; None where it is left alone."""
+        """How a group is stored; None if it stays dense."""
         return self.specs.get(group.modules)
 
 
 def named_shape(name: str, layers: int | None = None) -> Subject:
-    """A subject of the table.
+    """A subject from the table of shapes.
 
     Args:
         name: a key of :data:`SHAPES`.
-        layers: keep so many decoder layers; None for all.
+        layers: number of decoder layers to keep; None for all.
 
     Raises:
-        RecipeError: if the table has no such name.
+        RecipeError: if the name is not in the table.
         ModelError: if the model has fewer layers.
     """
     if name not in SHAPES:
@@ -144,7 +144,7 @@ def of_model(source: str | Path, layers: int | None = None) -> Subject:
 
     Raises:
         ModelError: if it cannot be read, is quantised by another package, or has fewer layers.
-        CheckpointError: if a compressed checkpoint describes itself wrongly.
+        CheckpointError: if the description of a compressed checkpoint is invalid.
     """
     config = open_config(source)
     name = Path(model_name(source)).name
@@ -154,7 +154,7 @@ def of_model(source: str | Path, layers: int | None = None) -> Subject:
     if quantisation is not None and (found is None or found.spec_type is not GroupSpec):
         raise ModelError(
             f"{source}: its layers are stored by {method or 'another package'!r}, whose speed this command does not "
-            "measure; name a dense model or one that `cospadi compress` wrote"
+            "measure; name a dense model or a checkpoint written by `cospadi compress`"
         )
     stored = () if found is None else found.parse(quantisation, f"{source}: config.json")
     if quantisation is not None:
@@ -177,7 +177,7 @@ def _prepared(config: PreTrainedConfig, name: str, layers: int | None) -> PreTra
 
 
 def variants(subject: Subject, ways: Sequence[tuple[float, int]]) -> list[Variant]:
-    """How the layers of a subject are stored: by each pair of keep and bits, or as the checkpoint says.
+    """How the layers of a subject are stored: for each pair of keep and bits, or as in the checkpoint.
 
     Raises:
         BudgetError: if a keep is too small for these layers.
@@ -198,7 +198,7 @@ def variants(subject: Subject, ways: Sequence[tuple[float, int]]) -> list[Varian
 
 
 def planned(group: LinearGroup, keep: float, bits: int) -> GroupSpec:
-    """The spec that `pursuit` makes of a group's share of bytes, both factors of `bits` bits.
+    """The spec that `pursuit` plans within a group's share of bytes, with `bits` bits for both factors.
 
     Raises:
         BudgetError: if the share is too small.
@@ -222,10 +222,10 @@ def low_rank(group: LinearGroup, budget: int) -> GroupSpec:
 
 
 def bitmask(group: LinearGroup, budget: int) -> GroupSpec | None:
-    """The weights themselves, pruned without a pattern: 16-bit values and one mask bit a weight in `budget` bytes.
+    """Unstructured pruning: 16-bit values and one mask bit per weight within `budget` bytes.
 
-    What MACKO (arXiv 2511.13061) multiplies, with a bitmask in place of its 4-bit gaps. None where the mask alone takes
-    more than the budget.
+    This is what MACKO (arXiv 2511.13061) multiplies, with a bitmask in place of its 4-bit gaps. None if the mask alone
+    exceeds the budget.
     """
     rows = sum(group.d_out)
     mask = MatrixSpec(rows, group.d_in, "free", 1).tensors()["mask"][0][1] * 4
@@ -236,15 +236,15 @@ def bitmask(group: LinearGroup, budget: int) -> GroupSpec | None:
 
 
 def shape_of(group: LinearGroup) -> tuple[int, int]:
-    """Inputs and all outputs: groups that agree in both are measured once."""
+    """Inputs and total outputs; groups that agree in both are measured once."""
     return group.d_in, sum(group.d_out)
 
 
 def first_of_shape(subject: Subject) -> dict[tuple[int, int], LinearGroup]:
-    """The first group of every shape, last shapes first."""
+    """The first group of every shape, in reverse order of the shapes."""
     return {shape_of(group): group for group in reversed(subject.groups)}
 
 
 def anonymous(spec: GroupSpec) -> GroupSpec:
-    """The spec without the names of its modules, so that equal groups of different layers compare equal."""
+    """The spec without module names, so that groups of different layers stored alike compare equal."""
     return replace(spec, modules=tuple("" for _ in spec.modules))

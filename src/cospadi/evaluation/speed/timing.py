@@ -1,7 +1,7 @@
-"""Timing: variants in turn, A B C A B C, so that whatever changes on the machine meanwhile meets all of them alike.
+"""Interleaved timing: variants run round-robin, so clock changes and other load affect all of them equally.
 
-On a GPU a variant is a CUDA graph of several calls, replayed between two events: launches cost next to nothing then,
-and nothing waits for the host. On a CPU it is a few of the calls, others in every round, and a clock.
+On a GPU a variant is a CUDA graph of several calls, replayed between two events: launches then cost almost nothing, and
+nothing waits for the host. On a CPU a variant is a few of the calls, different ones in each round, timed by a clock.
 """
 
 from __future__ import annotations
@@ -17,43 +17,43 @@ from statistics import median
 import torch
 
 Call = Callable[[], object]
-WARM_UP = 2  # rounds that do not count
-CACHES_OVER = {"cuda": 6, "cpu": 2}  # weights gone round, as a multiple of the largest cache
+WARM_UP = 2  # rounds that are not counted
+CACHES_OVER = {"cuda": 6, "cpu": 2}  # bytes of weights cycled through, as a multiple of the largest cache
 MOST_COPIES = 48
-CPU_CALLS = 2  # a round: enough, where a call takes long
-_CPU_CACHE = 32 << 20  # where the system does not say
+CPU_CALLS = 2  # per round: enough, because a call takes long
+_CPU_CACHE = 32 << 20  # if the system does not tell
 _COPIED = {"cuda": 1 << 31, "cpu": 1 << 27}  # bytes, far beyond any cache
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds a call, one number a round; rounds of variants that were timed together belong together."""
+    """Seconds per call, one number per round; the rounds of variants timed together correspond to each other."""
 
     seconds: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """Seconds a call."""
+        """Median of the seconds per call."""
         return median(self.seconds)
 
     def over(self, other: Timed) -> float:
-        """Median over rounds of this variant's time as a multiple of the other's in the same round."""
+        """Median over the rounds of the ratio of this variant's time to the other's."""
         return median(mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True))
 
 
 def alternate(
     variants: Mapping[str, Sequence[Call]], device: torch.device, rounds: int, graphs: bool = True
 ) -> dict[str, Timed]:
-    """Time variants in turn.
+    """Time variants round-robin.
 
     Args:
-        variants: of each, the calls that are timed together, as a rule the same on other copies of the weights.
+        variants: the calls of each variant that are timed together, usually the same one on copies of the weights.
         device: where they run.
-        rounds: that count.
+        rounds: number of counted rounds.
         graphs: on a GPU, capture the calls in a CUDA graph; otherwise they are launched one by one.
 
     Returns:
-        seconds a call, by the names of the variants.
+        Seconds per call, by the names of the variants.
     """
     per_round = {name: len(calls) if device.type == "cuda" else CPU_CALLS for name, calls in variants.items()}
     if device.type == "cuda" and graphs:
@@ -65,7 +65,7 @@ def alternate(
 
 
 def _in_turn(calls: Sequence[Call], count: int) -> Call:
-    """So many of the calls, going on each time where the last time ended."""
+    """A function that runs `count` of the calls, continuing where it last stopped."""
     turn = cycle(calls)
 
     def run() -> None:
@@ -76,7 +76,7 @@ def _in_turn(calls: Sequence[Call], count: int) -> Call:
 
 
 def _graph(calls: Sequence[Call]) -> Call:
-    """The calls as one CUDA graph. They run once before: kernels are compiled and chosen then."""
+    """The calls as one CUDA graph. They run once before the capture, so that kernels are compiled and chosen."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -101,7 +101,7 @@ def _cuda_seconds(ready: Mapping[str, Call], rounds: int) -> dict[str, list[floa
             stop.record()
             if turn >= WARM_UP:
                 marks[name].append((start, stop))
-    torch.cuda.synchronize()  # once, so that the device never waits for the host between variants
+    torch.cuda.synchronize()  # only once, so that the device never waits for the host between variants
     return {name: [start.elapsed_time(stop) * 1e-3 for start, stop in pairs] for name, pairs in marks.items()}
 
 
@@ -110,7 +110,7 @@ def _cpu_seconds(ready: Mapping[str, Call], rounds: int) -> dict[str, list[float
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for turn in range(1 + rounds):  # the first only warms up
+        for turn in range(1 + rounds):  # the first one is a warm-up
             for name, run in ready.items():
                 start = time.perf_counter()
                 run()
@@ -123,7 +123,7 @@ def _cpu_seconds(ready: Mapping[str, Call], rounds: int) -> dict[str, list[float
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Bytes of the largest cache that keeps weights from one call to the next."""
+    """Bytes of the largest cache that could keep weights from one call to the next."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     names = os.sysconf_names
@@ -132,14 +132,14 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def copies(size: int, device: torch.device) -> int:
-    """How many copies of `size` bytes of weights go round, so that none stays in the cache until its turn comes."""
+    """How many copies of `size` bytes of weights to cycle through, so that none is still cached when its turn comes."""
     return max(2, min(MOST_COPIES, -(-CACHES_OVER[device.type] * cache_bytes(device) // size)))
 
 
 def copy_bandwidth(device: torch.device, rounds: int) -> float:
-    """Bytes read and written a second by a large copy on the device: the ceiling that bandwidths are compared with."""
+    """Bytes read and written per second by a large copy on the device: the ceiling for bandwidths."""
     source = torch.randn(_COPIED[device.type] // 4, device=device)
     target = torch.empty_like(source)
-    # outside a graph: copies within one have been seen to run slower
+    # not in a graph: copies within one were observed to run slower
     timed = alternate({"copy": [lambda: target.copy_(source)]}, device, rounds, graphs=False)
     return 2 * source.numel() * 4 / timed["copy"].median

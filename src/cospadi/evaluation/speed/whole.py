@@ -1,4 +1,4 @@
-"""Whole models with random weights: a decode step, the prefill of a prompt, the memory they take."""
+"""Timing of whole models with random weights: a decode step, the prefill of a prompt, and memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache
 
 from cospadi.checkpoint import format_for
-from cospadi.evaluation.speed.layers import Bench, PackedGroup, random_group
+from cospadi.evaluation.speed.layers import Bench, StoredGroup, random_group
 from cospadi.evaluation.speed.shapes import Subject, Variant, anonymous
 from cospadi.evaluation.speed.timing import Call, Timed, alternate
 from cospadi.format import GroupSpec
@@ -20,26 +20,26 @@ from cospadi.runtime.memory import guard_memory
 
 CACHE_TOKENS = 1024
 SEEN_TOKENS = 512
-"""Positions that a decode step attends to; the rest of the cache takes the steps that are timed."""
+"""Positions that a decode step attends to; the rest of the cache is for the steps that are timed."""
 WARM_STEPS = 3
-"""Calls after which nothing is compiled anew: the first step also fills in the cache's tensors."""
+"""Calls after which nothing is recompiled: the first step also creates the tensors of the cache."""
 _REMEDY = "name a smaller shape or fewer layers (--layers)"
 
 
 @torch.no_grad()
 def random_model(subject: Subject, variant: Variant | None, device: torch.device, seed: int) -> PreTrainedModel:
-    """A model with random weights, made where it will run and in the form it will have.
+    """A model with random weights, created on the device and in the form in which it will run.
 
-    Compressed layers are never dense on the way. Groups stored alike hold the same numbers, each in memory of its own.
+    Compressed layers are never dense in between. Groups with the same spec hold the same numbers, in separate memory.
 
     Args:
-        subject: what model.
+        subject: the model.
         variant: how its groups are stored; None for the dense model.
-        device: where.
+        device: of the weights.
         seed: of all weights.
 
     Returns:
-        the model in evaluation mode, nothing to be trained.
+        The model in evaluation mode, without trainable parameters.
     """
     model = subject.build()
     specs = [] if variant is None else list(variant.specs.values())
@@ -57,8 +57,8 @@ def random_model(subject: Subject, variant: Variant | None, device: torch.device
     initialise: Callable[[nn.Module], None] = model._init_weights
     for module in model.modules():
         if next(module.buffers(recurse=False), None) is not None:
-            initialise(module)  # what is computed and not stored, such as rotary frequencies
-    made: dict[GroupSpec, PackedGroup] = {}
+            initialise(module)  # buffers that are computed, not stored, such as rotary frequencies
+    made: dict[GroupSpec, StoredGroup] = {}
     for spec in specs:
         stored = made.setdefault(anonymous(spec), random_group(anonymous(spec), device, seed))
         tensors = {f"codes.{role}": tensor for role, tensor in stored.codes.items()}
@@ -69,12 +69,12 @@ def random_model(subject: Subject, variant: Variant | None, device: torch.device
 
 
 def parameter_bytes(model: nn.Module) -> int:
-    """Bytes of all weights, shared ones once."""
+    """Bytes of all weights; shared ones count once."""
     return sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
 
 
 def allocated(device: torch.device) -> int | None:
-    """Bytes of tensors on a GPU; None on a CPU, which does not count them."""
+    """Bytes of tensors allocated on a GPU; None on a CPU, where PyTorch does not count them."""
     if device.type != "cuda":
         return None
     gc.collect()
@@ -84,14 +84,14 @@ def allocated(device: torch.device) -> int | None:
 
 
 class Decoder:
-    """One step of decoding after another, on a cache of fixed size, always for the same next token.
+    """Repeated decode steps on a cache of fixed size, always with the same next token.
 
-    The mask is made once, so that nothing in a step depends on values and a CUDA graph can hold it; as many positions
-    are attended to as there would be in the middle of a conversation.
+    The mask is created once, so that nothing in a step depends on values and a CUDA graph can capture it. A step
+    attends to as many positions as in the middle of a conversation.
     """
 
     def __init__(self, model: PreTrainedModel, device: torch.device, compiled: bool = False) -> None:
-        self.model: Callable[..., Any] = _compiled(model) if compiled else model
+        self.model: Callable[..., Any] = compiled_model(model) if compiled else model
         self.cache = StaticCache(config=model.config, max_cache_len=CACHE_TOKENS)
         self.token = torch.ones(1, 1, dtype=torch.long, device=device)
         self.position = torch.full((1, 1), SEEN_TOKENS, device=device)
@@ -113,7 +113,8 @@ class Decoder:
         return logits
 
 
-def _compiled(model: PreTrainedModel) -> Callable[..., Any]:
+def compiled_model(model: PreTrainedModel) -> Callable[..., Any]:
+    """The model as a program of ``torch.compile``."""
     run: Callable[..., Any] = torch.compile(model)
     return run
 
@@ -132,18 +133,18 @@ def measure_model(
     say: Callable[[str], None] = lambda _: None,
     compiled: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Decode step, prefill and memory of a model in every variant, each timed in turn with the dense model.
+    """Decode step, prefill and memory of a model in every variant, each timed alternately with the dense model.
 
     Args:
-        subject: what model.
+        subject: the model.
         variants: how its groups are stored.
         bench: device, rounds, seed.
         prompt: tokens of a prefill.
-        say: is told which variant is under way.
+        say: called with the label of each variant.
         compiled: run both models through ``torch.compile``.
 
     Yields:
-        a row for the dense model, with None for the keep, then one a variant.
+        A row for the dense model, with None for the keep, then one per variant.
     """
     device = bench.device
     with guard_memory(f"measuring {subject.name} as a whole", _REMEDY):
@@ -158,7 +159,7 @@ def measure_model(
             before = allocated(device)
             model = random_model(subject, variant, device, bench.seed)
             with torch.no_grad():
-                model(torch.ones(1, 1, dtype=torch.long, device=device), use_cache=False)  # siblings are joined now
+                model(torch.ones(1, 1, dtype=torch.long, device=device), use_cache=False)  # joins the codes of siblings
             row = _memory(model, before, device) | known
             row |= {"variant": variant.label, "keep": variant.keep, "bits": variant.bits}
             yield row | _times(dense, model, bench, prompt, compiled)
@@ -178,11 +179,11 @@ def _times(
     tokens = torch.randint(0, dense.config.get_text_config().vocab_size, (1, prompt)).to(bench.device)
     for prefill in (False, True):
         if compiled:
-            torch._dynamo.reset()  # programs of other models count against the limit of recompilations
+            torch.compiler.reset()  # programs of other models count towards the limit of recompilations
         calls: dict[str, list[Call]] = {}
         for name, one in (("dense", dense), ("ours", model)):
             if prefill:
-                call: Call = partial(_prefill, _compiled(one) if compiled else one, tokens)
+                call: Call = partial(_prefill, compiled_model(one) if compiled else one, tokens)
             else:
                 call = Decoder(one, bench.device, compiled).step
             for _ in range(WARM_STEPS if compiled else 0):

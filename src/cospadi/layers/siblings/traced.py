@@ -1,6 +1,6 @@
 """Programs that are being traced by `torch.compile` or `torch.export`: siblings share within the program.
 
-Without gradients and for a few tokens on a GPU, one operation gives the outputs of the whole group; otherwise x D is
+Without gradients and for a few tokens on a GPU, one operation computes the outputs of the whole group; otherwise x D is
 computed once and each sibling multiplies its own codes. In strict exports, and within `torch.cond` and its like, every
 sibling computes x D; with gradients too, where PyTorch merges the equal calls of a program that has a backward pass.
 """

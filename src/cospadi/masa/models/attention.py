@@ -1,4 +1,4 @@
-"""Projections whose weights come from matrices shared by all layers, and putting them into a model's attention."""
+"""Projections whose weights are made of matrices shared by all layers, and how they replace those of a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cospadi.masa.models.configuration import SharedAttentionConfig, assignment
 
 
 class SharedMatrices(nn.Module):
-    """The matrices of one projection type, for all layers.
+    """The shared matrices of one projection type, for all layers.
 
     Parameters: ``atoms`` (S, d_out, d_in); for MASA also either ``network`` (in training) or ``coefficients`` (L, S).
 
@@ -50,8 +50,8 @@ class SharedMatrices(nn.Module):
             layer: index of the layer.
 
         Returns:
-            (d_out, d_in), in the dtype of the atoms, also under autocast: coefficients rounded to 16 bits would change
-            whole matrices.
+            (d_out, d_in), in the dtype of the atoms even under autocast, because coefficients rounded to 16 bits would
+            change whole matrices.
         """
         if self.stacked is not None:
             return self.stacked[layer]
@@ -65,11 +65,11 @@ class SharedMatrices(nn.Module):
         return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
     def weights(self) -> tuple[Tensor, ...]:
-        """The weights of all layers at once: one product, and one gradient of the atoms, in place of L.
+        """The weights of all layers at once: one product, and one gradient of the atoms, instead of L.
 
         Returns:
-            L weights (d_out, d_in), those of `forward` up to rounding; under autocast in its dtype, rounded once after
-            the sum.
+            L weights (d_out, d_in), equal to those of `forward` up to rounding. Under autocast they have its dtype and
+            are rounded once, after the sum.
         """
         kind, active = self.atoms.device.type, self._autocast()
         with torch.autocast(kind, enabled=False) if active else nullcontext():
@@ -79,9 +79,9 @@ class SharedMatrices(nn.Module):
                 together = compose(table, self.atoms)
             else:
                 together = self.atoms
-            if active and together.dtype != torch.float64:  # which autocast leaves as it is
+            if active and together.dtype != torch.float64:  # autocast does not change float64
                 together = together.to(torch.get_autocast_dtype(kind))
-            # not indexed: the gradient of every index would be as large as all of it
+            # unbound rather than indexed: the gradient of each index would be as large as the whole
             parts = together.unbind(0)
         return parts if self.assignment is None else tuple(parts[which] for which in self.assignment)
 
@@ -95,7 +95,7 @@ class SharedMatrices(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Keep plain coefficients in place of the network. Weights stay the same, bit for bit."""
+        """Replace the network by plain coefficients. The weights stay the same bit for bit."""
         if self.network is None:
             return
         self.coefficients = nn.Parameter(self.network.table())
@@ -103,7 +103,7 @@ class SharedMatrices(nn.Module):
 
     @torch.no_grad()
     def initialise(self, std: float) -> None:
-        """Atoms as a dense layer would be initialised; plain coefficients of unit norm."""
+        """Initialise atoms like a dense layer, and plain coefficients with unit norm."""
         init.normal_(self.atoms, std=std)
         if self.coefficients is not None and not getattr(self.coefficients, "_is_hf_initialized", False):
             init.normal_(self.coefficients)
@@ -117,10 +117,10 @@ class SharedMatrices(nn.Module):
 
 
 class SharedProjection(nn.Module):
-    """A linear layer whose weight is made from shared matrices; only a bias, if any, is its own.
+    """A linear layer whose weight is made of shared matrices; only a bias, if any, is its own.
 
     Args:
-        matrices: of its projection type; held without being a sub-module, so that it is stored once.
+        matrices: of its projection type; not registered as a submodule, so that they are stored once.
         layer: index of its layer.
         bias: its bias (d_out,), or None.
     """
@@ -138,31 +138,31 @@ class SharedProjection(nn.Module):
 
     @property
     def matrices(self) -> SharedMatrices:
-        """Where the weight comes from."""
+        """The shared matrices that make the weight."""
         return self._matrices[0]
 
     @property
     def weight(self) -> Tensor:
-        """(d_out, d_in), composed at every call unless `compose` was called."""
-        # called as a module, so that hooks which bring offloaded parameters run
+        """(d_out, d_in), composed at every access unless `compose` was called."""
+        # called as a module, so that the hooks that load offloaded parameters run
         return self.matrices(self.layer) if self.composed is None else self.composed
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to x (…, d_in); gives (…, d_out)."""
+        """Apply the layer to x (…, d_in); returns (…, d_out)."""
         return functional.linear(x, self.weight.to(x.device), self.bias)
 
     @torch.no_grad()
     def compose(self) -> None:
-        """Compose the weight once and hold it. Matrices that are used as they are stay shared."""
+        """Compose the weight once and keep it. Matrices that are used unchanged stay shared."""
         if self.matrices.assignment is None:
             self.composed = self.matrices(self.layer)
 
     def release(self) -> None:
-        """Compose the weight at every call again."""
+        """Undo `compose`: compose the weight at every access again."""
         self.composed = None
 
     def train(self, mode: bool = True) -> SharedProjection:
-        """Set training mode, in which a weight composed before would go stale and is released."""
+        """Set training mode, in which a composed weight would go stale and is therefore released."""
         if mode:
             self.release()
         return super().train(mode)
@@ -196,14 +196,14 @@ class LowRankProjection(nn.Module):
         return self.up @ self.down
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to x (…, d_in); gives (…, d_out)."""
+        """Apply the layer to x (…, d_in); returns (…, d_out)."""
         return functional.linear(functional.linear(x, self.down), self.up, self.bias)
 
     @torch.no_grad()
     def initialise(self, std: float) -> None:
-        """Both factors alike, such that entries of the product have the standard deviation of a dense layer.
+        """Initialise both factors alike, so that the entries of their product have the deviation of a dense layer.
 
-        An entry is a sum of r products: its variance is r σ⁴ if those of the factors have variance σ².
+        An entry is a sum of r products; its variance is r σ⁴ if the entries of the factors have variance σ².
         """
         each = math.sqrt(std / math.sqrt(len(self.down)))
         init.normal_(self.down, std=each)
@@ -212,13 +212,13 @@ class LowRankProjection(nn.Module):
 
 @contextmanager
 def composed_together(model: nn.Module, layers: nn.ModuleList, shared: nn.ModuleDict) -> Iterator[None]:
-    """Compose the weights of all layers at the start of a training step's forward pass instead of one by one.
+    """Compose the weights of all layers together at the start of a training step's forward pass.
 
-    Does nothing in evaluation, where a small model composes one layer at a time to stay small, nor with gradient
-    checkpointing, which runs layers again after this is over.
+    Does nothing in evaluation, where composing one layer at a time saves memory, nor with gradient checkpointing, which
+    runs layers again after the forward pass.
 
     Args:
-        model: whose forward pass it is.
+        model: the model whose forward pass runs.
         layers: its layers.
         shared: its `SharedMatrices`.
     """
@@ -235,17 +235,17 @@ def composed_together(model: nn.Module, layers: nn.ModuleList, shared: nn.Module
 
 
 def share_attention(attentions: Sequence[nn.Module], config: SharedAttentionConfig) -> nn.ModuleDict:
-    """Replace projections of all layers' attention by those of the configured design.
+    """Replace the attention projections of all layers by those of the configured design.
 
     Args:
-        attentions: of the layers, in order; each has ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``.
+        attentions: attention modules of the layers, in order; each has ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj``.
         config: of the model.
 
     Returns:
-        `SharedMatrices` by projection type, to be held by the model; empty for designs without.
+        `SharedMatrices` by projection type, to be held by the model; empty for designs without shared matrices.
 
     Raises:
-        ModelError: if there is no such projection, or the layers' projections differ in shape.
+        ModelError: if a projection is missing, or differs in shape between layers.
     """
     shared = nn.ModuleDict()
     if config.attention_sharing in ("dense", "gqa"):

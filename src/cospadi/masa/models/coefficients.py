@@ -1,7 +1,7 @@
-"""Coefficients of a dictionary of matrices: from a small network while training, and how they make a weight.
+"""Coefficients of matrix atoms: the small network that produces them in training, and the weight that they make.
 
-MASA (arXiv 2508.04581): W_l = Σ_s c_ls A_s. While training, c_l is the output of a three-layer perceptron, shared by
-all blocks, for a trainable embedding of block l. Afterwards only C (layers, atoms) is needed.
+MASA (arXiv 2508.04581): W_l = Σ_s c_ls A_s. In training, c_l is the output of a three-layer perceptron, shared by all
+blocks, for a trainable embedding of block l. Afterwards only the table C (layers, atoms) is needed.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ from torch.nn import functional
 from transformers import initialization as init
 
 STARTS = ("network", "spread")
-"""Coefficients before training: what random parameters give, or as different from block to block as they can be."""
+"""Initial coefficients: the output of a random network, or coefficients that differ as much as possible per block."""
 ROUNDS = 100
-"""Of `spread_rows`; the frame is tight to 1e-3 by then, mostly to far less."""
+"""Iterations of `spread_rows`, after which the frame is tight to 1e-3, mostly to far less."""
 
 
 class CoefficientNetwork(nn.Module):
     """One embedding per block and a three-layer perceptron that all blocks share: c_l = MLP(e_l).
 
-    The activation is ReLU. Without biases, as at initialisation, the perceptron is then positively homogeneous, and an
-    embedding can be scaled so that its coefficients have exactly unit norm (see `initialise`).
+    The activation is ReLU. Without biases, as at initialisation, the perceptron is positively homogeneous, so an
+    embedding can be scaled to give coefficients of exactly unit norm (see `initialise`).
 
-    Optimizers of the Adam family move every parameter by about the learning rate. A coefficient depends on thousands
-    of them, which tend to move it the same way, and scales a whole matrix: on the digits of examples/masa the
-    coefficients changed by up to 8 % in one step. With a rate below 1 parameters are stored 1 / rate as large as they
-    are used: the function and its start are the same, but the steps are smaller in proportion, as those of StyleGAN's
-    mapping network (arXiv 1812.04948) for the same reason.
+    Optimizers of the Adam family move every parameter by about the learning rate. A coefficient depends on thousands of
+    parameters, which tend to move it in the same direction, and it scales a whole matrix: on the digits of
+    examples/masa the coefficients changed by up to 8 % in one step. With a rate below 1 the parameters are stored
+    divided by the rate. The function and its initial values are the same, but steps are smaller in proportion, as in
+    StyleGAN's mapping network (arXiv 1812.04948), for the same reason.
 
     Args:
-        layers: L, blocks.
-        atoms: S, coefficients per block.
+        layers: L, the number of blocks.
+        atoms: S, the number of coefficients per block.
         embedding_size: width of an embedding.
         hidden_size: width of both hidden layers.
-        rate: what an optimizer of the Adam family multiplies its learning rate with, in effect; weight decay stays.
+        rate: effective factor on the learning rate of an optimizer of the Adam family; weight decay is unchanged.
         start: one of `STARTS`.
     """
 
@@ -52,7 +52,7 @@ class CoefficientNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.rate, self.start = rate, start
-        # Parameters of this module itself: transformers would not call the initialisation of a module without any.
+        # Parameters of this module itself, because transformers does not initialise a module without its own.
         self.embedding = nn.Parameter(torch.empty(layers, embedding_size))
         self.first_weight = nn.Parameter(torch.empty(hidden_size, embedding_size))
         self.first_bias = nn.Parameter(torch.empty(hidden_size))
@@ -73,7 +73,7 @@ class CoefficientNetwork(nn.Module):
         return self._perceptron(self.embedding[layer])
 
     def all_layers(self) -> Tensor:
-        """Coefficients of all blocks (layers, atoms) in one pass; rounded otherwise than those of `forward`."""
+        """Coefficients of all blocks (layers, atoms) in one pass; their rounding differs from that of `forward`."""
         return self._perceptron(self.embedding)
 
     def _perceptron(self, embedding: Tensor) -> Tensor:
@@ -90,19 +90,19 @@ class CoefficientNetwork(nn.Module):
         return stored if self.rate == 1 else stored * self.rate
 
     def table(self) -> Tensor:
-        """Coefficients of all blocks (layers, atoms), each exactly as `forward` gives them."""
+        """Coefficients of all blocks (layers, atoms), exactly those of `forward`."""
         return torch.stack([self(layer) for layer in range(len(self.embedding))])
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Random weights and embeddings such that ‖c_l‖ = 1 for every block.
+        """Draw random weights and embeddings such that ‖c_l‖ = 1 for every block.
 
-        Behind two layers of ReLU hidden units of all blocks are alike, and so are coefficients from a random last
-        layer, the start "network". For "spread" the last layer is the one of least norm that gives `spread_rows`; with
-        more blocks than hidden units, the one that comes closest.
+        After two ReLU layers the hidden units of all blocks are alike, and so are the coefficients from a random last
+        layer (start "network"). For "spread" the last layer is the one of least norm that yields `spread_rows`; with
+        more blocks than hidden units it is the least-squares solution.
 
-        With atoms of independent entries of variance σ² the entries of W_l then have variance ‖c_l‖² σ² = σ², as those
-        of a dense layer. Does nothing if a parameter was read from a checkpoint.
+        If the entries of the atoms are independent with variance σ², those of W_l have variance ‖c_l‖² σ² = σ², like
+        the entries of a dense layer. Does nothing if a parameter was read from a checkpoint.
         """
         if any(getattr(parameter, "_is_hf_initialized", False) for parameter in self.parameters()):
             return
@@ -119,17 +119,17 @@ class CoefficientNetwork(nn.Module):
 
 
 def spread_rows(count: int, width: int) -> Tensor:
-    """Random unit rows that point in directions as different as possible: a tight frame.
+    """Random unit rows whose directions differ as much as possible: a tight frame.
 
     Args:
-        count: of rows.
-        width: of a row; with `width` = `count` rows are orthogonal.
+        count: number of rows.
+        width: of a row; if `width` equals `count`, the rows are orthogonal.
 
     Returns:
-        (count, width), float64; if `count` ≥ `width` columns are orthogonal and of equal norm.
+        (count, width), float64; if `count` ≥ `width`, the columns are orthogonal and of equal norm.
     """
     rows = torch.randn(count, width, dtype=torch.float64)
-    for _ in range(ROUNDS):  # alternates between equal singular values and rows of unit norm
+    for _ in range(ROUNDS):  # alternate between equal singular values and rows of unit norm
         left, _, right = torch.linalg.svd(rows, full_matrices=False)
         rows = left @ right
         rows = rows / rows.norm(dim=1, keepdim=True)
@@ -137,10 +137,10 @@ def spread_rows(count: int, width: int) -> Tensor:
 
 
 def compose(coefficients: Tensor, atoms: Tensor) -> Tensor:
-    """A weight from its coefficients: Σ_s c_s A_s (arXiv 2508.04581).
+    """The weight Σ_s c_s A_s (arXiv 2508.04581).
 
     Args:
-        coefficients: (S,) of one layer, or (L, S) of all.
+        coefficients: (S,) of one layer, or (L, S) of all layers.
         atoms: (S, d_out, d_in).
 
     Returns:

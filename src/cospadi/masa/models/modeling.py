@@ -1,4 +1,4 @@
-"""A Llama decoder whose attention matrices of all layers are combinations of shared matrices (arXiv 2508.04581)."""
+"""A Llama decoder whose attention matrices are combinations of matrices shared by all layers (arXiv 2508.04581)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cospadi.masa.models.shared_model import SharedAttentionModel
 
 
 class MasaModel(SharedAttentionModel, LlamaModel):
-    """The decoder without a head. Shared matrices lie in ``shared_attention``."""
+    """The decoder without a head; ``shared_attention`` holds the shared matrices."""
 
     config_class = MasaConfig
 
@@ -25,7 +25,7 @@ class MasaModel(SharedAttentionModel, LlamaModel):
         self.post_init()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the decoder of Llama; in training the weights of all layers are composed first, together."""
+        """Like Llama's decoder; in training the weights of all layers are composed together first."""
         with composed_together(self, self.layers, self.shared_attention):
             return super().forward(*args, **kwargs)
 
@@ -36,7 +36,7 @@ class MasaForCausalLM(SharedAttentionModel, LlamaForCausalLM):
     config_class = MasaConfig
 
     def __init__(self, config: MasaConfig) -> None:
-        # past LlamaForCausalLM, which would build (and initialise) a dense decoder only to drop it
+        # skips LlamaForCausalLM, which would build and initialise a dense decoder that is not used
         super(LlamaForCausalLM, self).__init__(config)
         self.model = MasaModel(config)
         self.vocab_size = config.vocab_size
@@ -45,10 +45,10 @@ class MasaForCausalLM(SharedAttentionModel, LlamaForCausalLM):
 
     @torch.no_grad()
     def to_llama(self) -> LlamaForCausalLM:
-        """The same function as a stock dense Llama, which loads without this package.
+        """Convert to a stock dense Llama, which loads without this package.
 
         Returns:
-            a new model in evaluation mode, of the same dtype and device; outputs equal up to rounding.
+            A new model in evaluation mode, of the same dtype and device; its outputs are equal up to rounding.
         """
         config = LlamaConfig(**stock_fields(cast(MasaConfig, self.config)))
         with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""What models with shared attention matrices have in common: initialisation, folding, composing, loud loading."""
+"""Common to all models with shared attention matrices: initialisation, folding, composing, and checks on loading."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from cospadi.masa.models.coefficients import CoefficientNetwork
 from cospadi.masa.models.configuration import PROJECTIONS
 
 ALIGNMENT = 64
-"""Bytes; what PyTorch's allocator gives."""
+"""In bytes, of the memory that PyTorch's allocator returns."""
 
 ENDINGS = tuple(f"{name}_proj.{part}" for name in PROJECTIONS for part in ("weight", "down", "up"))
-"""Of tensors that are one layer's own, in the designs that have such."""
+"""Endings of the names of attention tensors that belong to a single layer."""
 
 
 class SharedAttentionModel(PreTrainedModel):
-    """Mix-in for models of transformers whose attention was replaced by `share_attention`."""
+    """Mixin for transformers models whose attention was replaced by `share_attention`."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -42,10 +42,10 @@ class SharedAttentionModel(PreTrainedModel):
             init.zeros_(module.bias)
 
     def fold(self) -> None:
-        """Replace the networks that make coefficients by the coefficients they make, in place.
+        """Replace, in place, the networks that compute coefficients by the coefficients.
 
-        Outputs stay the same, bit for bit; a folded model holds and saves atoms and coefficients only. Fold before
-        rounding to 16 bits. Parameters change: make optimizers afterwards.
+        The outputs stay the same bit for bit. A folded model holds and saves only atoms and coefficients. Fold before
+        rounding to 16 bits, and create optimizers afterwards, because the parameters change.
         """
         for module in self.modules():
             if isinstance(module, SharedMatrices):
@@ -53,29 +53,29 @@ class SharedAttentionModel(PreTrainedModel):
         self.config.folded = True
 
     def compose(self) -> None:
-        """Compose every layer's weight once: as fast as a dense model, and as large besides the atoms.
+        """Compose every layer's weight once: as fast as a dense model, and as large, plus the atoms.
 
-        Composed weights are never saved; training mode and loading a state release them. After changing atoms or
-        coefficients by hand in evaluation mode, call this again.
+        Composed weights are never saved. Training mode and loading a state release them. Call this again after changing
+        atoms or coefficients by hand in evaluation mode.
         """
         for projection in _projections(self):
             projection.compose()
 
     def release(self) -> None:
-        """Compose weights at every call again: small, and slower."""
+        """Undo `compose`: compose weights at every call again, which is slower but takes less memory."""
         for projection in _projections(self):
             projection.release()
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``nn.Module`` does; composed weights would be stale and are released.
+        """Load a state as ``nn.Module`` does, and release composed weights, which would be stale.
 
         Raises:
-            CheckpointError: if the state is that of another design, also where ``strict=False`` asks for leniency, as
-                transformers' ``Trainer`` does when it resumes: attention would keep its random start.
+            CheckpointError: if the state belongs to another design, even with ``strict=False``, which transformers'
+                ``Trainer`` passes when it resumes: attention would silently keep its random initial values.
         """
         self.release()
         found = super().load_state_dict(*args, **kwargs)
-        # parts of a model (shards, adapters) lack other tensors too
+        # a part of a model (a shard, an adapter) lacks other tensors too
         rest = set(getattr(self, "all_tied_weights_keys", None) or ())
         partial = any(not _of_attention(name) and name not in rest for name in found.missing_keys)
         faults = {name: "is missing" for name in found.missing_keys if _of_attention(name) and not partial}
@@ -86,7 +86,7 @@ class SharedAttentionModel(PreTrainedModel):
             configured = ", ".join(f"{field} {getattr(config, field)!r}" for field in fields)
             raise CheckpointError(
                 f"the state to be loaded is not that of the configured attention ({configured}): tensor {name} "
-                f"{faults[name]} ({len(faults)} tensors do not fit); go on with the configuration it was trained with"
+                f"{faults[name]} ({len(faults)} tensors do not fit); use the configuration it was trained with"
             )
         return found
 
@@ -94,22 +94,22 @@ class SharedAttentionModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any
     ) -> Any:
-        """As transformers does, but a checkpoint that does not fit its configuration stops it.
+        """Load a model as transformers does, but refuse a checkpoint that does not fit its configuration.
 
         Args:
             pretrained_model_name_or_path: directory or hub id.
-            *model_args: as transformers takes them.
-            **kwargs: as transformers takes them; ``compose_weights=True`` composes every layer's weight once.
+            *model_args: passed to transformers.
+            **kwargs: passed to transformers; ``compose_weights=True`` composes every layer's weight once.
 
         Returns:
-            the model, or with ``output_loading_info=True`` the model and the report.
+            The model; with ``output_loading_info=True`` the model and the loading report.
 
         Raises:
-            CheckpointError: if tensors are missing, superfluous or of another shape than the configuration says; with
+            CheckpointError: if tensors are missing, unexpected, or of another shape than configured; with
                 ``ignore_mismatched_sizes=True`` only the shared matrices are checked.
         """
         with_report, lenient = kwargs.pop("output_loading_info", False), kwargs.pop("ignore_mismatched_sizes", False)
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # judged below, by name
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # checked below, by name
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model, report = loaded
         _check_report(pretrained_model_name_or_path, report, lenient)
@@ -124,15 +124,15 @@ def _projections(model: nn.Module) -> Iterable[SharedProjection]:
 
 
 def _of_attention(name: str) -> bool:
-    """Whether a tensor is part of what designs differ in."""
+    """Whether a tensor belongs to the part of the model in which designs differ."""
     return "shared_attention." in name or name.endswith(ENDINGS)
 
 
 def _align(model: nn.Module) -> None:
-    """Move parameters that a file left between the boundaries of vector registers.
+    """Move parameters that are not aligned in their file to aligned memory.
 
-    Coefficients have odd sizes, so that what follows them in a file is not aligned. Matrix products on a CPU then take
-    another path, which rounds differently: outputs would not equal those before saving, bit for bit.
+    Coefficients have odd sizes, so tensors that follow them in a file are not aligned. Matrix products on a CPU then
+    take another code path, which rounds differently, and outputs would differ from those before saving.
     """
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and parameter.data_ptr() % ALIGNMENT:
@@ -140,7 +140,7 @@ def _align(model: nn.Module) -> None:
 
 
 def _check_report(source: Any, report: dict[str, Any], lenient: bool) -> None:
-    """Stop unless the file and the configuration describe the same model."""
+    """Raise a CheckpointError unless the file and the configuration describe the same model."""
     faults = {
         name: f"is {list(file)}, but the configuration says {list(model)}"
         for name, file, model in report["mismatched_keys"]

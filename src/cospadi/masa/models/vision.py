@@ -13,11 +13,11 @@ from cospadi.masa.models.shared_model import SharedAttentionModel
 
 
 class MasaViTModel(SharedAttentionModel, ViTModel):
-    """The encoder. Shared matrices lie in ``shared_attention``; biases are each layer's own.
+    """The encoder; ``shared_attention`` holds the shared matrices. Each layer has its own biases.
 
     Args:
         config: of the model.
-        add_pooling_layer: whether a pooling layer follows, as in ``ViTModel``.
+        add_pooling_layer: whether to add a pooling layer, as in ``ViTModel``.
     """
 
     config_class = MasaViTConfig
@@ -28,7 +28,7 @@ class MasaViTModel(SharedAttentionModel, ViTModel):
         self.post_init()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the encoder of ViT; in training the weights of all layers are composed first, together."""
+        """Like ViT's encoder; in training the weights of all layers are composed together first."""
         with composed_together(self, self.layers, self.shared_attention):
             return super().forward(*args, **kwargs)
 
@@ -39,7 +39,7 @@ class MasaViTForImageClassification(SharedAttentionModel, ViTForImageClassificat
     config_class = MasaViTConfig
 
     def __init__(self, config: MasaViTConfig) -> None:
-        # past ViTForImageClassification, which would build (and initialise) a dense encoder only to drop it
+        # skips ViTForImageClassification, which would build and initialise a dense encoder that is not used
         super(ViTForImageClassification, self).__init__(config)
         self.num_labels = config.num_labels
         self.vit = MasaViTModel(config, add_pooling_layer=False)

@@ -1,1 +1,1 @@
-"""Methods that remove whole decoder layers (blocks): one file a paper."""
+"""Methods that remove whole decoder layers (blocks), one file per paper; `surgery` carries out every cut."""

@@ -1,19 +1,19 @@
-"""Controls: what a method has to beat."""
+"""Controls: baselines that every method has to beat."""
 
 import torch
 
-from cospadi.pruning.base import depth_method
+from cospadi.pruning.base import pruning_method
 from cospadi.pruning.depth.surgery import Cut
 from cospadi.pruning.evidence import Evidence
 
 
-@depth_method("magnitude", paper="Shortened LLaMA, arXiv 2402.02834, criterion 'magnitude'")
+@pruning_method("magnitude", paper="Shortened LLaMA, arXiv 2402.02834, criterion 'magnitude'")
 def magnitude(evidence: Evidence, blocks: int) -> Cut:
-    """Remove the blocks whose weights are smallest: Σ |w| over the matrices of a block.
+    """Remove the blocks with the smallest weights: Σ |w| over the matrices of a block.
 
     Args:
         evidence: model; the text is not used.
-        blocks: how many go.
+        blocks: number of blocks to remove.
     """
     scores = torch.tensor(
         [
@@ -26,13 +26,13 @@ def magnitude(evidence: Evidence, blocks: int) -> Cut:
     return Cut(tuple(sorted(lowest.tolist())), told={"measure": "magnitude", "scores": scores.tolist()})
 
 
-@depth_method("random")
+@pruning_method("random")
 def random(evidence: Evidence, blocks: int) -> Cut:
-    """Remove blocks drawn at random by the seed; a smaller cut is part of every larger one.
+    """Remove random blocks, drawn with the seed; every smaller cut is part of the larger ones.
 
     Args:
         evidence: model and seed; the text is not used.
-        blocks: how many go.
+        blocks: number of blocks to remove.
     """
     order = torch.randperm(len(evidence.view.layers), generator=torch.Generator().manual_seed(evidence.seed))
     return Cut(tuple(sorted(order[:blocks].tolist())), told={"measure": "none"})

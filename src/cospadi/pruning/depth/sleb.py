@@ -1,4 +1,4 @@
-"""SLEB (arXiv 2402.09025): remove the block that the model misses least, again and again."""
+"""SLEB (arXiv 2402.09025): greedily remove the block whose removal costs the least loss."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from cospadi.errors import BudgetError, NumericalError
 from cospadi.model_view import LayerReplay
-from cospadi.pruning.base import depth_method
+from cospadi.pruning.base import pruning_method
 from cospadi.pruning.depth.surgery import Cut
 from cospadi.pruning.evidence import REMEDY, Evidence, Tokens
 from cospadi.runtime.devices import placed
@@ -20,7 +20,7 @@ from cospadi.runtime.memory import guard_memory
 _ROWS = 4096
 
 
-@depth_method("sleb", paper="arXiv 2402.09025")
+@pruning_method("sleb", paper="arXiv 2402.09025")
 def sleb(
     evidence: Evidence,
     blocks: int,
@@ -29,20 +29,20 @@ def sleb(
     first: Annotated[int, Field(ge=0)] = 1,
     last: Annotated[int, Field(ge=0)] = 1,
 ) -> Cut:
-    """Remove greedily: each time the block without which the current model's loss is least.
+    """Remove blocks greedily, each time the one without which the current model has the lowest loss.
 
-    Every alive block between the barriers is skipped in turn and the mean next-token loss of the model as pruned so
-    far is measured (algorithm 1); the hidden states before the skipped block are shared between candidates.
+    Each remaining block between the barriers is skipped in turn, and the mean next-token loss of the model as pruned so
+    far is measured (algorithm 1). Candidates share the hidden states before the skipped block.
 
     Args:
         evidence: model and text.
-        blocks: how many go.
-        samples: the first so many calibration sequences (published: 128 of WikiText-2).
-        first: so many blocks at the beginning always stay, as published.
-        last: so many blocks at the end always stay, as published.
+        blocks: number of blocks to remove.
+        samples: number of calibration sequences, from the first (published: 128 of WikiText-2).
+        first: number of blocks at the beginning that always stay (published: 1).
+        last: number of blocks at the end that always stay (published: 1).
 
     Raises:
-        BudgetError: if so many blocks cannot go between the barriers.
+        BudgetError: if there are too few blocks between the barriers.
         NumericalError: if the loss is NaN or Inf.
     """
     count = len(evidence.view.layers)
@@ -51,7 +51,7 @@ def sleb(
             f"sleb cannot remove {blocks} of {count} blocks: the first {first} and the last {last} always stay "
             "(--set first=…, --set last=…)"
         )
-    # Greedy orders are prefixes of each other: a larger cut goes on from a smaller one.
+    # Greedy orders are prefixes of each other: a larger cut continues a smaller one.
     known: list[tuple[int, float]] = evidence.memo.setdefault(f"sleb {samples} {first} {last}", [])
     tokens = evidence.tokens.first(samples)
     while len(known) < blocks:
@@ -65,7 +65,7 @@ def sleb(
 
 
 def losses_without(evidence: Evidence, tokens: Tokens, gone: set[int], candidates: list[int]) -> list[float]:
-    """Mean next-token loss of the model without the blocks `gone` and one candidate, for every candidate.
+    """Mean next-token loss of the model without the blocks `gone` and one candidate, for each candidate.
 
     Raises:
         NumericalError: if a loss is NaN or Inf.
@@ -78,7 +78,7 @@ def losses_without(evidence: Evidence, tokens: Tokens, gone: set[int], candidate
             hidden = replay.embed(ids)
             ends: dict[int, Tensor] = {}
             for index in alive:
-                # Each candidate's states go through the blocks behind it while those are on the device.
+                # Each candidate's states pass through the later blocks while those are on the device.
                 ends = {candidate: replay.layer(index, state) for candidate, state in ends.items()}
                 if index in candidates:
                     ends[index] = hidden
@@ -88,17 +88,17 @@ def losses_without(evidence: Evidence, tokens: Tokens, gone: set[int], candidate
             predicted += int(mask[:, 1:].sum())
     losses = (sums / max(predicted, 1)).tolist()
     if not all(map(torch.isfinite, torch.tensor(losses))):
-        raise NumericalError("the loss of the pruned model is NaN or Inf: the model is damaged or overflows")
+        raise NumericalError("the pruned model's loss is NaN or Inf: the model is damaged or overflows")
     return [float(loss) for loss in losses]
 
 
 @contextmanager
 def head_replay(evidence: Evidence, doing: str) -> Iterator[LayerReplay]:
-    """Replay of the model with its head, and all that is no block, on the device: logits are most of such work.
+    """Replay the model with its head and everything else outside the blocks on the device, where logits dominate.
 
     Args:
         evidence: of the model.
-        doing: what for, for messages.
+        doing: the purpose, for messages.
     """
     view, device = evidence.view, evidence.device
     with (
@@ -110,7 +110,7 @@ def head_replay(evidence: Evidence, doing: str) -> Iterator[LayerReplay]:
 
 
 def summed_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> float:
-    """Summed negative log-likelihood of the real tokens, each first token not predicted."""
+    """Summed negative log-likelihood of the real tokens; the first token of a sequence is not predicted."""
     real = mask[:, 1:].to(logits.device)
     rows, targets = logits[:, :-1][real], ids[:, 1:].to(logits.device)[real]
     total = 0.0

@@ -1,7 +1,8 @@
-"""Taking blocks out of a model so that what is left is an ordinary model of the same architecture."""
+"""Remove blocks from a model so that the rest is an ordinary model of the same architecture."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,9 +16,13 @@ from cospadi.checkpoint.formats.linear_blocks import attach_linear_blocks
 from cospadi.errors import BudgetError, ModelError
 from cospadi.layers.linear_block import LinearBlock
 from cospadi.model_view import ModelView, embedding_weight, skeleton
+from cospadi.pruning.configs import configs_of
 
 _CHECK_TOKENS = 8
 _PLAIN = (int, float, str, type(None))
+_PER_BLOCK = re.compile("layer|block|types|pattern|idx|indices|indexes|intermediate_size|heads")
+"""Occurs in the names of configuration lists that have one entry per block, or that list block indices."""
+_INDICES = re.compile("idx|indices|indexes")
 
 
 @dataclass(frozen=True)
@@ -25,11 +30,11 @@ class Cut:
     """The edit of a depth pruning method.
 
     Attributes:
-        removed: indices of the blocks that go, in the original model.
+        removed: indices of the removed blocks, in the original model.
         weights: new values of parameters that stay, by their names in the original model, any float dtype.
-        separate: (width, width) transforms that take the place of a removed run as a block of their own, by the index
-            of the run's first block: hidden ← hidden T.
-        told: what the method says of its choice, plain data for the report.
+        separate: (width, width) transforms that replace a removed run as a block of their own, by the index of the
+            run's first block: hidden ← hidden T.
+        told: what the method reports about its choice; plain data.
     """
 
     removed: tuple[int, ...]
@@ -38,10 +43,10 @@ class Cut:
     told: Mapping[str, Any] = field(default_factory=dict)
 
     def apply(self, view: ModelView) -> PreTrainedModel:
-        """Remove the blocks and write the weights, in the model's own dtype.
+        """Remove the blocks and write the weights in the model's own dtype.
 
         Raises:
-            ModelError: if the architecture's configuration cannot describe what is left.
+            ModelError: if the architecture's configuration cannot describe the pruned model.
         """
         changed = {name: view.model.get_parameter(name) for name in self.weights}
         pruned = without_blocks(view, self.removed, self.separate)
@@ -57,7 +62,7 @@ class Cut:
 
 
 def runs(indices: Sequence[int]) -> list[list[int]]:
-    """Stretches of neighbours, as [first, one past the last]."""
+    """Group indices into runs of consecutive ones, each as [first, one past the last]."""
     found: list[list[int]] = []
     for index in sorted(indices):
         if found and found[-1][1] == index:
@@ -68,13 +73,13 @@ def runs(indices: Sequence[int]) -> list[list[int]]:
 
 
 def without_blocks(view: ModelView, removed: Sequence[int], separate: Mapping[int, Tensor] | None = None) -> ModelView:
-    """Remove blocks from a model: modules, their indices, and everything that the configuration says per block.
+    """Remove blocks from a model: the modules, their stored indices, and every per-block entry of the configuration.
 
-    The result is compared with the whole model whose removed blocks are skipped, on a few tokens, and with a model
-    built anew from the changed configuration.
+    The result must match, on a few tokens, the original model with the removed blocks skipped, and its blocks must
+    match those that transformers builds from the new configuration.
 
     Args:
-        view: of a real model or one on ``meta``; the model is changed in place.
+        view: of a model, real or on ``meta``; the model is changed in place.
         removed: indices of blocks.
         separate: see :class:`Cut`; such a model loads with this package only.
 
@@ -82,8 +87,8 @@ def without_blocks(view: ModelView, removed: Sequence[int], separate: Mapping[in
         a view of the same model without linear groups.
 
     Raises:
-        BudgetError: if there are no such blocks, or none would be left.
-        ModelError: if the architecture cannot be described without these blocks; the model is then of no use.
+        BudgetError: if a block does not exist, or none would be left.
+        ModelError: if the architecture cannot be described without these blocks. The model is then no longer usable.
     """
     model, layers, separate = view.model, view.layers, separate or {}
     wrong = [index for index in removed if not 0 <= index < len(layers)]
@@ -91,22 +96,22 @@ def without_blocks(view: ModelView, removed: Sequence[int], separate: Mapping[in
         raise BudgetError(f"cannot remove blocks {sorted(removed)} of {len(layers)}: at least one must stay")
     real = embedding_weight(model).device.type != "meta"
     expected = _skipping(view, removed) if real else None
-    kept: list[int | None] = [index for index in range(len(layers)) if index not in removed or index in separate]
-    blocks = [_replacement(view, i, separate.get(i)) for i in kept if i is not None]
-    _set_indices(layers, kept)
+    kinds = _kinds(model.config)
+    kept = [index for index in range(len(layers)) if index not in removed or index in separate]
+    blocks = [_replacement(view, index, separate.get(index)) for index in kept]
+    _renumber(layers, kept)
     model.set_submodule(view.layers_name, nn.ModuleList(blocks))
     owner = model.get_submodule(view.layers_name.rpartition(".")[0])
-    for config in _configs(model, owner):
-        _cut_config(config, len(layers), kept, set(separate))
+    for config in configs_of(model, getattr(owner, "config", None)):
+        _cut_config(config, len(layers), kept, separate)
     _require_describable(model, view.layers_name)
     pruned = ModelView(model, view.layers_name, (), view.extra_outputs)
-    if expected is not None and not torch.allclose(_logits(model), expected, rtol=1e-3, atol=1e-4):
-        raise ModelError(
-            f"{type(model).__name__}: its blocks compute something else when others are removed; "
-            "this architecture cannot be pruned"
-        )
-    for i, transform in separate.items():
-        block = blocks[kept.index(i)]
+    if expected is not None:
+        _require_equal(model, expected)
+        if _kinds(model.config) != kinds:
+            _require_cache(model)
+    for index, transform in separate.items():
+        block = blocks[kept.index(index)]
         assert isinstance(block, LinearBlock)
         block.set(transform)
     if separate:
@@ -115,13 +120,22 @@ def without_blocks(view: ModelView, removed: Sequence[int], separate: Mapping[in
 
 
 def _replacement(view: ModelView, index: int, transform: Tensor | None) -> nn.Module:
-    """The block itself, or a linear block (the identity, for now) that will hold a transform in its place."""
-    layer = view.layers[index]
-    return layer if transform is None else LinearBlock.in_place_of(layer, len(transform), view.extra_outputs)
+    """The block itself, or a linear block (still the identity) that will hold a transform in its place."""
+    if transform is None:
+        return view.layers[index]
+    # The configuration gives a linear block the kind of the block before it (see `_cut_config`), so a fresh model has
+    # that block's parameters there.
+    return LinearBlock.in_place_of(view.layers[_kind_of_linear(index)], len(transform), view.extra_outputs)
+
+
+def _kind_of_linear(index: int) -> int:
+    """The block whose kind a linear block in place of block `index` takes: the one before it."""
+    return max(index - 1, 0)
 
 
 @contextmanager
 def _identity(view: ModelView, removed: Sequence[int]) -> Iterator[None]:
+    """Make some blocks return their input."""
     layers, extra = view.layers, view.extra_outputs
 
     def skip(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
@@ -137,97 +151,163 @@ def _identity(view: ModelView, removed: Sequence[int]) -> Iterator[None]:
 
 
 def _skipping(view: ModelView, removed: Sequence[int]) -> Tensor:
-    """Logits of the whole model on a few tokens, the removed blocks skipped."""
-    with _identity(view, removed):
-        return _logits(view.model)
+    """Logits of the original model on a few tokens with some blocks skipped.
+
+    Raises:
+        ModelError: if the other blocks do not run without them.
+    """
+    try:
+        with _identity(view, removed):
+            return _logits(view.model)
+    except Exception as error:
+        raise ModelError(
+            f"{type(view.model).__name__}: other blocks depend on these ({_reason(error)}); remove others"
+        ) from error
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel) -> Tensor:
+def _logits(model: PreTrainedModel, *, use_cache: bool = False) -> Tensor:
+    """Logits on a few tokens, float32."""
     table = embedding_weight(model)
     ids = torch.arange(_CHECK_TOKENS, device=table.device)[None] % len(table)
     model.train(False)
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    logits: Tensor = model(input_ids=ids, use_cache=use_cache).logits
     return logits.float()
 
 
-def _set_indices(layers: Sequence[nn.Module], kept: Sequence[int | None]) -> None:
-    """Give every kept block its new place wherever it knows its old one (attention looks up its cache by it)."""
-    for path, key in _index_attributes(layers):
-        for place, old in enumerate(kept):
-            if old is not None:
-                setattr(layers[old].get_submodule(path), key, place)
+def _renumber(layers: Sequence[nn.Module], kept: Sequence[int]) -> None:
+    """Give every kept block its new index wherever it stores its old one (attention finds its cache by it)."""
+    places = {old: place for place, old in enumerate(kept)}
+    for index, module, key in _stored_indices(layers):
+        if index in places:
+            setattr(module, key, places[index])
 
 
-def _index_attributes(layers: Sequence[nn.Module]) -> list[tuple[str, str]]:
-    """Plain attributes that hold, in every block that has them, the block's own number."""
-    found: dict[tuple[str, str], list[tuple[int, int]]] = {}
+def _stored_indices(layers: Sequence[nn.Module]) -> list[tuple[int, nn.Module, str]]:
+    """(block, module, attribute) for every integer attribute that holds the index of its block.
+
+    An attribute qualifies if it equals the index in every block that has it. Blocks of different kinds have different
+    modules, so that one block may be the only one with an attribute, which may equal its index by chance. The attribute
+    then qualifies only if an attribute of the same name holds the index in another block.
+    """
+    owners: dict[tuple[str, str], list[tuple[int, nn.Module]]] = {}
+    other_values: set[tuple[str, str]] = set()
     for index, layer in enumerate(layers):
         for path, module in layer.named_modules():
             for key, value in vars(module).items():
                 if type(value) is int:
-                    found.setdefault((path, key), []).append((index, value))
+                    owners.setdefault((path, key), []).append((index, module))
+                    if value != index:
+                        other_values.add((path, key))
+    candidates = {place: found for place, found in owners.items() if place not in other_values}
+    blocks: dict[str, set[int]] = {}
+    for (_, key), found in candidates.items():
+        blocks.setdefault(key, set()).update(index for index, _ in found)
     return [
-        place for place, pairs in found.items() if all(i == v for i, v in pairs) and (len(pairs) > 1 or pairs[0][0])
+        (index, module, key)
+        for (_, key), found in candidates.items()
+        if len(blocks[key]) > 1
+        for index, module in found
     ]
 
 
-def _configs(model: PreTrainedModel, owner: nn.Module) -> list[PreTrainedConfig]:
-    candidates = [getattr(owner, "config", None), model.config, model.config.get_text_config()]
-    found: list[PreTrainedConfig] = []
-    for config in candidates:
-        if isinstance(config, PreTrainedConfig) and not any(config is other for other in found):
-            found.append(config)
-    return found
+def _kinds(config: PreTrainedConfig) -> set[str]:
+    """The kinds of blocks that a configuration lists, such as ``full_attention``; empty if it lists none."""
+    return {*(getattr(config.get_text_config(), "layer_types", None) or ())}
 
 
-def _cut_config(config: PreTrainedConfig, count: int, kept: Sequence[int | None], linear: set[int]) -> None:
-    """Change the number of blocks and every list that has one entry per block, or that names blocks."""
+def _cut_config(config: PreTrainedConfig, count: int, kept: Sequence[int], linear: Mapping[int, Any]) -> None:
+    """Change the number of blocks, every list with one entry per block, and every list of block indices.
+
+    Args:
+        config: changed in place if it describes `count` blocks.
+        count: number of blocks before the cut.
+        kept: old index of every block of the pruned model.
+        linear: keyed by the old indices of the blocks that a linear block replaces.
+    """
     if getattr(config, "num_hidden_layers", None) != count:
         return
-    places = {old: place for place, old in enumerate(kept) if old is not None}
-    for key, value in list(vars(config).items()):
-        if not isinstance(value, list) or not ("layer" in key or "block" in key) or not value:
-            continue
-        if len(value) == count:
-            # A linear block keeps no cache. It takes the kind of the block before it, so that it never is the first of
-            # its kind: transformers asks the first of a kind how long the cache is.
-            entries = [value[i - 1] if i in linear else value[i] for i in kept if i is not None]
-            setattr(config, key, entries)
-        elif all(type(item) is int and 0 <= item < count for item in value):
+    places = {old: place for place, old in enumerate(kept)}
+    for key, value in _per_block_lists(config).items():
+        if _lists_indices(key, value, count):
             setattr(config, key, [places[item] for item in value if item in places])
+        elif len(value) == count:
+            # A linear block keeps no cache. It takes the kind of the block before it, so that it is never the first of
+            # its kind: transformers asks the first block of a kind for the length of the cache.
+            setattr(config, key, [value[_kind_of_linear(old) if old in linear else old] for old in kept])
     config.num_hidden_layers = len(kept)
 
 
+def _lists_indices(key: str, value: list[Any], count: int) -> bool:
+    """Whether a list names blocks by index. Otherwise, if it is long enough, it has one entry per block."""
+    if not all(type(item) is int and 0 <= item < count for item in value) or len({*value}) < len(value):
+        return False
+    return len(value) != count or count > 2 or bool(_INDICES.search(key))  # [0, 1] may be two flags
+
+
 def _require_describable(model: PreTrainedModel, layers_name: str) -> None:
-    """Compare blocks with those that transformers would build from the changed configuration.
+    """Compare the model with the one that transformers builds from the changed configuration, stored and read again.
+
+    Counts of blocks that the model stores outside its list of blocks are corrected.
 
     Raises:
-        ModelError: naming what differs.
+        ModelError: naming the first difference.
     """
-    fresh = skeleton(model.config)
-    for index, (ours, theirs) in enumerate(
-        zip(model.get_submodule(layers_name).children(), fresh.get_submodule(layers_name).children(), strict=True)
-    ):
-        if isinstance(ours, LinearBlock):
-            continue
-        difference = _difference(ours, theirs)
+    config = _read_again(model.config)
+    mine, theirs = (_per_block_lists(each.get_text_config()) for each in (model.config, config))
+    for key, value in mine.items():
+        if theirs.get(key) != value:
+            raise _undescribable(model, f"transformers turns {key} {value} into {theirs.get(key)}")
+    fresh = skeleton(config)
+    pairs = zip(model.get_submodule(layers_name).children(), fresh.get_submodule(layers_name).children(), strict=True)
+    for index, (block, other) in enumerate(pairs):
+        difference = "" if isinstance(block, LinearBlock) else _difference(block, other)
         if difference:
-            raise ModelError(
-                f"{type(model).__name__}: its configuration cannot describe it without these blocks "
-                f"({difference} of block {index} would change); remove others"
-            )
+            raise _undescribable(model, f"{difference} of block {index} would change")
     for name, module in fresh.named_modules():
         if name == layers_name or name.startswith(f"{layers_name}."):
             continue
-        held = vars(model.get_submodule(name))
-        for key, value in vars(module).items():  # the number of blocks, where the model keeps it beside the list
-            if type(value) is int and held.get(key) != value:
-                setattr(model.get_submodule(name), key, value)
+        held = model.get_submodule(name)
+        for key, parameter in module.named_parameters(recurse=False):
+            if held.get_parameter(key).shape != parameter.shape:
+                raise _undescribable(model, f"the shape of {name}.{key} depends on the number of blocks")
+        for key, value in vars(module).items():
+            if type(value) is int and vars(held).get(key) != value:
+                setattr(held, key, value)
+
+
+def _undescribable(model: PreTrainedModel, why: str) -> ModelError:
+    return ModelError(
+        f"{type(model).__name__}: its configuration cannot describe it without these blocks ({why}); remove others"
+    )
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _read_again(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration as it will be read from the checkpoint.
+
+    Raises:
+        ModelError: if the architecture's own checks refuse it.
+    """
+    try:
+        return type(config).from_dict(config.to_dict())
+    except Exception as error:
+        raise ModelError(
+            f"{type(config).__name__}: it cannot describe the model without these blocks ({_reason(error)}); "
+            "remove others"
+        ) from error
+
+
+def _per_block_lists(config: PreTrainedConfig) -> dict[str, list[Any]]:
+    """The lists of a configuration that describe its blocks."""
+    return {key: value for key, value in vars(config).items() if isinstance(value, list) and _PER_BLOCK.search(key)}
 
 
 def _difference(ours: nn.Module, theirs: nn.Module) -> str:
-    """The first parameter or plain attribute in which two blocks differ; empty if there is none."""
+    """The first parameter, module or plain attribute in which two blocks differ; empty if there is none."""
     here, there = ({name: tuple(p.shape) for name, p in block.named_parameters()} for block in (ours, theirs))
     odd = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
     if odd:
@@ -242,3 +322,40 @@ def _difference(ours: nn.Module, theirs: nn.Module) -> str:
             if told and other.get(key, value) != value:
                 return f"{path}.{key}".lstrip(".")
     return ""
+
+
+def _require_equal(model: PreTrainedModel, expected: Tensor) -> None:
+    """Compare the pruned model, its linear blocks still identities, with the original one that skips blocks.
+
+    Raises:
+        ModelError: if its logits differ, or it does not run.
+    """
+    try:
+        found = _logits(model)
+    except Exception as error:
+        linear = any(isinstance(module, LinearBlock) for module in model.modules())
+        hint = "leave out separate=true" if linear else "remove others"
+        raise ModelError(
+            f"{type(model).__name__}: it does not run without these blocks ({_reason(error)}); {hint}"
+        ) from error
+    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-4):
+        raise ModelError(
+            f"{type(model).__name__}: its blocks compute something else when others are removed; "
+            "this architecture cannot be pruned"
+        )
+
+
+def _require_cache(model: PreTrainedModel) -> None:
+    """Run a cached forward pass, which transformers may refuse once a kind of block is gone.
+
+    Raises:
+        ModelError: if the pass fails.
+    """
+    try:
+        _logits(model, use_cache=True)
+    except Exception as error:
+        left = ", ".join(sorted(_kinds(model.config)))
+        raise ModelError(
+            f"{type(model).__name__}: with blocks of kind {left} only, generation with a cache fails "
+            f"({_reason(error)}); remove other blocks, or fewer"
+        ) from error

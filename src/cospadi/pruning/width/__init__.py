@@ -1,1 +1,5 @@
-"""Methods that remove a share of the width: one file a paper."""
+"""Methods that remove part of the width of every block, one file per paper.
+
+`residual` describes what reads and writes the residual stream (SliceGPT), `units` the attention heads and MLP channels
+of a block (LLM-Pruner), `linear` replaces linear layers.
+"""

@@ -1,4 +1,4 @@
-"""LLM-Pruner (arXiv 2305.11627): cut attention heads and MLP channels by what the loss loses without them."""
+"""LLM-Pruner (arXiv 2305.11627): cut the attention heads and MLP channels with the least effect on the loss."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 from cospadi.checkpoint.formats.width import attach_width
 from cospadi.errors import BudgetError, CalibrationError, ModelError, NumericalError
 from cospadi.model_view import ModelView, discover
-from cospadi.pruning.base import block_bytes, depth_method
+from cospadi.pruning.base import block_bytes, pruning_method
 from cospadi.pruning.evidence import REMEDY, Evidence, Tokens
-from cospadi.pruning.width.sliced_structure import probe_ids
-from cospadi.pruning.width.sliced_units import Units, block_units, describe_in_config, linear_of
+from cospadi.pruning.width.linear import linear_of
+from cospadi.pruning.width.residual import probe_ids
+from cospadi.pruning.width.units import Units, block_units, describe_in_config
 from cospadi.runtime.devices import placed
 from cospadi.runtime.memory import guard_memory
 
@@ -30,11 +31,11 @@ Squares = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Gradients:
-    """Of the loss on the calibration text, by full name of the linear layer; float32 (d_out, d_in), on the device.
+    """Gradients of the calibration loss by full name of the linear layer; float32 (d_out, d_in), on the device.
 
     Attributes:
-        first: mean over sequences of ∂ℓ/∂W, ℓ the mean next-token loss of a sequence.
-        squared: mean over sequences of (∂ℓ/∂W)², the diagonal of the Fisher information; empty if not asked for.
+        first: mean over sequences of ∂ℓ/∂W, where ℓ is the mean next-token loss of a sequence.
+        squared: mean over sequences of (∂ℓ/∂W)², the diagonal of the Fisher information; empty if not requested.
     """
 
     first: dict[str, Tensor]
@@ -46,8 +47,8 @@ class Narrowing:
     """The edit of LLM-Pruner.
 
     Attributes:
-        heads: by block, the head groups that stay, in order.
-        channels: by block, the MLP channels that stay, in order.
+        heads: kept head groups of each block, in order.
+        channels: kept MLP channels of each block, in order.
         told: plain data for the report.
     """
 
@@ -57,12 +58,12 @@ class Narrowing:
 
     @torch.no_grad()
     def apply(self, view: ModelView) -> PreTrainedModel:
-        """Cut the rows and columns; where every block was cut alike, the result is a stock checkpoint.
+        """Cut the rows and columns. If all blocks are cut alike, the result is a stock checkpoint.
 
-        The pruned model is compared with the whole one whose cut structures are silenced, on a few tokens.
+        The pruned model must match, on a few tokens, the original one with the cut structures silenced.
 
         Raises:
-            ModelError: if the structures of this architecture do not stand by themselves; the model is then of no use.
+            ModelError: if the structures of this architecture are not independent. The model is then no longer usable.
         """
         units = block_units(discover(view.model))
         expected = silenced_logits(view, units, self.heads, self.channels)
@@ -72,11 +73,11 @@ class Narrowing:
         describe_in_config(view.model, units, self.heads, self.channels)
         try:
             found = _logits(view)
-        except RuntimeError as error:  # a shape that the attention has by heart
+        except RuntimeError as error:  # the attention hard-codes a shape
             raise _not_independent(view, str(error).splitlines()[0]) from error
         tolerance = 1e-4 if found.dtype.itemsize >= 4 else 5e-2
         if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
-            raise _not_independent(view, "the pruned model computes something else than the whole one without them")
+            raise _not_independent(view, "the pruned model does not compute what the original computes without them")
         return attach_width(view.model)
 
     def facts(self) -> dict[str, Any]:
@@ -86,12 +87,12 @@ class Narrowing:
 
 def _not_independent(view: ModelView, why: str) -> ModelError:
     return ModelError(
-        f"{type(view.model).__name__}: its attention heads or MLP channels cannot be cut one by one ({why}); "
+        f"{type(view.model).__name__}: its attention heads or MLP channels are not independent ({why}); "
         "choose another pruning method"
     )
 
 
-@depth_method("llm_pruner", paper="arXiv 2305.11627", unit="share")
+@pruning_method("llm_pruner", paper="arXiv 2305.11627", unit="share")
 def llm_pruner(
     evidence: Evidence,
     keep: float,
@@ -101,21 +102,22 @@ def llm_pruner(
     leave_first: Annotated[int, Field(ge=0)] | None = None,
     leave_last: Annotated[int, Field(ge=0)] | None = None,
 ) -> Narrowing:
-    """Cuts the attention heads and MLP channels whose loss the model's loss feels least (LLM-Pruner).
+    """Cut the attention heads and MLP channels with the least effect on the model's loss.
 
-    Heads that share keys and values go together. Equal blocks are cut alike, see :func:`sizes_for`.
+    Heads that share keys and values are cut together. All pruned blocks of one size are cut alike, see
+    :func:`sizes_for`.
 
     Args:
         evidence: of the model.
-        keep: share of the blocks' 16-bit bytes that may stay.
+        keep: share of the blocks' 16-bit bytes to keep.
         taylor: importance of a structure with weights w and gradients g: ``vectorize`` |Σ w g|; ``param_first``
-            Σ |w g|; ``param_second`` Σ w² F; ``param_mix`` Σ |w g − w² F / 2|, F the mean squared gradient.
-        sequences: how many calibration sequences the gradients see.
-        leave_first: blocks at the beginning that are left alone; None: 4 of 32, as published.
-        leave_last: blocks at the end that are left alone; None: 2 of 32, as published.
+            Σ |w g|; ``param_second`` Σ w² F; ``param_mix`` Σ |w g − w² F / 2|, where F is the mean squared gradient.
+        sequences: number of calibration sequences for the gradients (published: 10).
+        leave_first: number of blocks at the beginning to leave alone; None: 4 of 32, as published.
+        leave_last: number of blocks at the end to leave alone; None: 2 of 32, as published.
 
     Raises:
-        BudgetError: if so little cannot be kept, or all blocks are left alone.
+        BudgetError: if the share cannot be reached, or all blocks are left alone.
         ModelError: if the blocks have no separate heads and channels.
     """
     view = discover(evidence.view.model)
@@ -124,7 +126,10 @@ def llm_pruner(
     first = round(count * 4 / 32) if leave_first is None else leave_first
     last = round(count * 2 / 32) if leave_last is None else leave_last
     if first + last >= count:
-        raise BudgetError(f"leaving {first} and {last} of {count} blocks alone leaves none to prune; leave fewer")
+        raise BudgetError(
+            f"leaving the first {first} and the last {last} of {count} blocks alone leaves none to prune: lower "
+            "leave_first or leave_last"
+        )
     pruned = range(first, count - last)
     sizes = sizes_for(view, units, pruned, keep)
     scores = _scores(evidence, view, units, pruned, taylor, sequences)
@@ -143,7 +148,7 @@ def llm_pruner(
 
 
 def largest(scores: Tensor, count: int) -> tuple[int, ...]:
-    """Indices of the `count` largest scores, ascending; of equals the first."""
+    """Indices of the `count` largest scores, ascending; the first among ties."""
     return tuple(sorted(torch.argsort(scores, descending=True, stable=True)[:count].tolist()))
 
 
@@ -159,13 +164,13 @@ def _bytes(view: ModelView, units: Sequence[Units], sizes: dict[int, tuple[int, 
 def sizes_for(
     view: ModelView, units: Sequence[Units], pruned: Sequence[int], keep: float
 ) -> dict[int, tuple[int, int]]:
-    """How many head groups and channels stay in every pruned block.
+    """The number of head groups and channels to keep in every pruned block.
 
-    The share f of a block's bytes that stays is the same in all of them. Of the head groups ⌈f · groups⌉ stay, and
-    channels fill what is left: models with few, large groups lose channels rather than half of their attention.
+    All pruned blocks keep the same share f of their bytes. They keep ⌈f · groups⌉ head groups and as many channels as
+    fit, so models with few, large groups lose channels rather than half of their attention.
 
     Args:
-        view: of the whole model.
+        view: of the original model.
         units: of its blocks.
         pruned: indices of the blocks that may be cut.
         keep: share of all blocks' bytes.
@@ -174,7 +179,7 @@ def sizes_for(
         (head groups, channels) by block.
 
     Raises:
-        BudgetError: if the blocks cannot become so small (names the least possible).
+        BudgetError: if the share cannot be reached (names the smallest possible one).
     """
     total = sum(map(block_bytes, view.layers))
     inside = sum(block_bytes(view.layers[index]) for index in pruned)
@@ -193,7 +198,7 @@ def sizes_for(
             least = _bytes(view, units, dict.fromkeys(pruned, (1, 1))) / total
             raise BudgetError(
                 f"keep {keep:g} is too small for method 'llm_pruner' on this model with {len(pruned)} of "
-                f"{len(units)} blocks to prune: at least {least:.4f} must stay; leave fewer blocks alone"
+                f"{len(units)} blocks to prune: the least possible is {least:.4f}; lower leave_first or leave_last"
             )
         sizes[index] = (groups, channels)
     return sizes
@@ -207,7 +212,7 @@ def _scores(
     taylor: Taylor,
     sequences: int,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Importance of the head groups and of the channels of every pruned block; computed once for all sizes."""
+    """Importance of the head groups and of the channels of every pruned block, computed once for all sizes."""
     key = f"llm_pruner {taylor} {sequences} {list(pruned)}"
     if key not in evidence.memo:
         names = [f"{view.layers_name}.{i}.{name}" for i in pruned for name in units[i].names]
@@ -228,11 +233,11 @@ def _scores(
 
 
 def importance(view: ModelView, structures: Any, prefix: str, found: Gradients, taylor: Taylor) -> Tensor:
-    """Importance of every structure of one kind in one block: the sum over all the weights that would go with it.
+    """Importance of every structure of one kind in one block: the sum over all its weights.
 
     Args:
-        view: of the whole model.
-        structures: heads or channels, see :class:`cospadi.pruning.width.sliced_units.Structures`.
+        view: of the original model.
+        structures: heads or channels, see :class:`cospadi.pruning.width.units.Structures`.
         prefix: of the block's module names.
         found: gradients.
         taylor: see :func:`llm_pruner`.
@@ -258,22 +263,22 @@ def importance(view: ModelView, structures: Any, prefix: str, found: Gradients, 
 def gradients(evidence: Evidence, tokens: Tokens, names: Sequence[str], *, squared: bool) -> Gradients:
     """Gradients of the mean next-token loss with respect to some weights.
 
-    The model runs whole on the device, in float32; one sequence at a time; the model is unchanged afterwards.
+    The whole model runs on the device in float32, one sequence at a time. It is unchanged afterwards.
 
     Args:
         evidence: of the model.
         tokens: sequences of at least two real tokens; padding is not predicted.
         names: of linear layers.
-        squared: also accumulate the squares.
+        squared: whether to accumulate squared gradients too.
 
     Raises:
-        CalibrationError: if a sequence has nothing to predict.
+        CalibrationError: if a sequence has no token to predict.
         NumericalError: on NaN or Inf in a gradient (names the layer).
-        ResourceError: if the memory does not suffice.
+        ResourceError: if there is not enough memory.
     """
     model = evidence.view.model
     if any(int(real.sum()) < 2 for _, real in tokens.batches(1)):
-        raise CalibrationError("a calibration sequence of one token has nothing to predict; give a longer --seq-len")
+        raise CalibrationError("a calibration sequence of one token has nothing to predict: use a longer --seq-len")
     with guard_memory("computing gradients", REMEDY), placed(model, evidence.device, torch.float32):
         with _watched(model, names, squared) as sums:
             for done, (ids, real) in enumerate(tokens.batches(1), 1):
@@ -292,7 +297,7 @@ def gradients(evidence: Evidence, tokens: Tokens, names: Sequence[str], *, squar
 
 @contextmanager
 def _watched(model: PreTrainedModel, names: Sequence[str], squared: bool) -> Iterator[Gradients]:
-    """Sum up the gradients of some weights, and leave the model as it was."""
+    """Sum the gradients of some weights during backward passes, then restore the model."""
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     weights = {name: linear_of(model, name).weight for name in names}
     sums = Gradients({}, {})
@@ -331,13 +336,13 @@ def _logits(view: ModelView) -> Tensor:
 def silenced_logits(
     view: ModelView, units: Sequence[Units], heads: Sequence[Sequence[int]], channels: Sequence[Sequence[int]]
 ) -> Tensor:
-    """Logits of the whole model on a few tokens when the writers do not hear the structures that will go.
+    """Logits of the original model on a few tokens with the inputs from all cut structures set to zero.
 
     Args:
-        view: of the whole model; unchanged.
+        view: of the original model, which does not change.
         units: of its blocks.
-        heads: by block, head groups that stay.
-        channels: by block, channels that stay.
+        heads: kept head groups of each block.
+        channels: kept channels of each block.
     """
     with ExitStack() as stack:
         for layer, unit, *kept in zip(view.layers, units, heads, channels, strict=True):

@@ -1,4 +1,4 @@
-"""SliceGPT (arXiv 2401.15024): rotate the residual stream to its principal axes and cut the last ones off."""
+"""SliceGPT (arXiv 2401.15024): rotate the residual stream to its principal axes and cut off the last ones."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from cospadi.checkpoint.formats.width import attach_width
 from cospadi.errors import BudgetError
 from cospadi.layers.sliced import SlicedNorm, make_sliced
 from cospadi.model_view import LayerReplay, ModelView
-from cospadi.pruning.base import block_bytes, depth_method
+from cospadi.pruning.base import block_bytes, pruning_method
 from cospadi.pruning.evidence import BATCH_TOKENS, REMEDY, Evidence
-from cospadi.pruning.width.sliced_structure import Norm, ResidualBlock, Sublayer, norm_of, residual_blocks
+from cospadi.pruning.width.linear import linear_of, replace_linear
+from cospadi.pruning.width.residual import Norm, ResidualBlock, Sublayer, norm_of, residual_blocks
 from cospadi.runtime.memory import guard_memory
 from cospadi.solvers.rotation import principal_axes
 
 STEP = 8
-"""Widths are multiples of it, as published: matrix units like them."""
+"""Widths are multiples of 8, as published, for the sake of tensor cores."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ class Slicing:
     """The edit of SliceGPT.
 
     Attributes:
-        width: of the residual stream afterwards (d').
-        bases: Q (d, d') float64, orthonormal columns: of every block, those of the stream that enters its attention
-            and its MLP. Behind the last block the stream is whole again, as in the authors' code.
+        width: of the sliced residual stream (d').
+        bases: for every block, the bases Q (d, d') of the streams that enter its attention and its MLP; float64,
+            orthonormal columns. After the last block the stream has its full width again, as in the authors' code.
         told: plain data for the report.
     """
 
@@ -45,7 +46,7 @@ class Slicing:
 
     @torch.no_grad()
     def apply(self, view: ModelView) -> PreTrainedModel:
-        """Fuse the norms, rotate and slice every matrix; the result is stored in the model's own dtype.
+        """Fuse the norms, rotate and slice every matrix, and store the result in the model's own dtype.
 
         Raises:
             ModelError: if the stream of this architecture cannot be rotated.
@@ -63,14 +64,14 @@ class Slicing:
         return {"removed": [], **self.told}
 
 
-@depth_method("slicegpt", paper="arXiv 2401.15024", unit="share")
+@pruning_method("slicegpt", paper="arXiv 2401.15024", unit="share")
 def slicegpt(evidence: Evidence, keep: float, *, slicing: Annotated[float, Field(ge=0, lt=1)] | None = None) -> Slicing:
-    """Rotates the residual stream to its principal axes, sublayer by sublayer, and cuts the last ones off (SliceGPT).
+    """Rotate the residual stream to its principal axes, sublayer by sublayer, and cut off the last ones.
 
     Args:
         evidence: of the model.
-        keep: share of the blocks' 16-bit bytes that may stay, the shortcut matrices counted.
-        slicing: the authors' measure of size, the share of the stream's width that goes; None: the largest width that
+        keep: share of the blocks' 16-bit bytes to keep, including the shortcut matrices.
+        slicing: the authors' measure of size, the share of the stream's width to remove; None: the largest width that
             `keep` allows.
 
     Raises:
@@ -97,22 +98,22 @@ def stream_width(view: ModelView, blocks: tuple[ResidualBlock, ...]) -> int:
 
 
 def sliced_width(full: int, slicing: float) -> int:
-    """``int((1 − s) d)`` rounded down to a multiple of 8; d itself for s = 0.
+    """``int((1 − s) d)`` rounded down to a multiple of 8; d for s = 0.
 
     Raises:
         BudgetError: if nothing would be left.
     """
     width = full if slicing == 0 else int((1 - slicing) * full) // STEP * STEP
     if width < 1:
-        raise BudgetError(f"slicing {slicing:g} leaves nothing of a stream of width {full}; slice less")
+        raise BudgetError(f"slicing {slicing:g} leaves nothing of a stream of width {full}: use a smaller slicing")
     return width
 
 
 def sliced_bytes(view: ModelView, blocks: tuple[ResidualBlock, ...], width: int) -> int:
-    """Bytes of the blocks' matrices at 16 bits a weight after slicing, shortcuts included.
+    """Bytes of the blocks' matrices at 16 bits per weight after slicing, including the shortcuts.
 
     Args:
-        view: of the whole model.
+        view: of the original model.
         blocks: its blocks.
         width: d'.
     """
@@ -123,41 +124,43 @@ def sliced_bytes(view: ModelView, blocks: tuple[ResidualBlock, ...], width: int)
         total += block_bytes(layer)
         for sublayer, leaves in ((block.mixer, width), (block.mlp, out)):
             for name in sublayer.readers:
-                total -= 2 * (full - width) * _linear(layer, name).out_features
-            total -= 2 * (full - leaves) * _linear(layer, sublayer.writer).in_features
+                total -= 2 * (full - width) * linear_of(layer, name).out_features
+            total -= 2 * (full - leaves) * linear_of(layer, sublayer.writer).in_features
             total += 2 * width * leaves
     return total
 
 
 def width_for(view: ModelView, blocks: tuple[ResidualBlock, ...], keep: float) -> int:
-    """The largest width, a multiple of 8 below d, whose bytes are within `keep` of the blocks' bytes.
+    """The largest width, a multiple of 8 below d, that keeps at most the share `keep` of the blocks' bytes.
 
     Raises:
-        BudgetError: if there is none (names the least possible).
+        BudgetError: if there is none (names the smallest possible share).
     """
     full, total = stream_width(view, blocks), sum(map(block_bytes, view.layers))
     for width in range((full - 1) // STEP * STEP, 0, -STEP):
         if sliced_bytes(view, blocks, width) <= keep * total:
             return width
     least = sliced_bytes(view, blocks, min(STEP, full)) / total
-    raise BudgetError(f"keep {keep:g} is too small for method 'slicegpt' on this model: at least {least:.4f} must stay")
+    raise BudgetError(
+        f"keep {keep:g} is too small for method 'slicegpt' on this model: the least possible is {least:.4f}"
+    )
 
 
 @torch.no_grad()
 def find_bases(evidence: Evidence, blocks: tuple[ResidualBlock, ...], width: int) -> Slicing:
-    """The principal axes of every sublayer's normalised input, each found with all before it sliced already.
+    """The principal axes of every sublayer's normalised input, computed with all earlier sublayers already sliced.
 
     Args:
-        evidence: the model is only read; a copy of one block at a time is sliced.
+        evidence: of the model, which is only read; a copy of one block at a time is sliced.
         blocks: of the model.
         width: d'.
 
     Returns:
-        the bases, and by sublayer the share of the signal that the cut axes carried on the calibration text.
+        the bases and, for every sublayer, the share of signal energy on the cut axes over the calibration text.
 
     Raises:
         NumericalError: on NaN or Inf in the stream.
-        ResourceError: if the memory does not suffice.
+        ResourceError: if there is not enough memory.
     """
     view = evidence.view
     bases: list[tuple[Tensor, Tensor]] = []
@@ -174,7 +177,7 @@ def find_bases(evidence: Evidence, blocks: tuple[ResidualBlock, ...], width: int
             if index == 0:
                 q, share = _axes(stream, masks, norms[0], width, f"{view.layers_name}.0", replay.device)
                 lost.append(share)
-            # `stream` is whole and in the original basis here: each block gets it cut to the axes found for it
+            # `stream` has its full width and original basis here; each block receives it cut to its own axes
             stream = [(x.to(replay.device) @ q.to(x.dtype)).cpu() for x in stream]
             middle = [_middle(replay, index, block, q, x) for x in stream]
             q_mlp, share = _axes(middle, masks, norms[1], width, f"{view.layers_name}.{index} (MLP)", replay.device)
@@ -200,7 +203,7 @@ def find_bases(evidence: Evidence, blocks: tuple[ResidualBlock, ...], width: int
 def _axes(
     stream: list[Tensor], masks: list[Tensor], norm: Norm, width: int, name: str, device: torch.device
 ) -> tuple[Tensor, float]:
-    """The first axes (d, d') of the normalised stream's real tokens, and the share of its energy along the others."""
+    """The first axes (d, d') of the normalised stream's real tokens, and the share of its energy on the others."""
     full = stream[0].shape[-1]
     moment = Accumulator(name, full, device)
     whole = SlicedNorm(full, full, norm.eps)
@@ -212,11 +215,11 @@ def _axes(
 
 
 class _Reached(Exception):
-    """Leaves a block once its MLP's input is known."""
+    """Ends a block's forward once the input of its MLP is known."""
 
 
 def _middle(replay: LayerReplay, index: int, block: ResidualBlock, q: Tensor, stream: Tensor) -> Tensor:
-    """The stream before a block's MLP, whole and in the original basis, when the block gets the sliced stream."""
+    """The stream before a block's MLP, in full width and original basis, when the block receives the sliced stream."""
     caught: list[Tensor] = []
 
     def catch(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -234,7 +237,7 @@ def _middle(replay: LayerReplay, index: int, block: ResidualBlock, q: Tensor, st
 def _sliced_copy(
     replay: LayerReplay, index: int, block: ResidualBlock, q: Tensor, q_mlp: Tensor | None
 ) -> Iterator[nn.Module]:
-    """Have a sliced copy of a block run in its place for a while; its output is in the original basis."""
+    """Run a sliced copy of a block in its place; its output is in the original basis."""
     layer = replay.fetch(index)
     stand_in = copy.deepcopy(layer)
     slice_block(stand_in, block, q, q_mlp, None)
@@ -248,17 +251,17 @@ def _sliced_copy(
 def slice_block(layer: nn.Module, block: ResidualBlock, q: Tensor, q_mlp: Tensor | None, q_out: Tensor | None) -> None:
     """Rotate and slice one decoder layer in place.
 
-    With W stored as (outputs, inputs), g the norm's gain and b its shift: readers become ``W diag(g) Q``, their bias
-    ``bias + W b``; writers ``Qᵀ W`` and ``Qᵀ bias``, Q being that of the stream they write to; the shortcut from a
-    stream in Q to one in Q' is ``Q'ᵀ Q`` (SliceGPT, equations 3 to 6). The writers of models with LayerNorm lose the
-    mean of their outputs first, after which LayerNorm is an RMS norm.
+    Let W be stored as (outputs, inputs), g be the gain of the norm and b its shift. Readers become ``W diag(g) Q`` with
+    bias ``bias + W b``. Writers become ``Qᵀ W`` with bias ``Qᵀ bias``, where Q is the basis of the stream they write
+    to. The shortcut from a stream in basis Q to one in Q' is ``Q'ᵀ Q`` (SliceGPT, equations 3 to 6). In models with
+    LayerNorm, the mean of the writers' outputs is removed first, which turns LayerNorm into an RMS norm.
 
     Args:
-        layer: a decoder layer as it came.
-        block: what it consists of.
+        layer: an original decoder layer.
+        block: its parts.
         q: basis (d, d') of the stream that enters it, float64.
-        q_mlp: of the stream that enters its MLP; None: the original basis, whole.
-        q_out: of its output; None likewise.
+        q_mlp: basis of the stream that enters its MLP; None: the original one, in full width.
+        q_out: basis of its output; None: the original one, in full width.
     """
     norms = norm_of(layer, block.parts.mixer_norm), norm_of(layer, block.parts.mlp_norm)
     full = len(q)
@@ -275,41 +278,24 @@ def slice_block(layer: nn.Module, block: ResidualBlock, q: Tensor, q_mlp: Tensor
 
 def _rotate(layer: nn.Module, sublayer: Sublayer, norm: Norm, enters: Tensor, leaves: Tensor) -> None:
     for name in sublayer.readers:
-        linear = _linear(layer, name)
+        linear = linear_of(layer, name)
         weight = linear.weight.detach().double()
         bias = None if linear.bias is None else linear.bias.detach().double()
         if norm.shift is not None:
             bias = weight @ norm.shift.double() + (0 if bias is None else bias)
-        _replace(layer, name, weight * norm.gain.double() @ enters.to(weight.device), bias)
-    linear = _linear(layer, sublayer.writer)
+        replace_linear(layer, name, weight * norm.gain.double() @ enters.to(weight.device), bias)
+    linear = linear_of(layer, sublayer.writer)
     weight = linear.weight.detach().double()
     bias = None if linear.bias is None else linear.bias.detach().double()
     if norm.centred:
         weight = weight - weight.mean(0)
         bias = None if bias is None else bias - bias.mean()
     turn = leaves.to(weight.device).T
-    _replace(layer, sublayer.writer, turn @ weight, None if bias is None else turn @ bias)
-
-
-def _linear(layer: nn.Module, name: str) -> nn.Linear:
-    linear = layer.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
-    return linear
-
-
-def _replace(layer: nn.Module, name: str, weight: Tensor, bias: Tensor | None) -> None:
-    """Put a linear layer of other shape in the place of one, in its dtype."""
-    old = _linear(layer, name)
-    new = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=old.weight.dtype)
-    new.weight = nn.Parameter(weight.to(old.weight), old.weight.requires_grad)
-    if bias is not None:
-        new.bias = nn.Parameter(bias.to(old.weight), old.weight.requires_grad)
-    new.train(old.training)
-    layer.set_submodule(name, new)
+    replace_linear(layer, sublayer.writer, turn @ weight, None if bias is None else turn @ bias)
 
 
 def _centred(view: ModelView, blocks: tuple[ResidualBlock, ...]) -> bool:
-    """Whether the model's norms take the mean off."""
+    """Whether the model's norms subtract the mean."""
     return any(norm_of(view.layers[i], block.parts.mixer_norm).centred for i, block in enumerate(blocks))
 
 
@@ -318,7 +304,7 @@ def _centre(x: Tensor, centred: bool) -> Tensor:
 
 
 def _slice_embedding(model: PreTrainedModel, q: Tensor, centred: bool) -> None:
-    """Give the embedding the basis of the first block; a head that shared its weight keeps the whole one."""
+    """Rotate and slice the embedding into the basis of the first block; a tied head keeps the original weight."""
     old = model.get_input_embeddings()
     assert isinstance(old, nn.Embedding)
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""The place in a block that a correction is written into: the last linear map of its residual branch."""
+"""The layer of a block that takes a correction: the last linear layer of its residual branch."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _PROBE = (1, 8)
 
 @dataclass(frozen=True)
 class Branch:
-    """output = y + scale · m, where m is what one linear layer of the block gives.
+    """output = y + scale · m, where m is the output of one linear layer of the block.
 
     Attributes:
         block: index of the block.
         path: of the linear layer (``nn.Linear``, or GPT-2's ``Conv1D``) within the block.
-        scale: by which the block multiplies m; 1 in most architectures.
+        scale: factor by which the block multiplies m; 1 in most architectures.
     """
 
     block: int
@@ -35,14 +35,14 @@ class Branch:
         return view.layers[self.block].get_submodule(self.path)
 
     def folded(self, view: ModelView, transform: Tensor) -> dict[str, Tensor]:
-        """Weight and bias with which the layer gives m T instead of m.
+        """Weight and bias that make the layer compute m T instead of m.
 
         Args:
             view: of the model.
             transform: T (d, d).
 
         Returns:
-            float64 tensors by the parameter's name in the model.
+            float64 tensors by parameter name in the model.
         """
         name = f"{view.layers_name}.{self.block}.{self.path}"
         module, wide = self.module(view), transform.to(torch.float64)
@@ -54,14 +54,14 @@ class Branch:
         return found
 
     def refitted(self, view: ModelView, step: Tensor) -> dict[str, Tensor]:
-        """Weight and bias with which the layer gives a step more: a (W + D) instead of a W.
+        """Weight and bias that make the layer compute a (W + D) instead of a W.
 
         Args:
             view: of the model.
-            step: D (inputs, d); of a layer with a bias, one row more for it.
+            step: D (inputs, d); for a layer with a bias, one more row for it.
 
         Returns:
-            float64 tensors by the parameter's name in the model.
+            float64 tensors by parameter name in the model.
         """
         name = f"{view.layers_name}.{self.block}.{self.path}"
         module, wide = self.module(view), step.to(torch.float64)
@@ -76,13 +76,13 @@ class Branch:
     def run(
         self, replay: LayerReplay, hidden: Tensor, step: Tensor | None = None, *, of_inputs: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Run the block, its last layer's output changed if a step is given: m + f D instead of m.
+        """Run the block; with a step, its last layer's output is m + f D instead of m.
 
         Args:
             replay: of the model.
             hidden: input of the block (b, length, width).
             step: D (features, width).
-            of_inputs: f is what the layer gets (and a 1 for its bias); otherwise f = m, what it gives.
+            of_inputs: f is the input of the layer (with a 1 appended for its bias); otherwise f = m, its output.
 
         Returns:
             output of the block (b, length, width), and scale · f (b, length, features) before the step.
@@ -104,7 +104,7 @@ class Branch:
 
 
 def find_branch(view: ModelView, block: int, replay: LayerReplay) -> Branch:
-    """Find the last linear layer of a block, and check that its output is only added to the block's output.
+    """Find the last linear layer of a block and check that the block only adds its output to the residual stream.
 
     Args:
         view: of a real model.
@@ -112,7 +112,7 @@ def find_branch(view: ModelView, block: int, replay: LayerReplay) -> Branch:
         replay: of the model.
 
     Raises:
-        ModelError: if something (such as a norm) stands between that layer and the residual sum.
+        ModelError: if something, such as a norm, comes between that layer and the residual sum.
     """
     layer = view.layers[block]
     hidden = replay.embed(torch.arange(_PROBE[1])[None])
@@ -142,6 +142,7 @@ def find_branch(view: ModelView, block: int, replay: LayerReplay) -> Branch:
             return Branch(block, path, 1.0 if abs(scale - 1) < 0.01 else scale)
     kind = type(layer).__name__
     raise ModelError(
-        f"{kind}: no linear layer at the end of its residual branch can take the transform (a norm follows it, or it "
-        "mixes experts); use --set separate=true, which keeps the transform as a block of its own, or another method"
+        f"{kind}: its residual branch does not end in a linear layer that can take the transform (a norm follows it, "
+        "or it mixes experts); use --set separate=true, which keeps the transform as a block of its own, or another "
+        "method"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -11,27 +11,28 @@ from pydantic import Field
 from torch import Tensor
 
 from cospadi.errors import RecipeError
-from cospadi.pruning.base import depth_method
-from cospadi.pruning.depth.choose import choose_runs
+from cospadi.pruning.base import pruning_method
+from cospadi.pruning.depth.choose_runs import choose_runs
 from cospadi.pruning.depth.distances import chosen_run, require_run
 from cospadi.pruning.depth.replaceme.rows import Fit, Fold, Rows, place, stream_rows
 from cospadi.pruning.depth.replaceme.transform import Structure, cosine
-from cospadi.pruning.depth.replaceme.trial import Trial, best, cheapest, solutions, tried
+from cospadi.pruning.depth.replaceme.trials import CorrectionTrial, best, cheapest, solutions, tried
 from cospadi.pruning.depth.surgery import Cut
 from cospadi.pruning.evidence import Evidence
 
 Solver = Literal["least_squares", "cosine"]
 Select = Literal["loss", "error", "cosine"]
+Measure = Literal["loss", "error"]
 MEASURES = {
     "loss": "held-out loss of the model with the correction",
     "error": "held-out error of the correction",
-    "cosine": "mean cosine distance of all tokens",
+    "cosine": "mean cosine distance over all tokens",
 }
 HELD_OUT = 8
-"""At most every so manieth sequence is held out."""
+"""At most one sequence in so many is held out."""
 
 
-@depth_method("replaceme", paper="arXiv 2505.02819")
+@pruning_method("replaceme", paper="arXiv 2505.02819")
 def replaceme(
     evidence: Evidence,
     blocks: int,
@@ -54,51 +55,68 @@ def replaceme(
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4,
     tokens: Annotated[int, Field(ge=1)] = 262_144,
 ) -> Cut:
-    """Replace a run of blocks by a linear map in the block before it.
+    """Replace a run of blocks by a linear map folded into the block before it.
 
-    Block i gives L_i = Y_i + M_i, M_i = A_i W what its MLP's last layer W makes of A_i. A run i+1 … i+n goes, and W is
-    changed so that block i gives, as nearly as it can, L_{i+n}; so the architecture is unchanged and nothing is added.
-    As published W becomes W T, T a least-squares fit of M_i T to L_{i+n} − Y_i; by default T is the best orthonormal
-    matrix. A fit without that constraint has the lower error on text like the calibration text and learns that text's
-    domain: fitted to encyclopedia text, llama-29m was better on documentation with the orthonormal T than with a full
-    one or with all of W refitted (``fold=down``), at 1, 2 and 3 removed blocks of 9. The paper saw the opposite at 8B
-    (of unweighted errors), so with much text of the right kind try ``structure=full``. Inputs come from the model as
-    pruned so far, targets from the original one; with one run that is what is published.
+    Block i computes L_i = Y_i + M_i, where M_i = A_i W is the output of its MLP's last layer W on inputs A_i. The run
+    i+1 … i+n is removed, and W changes so that the output of block i approximates L_{i+n}. Architecture and size of the
+    other blocks do not change.
+
+    As published, W becomes W T with T fitted by least squares, M_i T ≈ L_{i+n} − Y_i. The default restricts T to
+    orthonormal matrices. An unrestricted T has a lower error on text like the calibration text, but overfits its
+    domain: fitted to encyclopedia text, llama-29m was better on documentation with an orthonormal T than with a full
+    one, or with all of W refitted (``fold=down``), at 1, 2 and 3 of 9 blocks removed. The paper found the opposite for
+    8B models (with unweighted errors), so with plenty of suitable text try ``structure=full``. Inputs come from the
+    model as pruned so far, targets from the original one; for a single run this is what the paper does.
+
+    Deviations from the published defaults (least squares as published: ``structure=full select=cosine relative=false
+    ridge=0``; cosine as published: ``solver=cosine select=cosine``):
+
+    * The run is chosen by the loss on held-out text instead of the distance L_i to L_{i+n}. The paper takes the mean
+      cosine distance (``select=cosine``); the authors' code takes the angular distance of the last token, measured on
+      a 4-bit model.
+    * T is orthonormal instead of full, and the tokens of a least-squares fit are weighted (`relative`). The authors'
+      code has no orthonormal T.
+    * `ridge` is relative to the mean of diag(MᵀM) and pulls T towards the identity, that is towards plain removal. The
+      paper's α is absolute (10⁴ in its ablation) and pulls T towards zero.
+    * Padding never enters the statistics; it does in the authors' code.
+    * The cosine solver keeps the activations of at most `tokens` tokens; the authors' code keeps all of them. Its
+      epochs, learning rate, batch of 1024 tokens and start at the identity are the published ones.
+    * The L1 penalty and the masking augmentation of the paper's ablations are not implemented.
 
     Args:
         evidence: model and text.
-        blocks: how many go.
+        blocks: number of blocks to remove.
         solver: ``least_squares`` (closed form) or ``cosine`` (Adam on cos(M T, L_{i+n} − Y_i), as published).
-        fold: ``transform``: W T; ``down``: W + D, D of least ‖A D − (L_{i+n} − L_i)‖², not with ``solver=cosine``, a
-            `structure` or `separate`.
-        select: by what the run and the ridge are chosen: ``loss`` (the default): of the nearest runs, the one with
-            which the model's loss is least, each with a least-squares fit to half of the first `samples` sequences
-            and measured on the other half; then the ridge with which it is least on every eighth sequence (or fewer:
-            half of `samples`), the fit being to the others. Plain removal is among the choices, so the result is never
-            worse on this text.
-            ``error``: likewise, by the distance to L_{i+n}; ``cosine``: the nearest run, as published, its ridge by
-            the distance. With several runs these are the nearest ones.
-        candidates: so many of the nearest runs are tried.
-        samples: trials of runs see the first so many sequences; at most half as many are held out afterwards.
+        fold: ``transform``: W T. ``down``: W + D, with D minimising ‖A D − (L_{i+n} − L_i)‖²; excludes
+            ``solver=cosine``, `structure` and `separate`.
+        select: criterion that chooses the run and the ridge. ``loss`` (default): each of the nearest runs is corrected
+            by least squares on half of the first `samples` sequences; the run with the lowest loss of the model on the
+            other half is removed. Its ridge is the one with the lowest loss on every eighth sequence (fewer for long
+            texts: half of `samples`), fitted on the others. Plain removal is always a candidate, so the result is
+            never worse than it on this text. ``error``: the same with the distance to L_{i+n}. ``cosine``: the nearest
+            run, as published, its ridge chosen by that distance. Several runs are always the nearest ones.
+        candidates: number of nearest runs to try.
+        samples: number of sequences for trying runs; at most half as many are held out afterwards.
         structure: of T: ``full``, ``diagonal``, ``orthonormal`` or ``low_rank``; see
-            :func:`~cospadi.pruning.depth.replaceme.transform.least_squares`. Left out: ``orthonormal`` of a folded T
+            :func:`~cospadi.pruning.depth.replaceme.transform.least_squares`. Left out: ``orthonormal`` for a folded T
             by least squares, else ``full``.
         rank: of ``low_rank``.
-        ridge: relative ridge of least squares towards plain removal; left out: chosen as `select` says, of an
-            orthonormal T between none and plain removal.
-        gain: of the ridges on trial the largest that brings at least this share of the best one's gain over plain
-            removal. Less than 1 gives up some of it on text like the calibration text, and keeps more elsewhere.
-        relative: least squares counts the error of every token against the size of its hidden state L_{i+n}, which is
-            what the next norm sees; False: all alike, as published. Without it the few tokens with massive activations
-            (the first of a sequence above all) decide the fit, and the other tokens pay.
-        transforms: number of runs, each with a correction of its own; their lengths are chosen too.
-        consecutive: whether runs may touch; touching runs become one, with one correction.
+        ridge: relative ridge of least squares towards plain removal. Left out: chosen by `select`; for an orthonormal
+            T the choice is between none and plain removal.
+        gain: take the largest ridge that achieves this share of the best ridge's gain over plain removal. Less than 1
+            gives up some quality on text like the calibration text to keep more on other text.
+        relative: weight the error of each token by 1/‖L_{i+n}‖², the scale that the next norm sees. False: all tokens
+            weigh the same, as published; a few tokens with massive activations (the first of a sequence above all)
+            then dominate the fit.
+        transforms: number of runs, each with its own correction; their lengths are chosen too.
+        consecutive: whether runs may be adjacent; adjacent runs are merged into one, with one correction.
         separate: keep the transform as a linear block of its own that maps the whole hidden state, instead of folding
-            it. Such a checkpoint loads with this package only; it also fits architectures with a norm after the MLP.
-        start: the first block of the run, instead of having it chosen.
+            it. Such a checkpoint loads with this package only. It also works for architectures with a norm after the
+            MLP.
+        start: the first block of the run, instead of choosing one.
         epochs: of the cosine solver.
         learning_rate: of the cosine solver.
-        tokens: the cosine solver keeps at most so many tokens' activations, in bfloat16.
+        tokens: the cosine solver keeps the activations of at most so many tokens, in bfloat16.
 
     Raises:
         RecipeError: if options contradict each other or the model.
@@ -108,67 +126,37 @@ def replaceme(
     """
     structure = _agreed(structure, solver, fold, select, ridge, gain, transforms, separate=separate, start=start)
     require_run(len(evidence.view.layers), blocks, start, first=1)
-    measure = "loss" if select in (None, "loss") else "error"
+    measure: Measure = "loss" if select in (None, "loss") else "error"
+    corrector = _Corrector(
+        evidence,
+        solver=solver,
+        fold=fold,
+        measure=measure,
+        structure=structure,
+        rank=rank,
+        ridge=ridge,
+        gain=gain,
+        relative=relative,
+        separate=separate,
+        samples=samples,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        tokens=tokens,
+    )
     distances = evidence.pairs.cosine
-
-    def trial_of_run(run: tuple[int, int]) -> Trial:
-        """The best of the least-squares corrections of a run, fitted to half of a few sequences."""
-        fitted, held = evidence.tokens.first(samples).parted(2)
-        where = place(evidence, run, fold, separate=separate)
-        rows = stream_rows(evidence, where, {}, fitted, relative=relative)
-        options = solutions(rows, where, structure, rank, ridge, held_out=held is not fitted)
-        losses = "nearest" if measure == "loss" else "none"
-        found = tried(evidence, options, {}, held, relative=relative, losses=losses)
-        return found[best(found, measure)]
-
-    def solve(where: Fit, fits: dict[int, Fit]) -> tuple[Fit, Rows, list[Trial]]:
-        """The correction of a run, fitted to the whole text but what it is chosen by."""
-        choosing = ridge is None if solver == "least_squares" else measure == "loss"
-        every = max(HELD_OUT, -(-len(evidence.tokens.ids) // (samples // 2)))
-        fitted, held = evidence.tokens.parted(every) if choosing else (evidence.tokens, evidence.tokens)
-        keep = min(tokens, fitted.count) if solver == "cosine" else 0
-        rows = stream_rows(evidence, where, fits, fitted, relative=relative, keep=keep)
-        if rows.equations.tokens < len(rows.equations.gram):
-            warnings.warn(
-                f"the correction is fitted to {rows.equations.tokens} tokens, fewer than the "
-                f"{len(rows.equations.gram)} dimensions of the layer: in the others it stays near plain removal; give "
-                "more --samples",
-                stacklevel=2,
-            )
-        if solver == "least_squares":
-            options = solutions(rows, where, structure, rank, ridge, held_out=held is not fitted)
-        else:
-            assert rows.inputs is not None and rows.targets is not None
-            transform = cosine(
-                rows.inputs,
-                rows.targets,
-                epochs=epochs,
-                learning_rate=learning_rate,
-                diagonal=structure == "diagonal",
-                seed=evidence.seed,
-                progress=lambda done, total: evidence.progress("transform", done, total, "epochs"),
-            )
-            step = transform - torch.eye(len(transform), dtype=transform.dtype)
-            options = [*([where] if choosing else []), where.corrected(step, None)]
-        if len(options) == 1:
-            return options[0], rows, []
-        losses = "all" if measure == "loss" else "none"
-        found = tried(evidence, options, fits, held, relative=relative, losses=losses)
-        return options[best(found, measure, gain)], rows, found
-
-    trials: list[Trial] = []
+    trials: list[CorrectionTrial] = []
     if transforms > 1:
         runs = choose_runs(distances, blocks, transforms, first=1, touching=consecutive)
     else:
         first = chosen_run(distances, blocks, start, first=1)
         if start is None and select != "cosine":
-            trials = [trial_of_run(run) for run in cheapest(distances, blocks, candidates, first=1)]
+            trials = [corrector.try_run(run) for run in cheapest(distances, blocks, candidates, first=1)]
             first = trials[best(trials, measure)].run[0]
         runs = [(first, first + blocks)]
     fits: dict[int, Fit] = {}
     told: list[dict[str, Any]] = []
     for run in runs:
-        fit, rows, found = solve(place(evidence, run, fold, separate=separate), fits)
+        fit, rows, found = corrector.correct(run, fits)
         fits[run[0] - 1] = fit
         told.append(_told(evidence, fit, rows, found))
     facts = {
@@ -179,6 +167,96 @@ def replaceme(
         "transforms": told,
     }
     return _cut(evidence, fits, facts | ({"trials": [asdict(trial) for trial in trials]} if trials else {}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """Options of :func:`replaceme` that decide how a correction is fitted."""
+
+    solver: Solver
+    fold: Fold
+    measure: Measure
+    structure: Structure
+    rank: int
+    ridge: float | None
+    gain: float
+    relative: bool
+    separate: bool
+    samples: int
+    epochs: int
+    learning_rate: float
+    tokens: int
+
+
+class _Corrector:
+    """Fits the correction of a run and chooses among the possible ones."""
+
+    def __init__(self, evidence: Evidence, **options: Any) -> None:
+        self.evidence, self.options = evidence, _Options(**options)
+
+    def try_run(self, run: tuple[int, int]) -> CorrectionTrial:
+        """The best least-squares correction of a run, fitted on half of a few sequences, measured on the other half."""
+        o = self.options
+        fitted, held = self.evidence.tokens.first(o.samples).parted(2)
+        where = place(self.evidence, run, o.fold, separate=o.separate)
+        rows = stream_rows(self.evidence, where, {}, fitted, relative=o.relative)
+        corrections = solutions(rows, where, o.structure, o.rank, o.ridge, held_out=held is not fitted)
+        losses = "nearest" if o.measure == "loss" else "none"
+        found = tried(self.evidence, corrections, {}, held, relative=o.relative, losses=losses)
+        return found[best(found, o.measure)]
+
+    def correct(self, run: tuple[int, int], fits: dict[int, Fit]) -> tuple[Fit, Rows, list[CorrectionTrial]]:
+        """The correction of a run, fitted on all text except the part that chooses among corrections.
+
+        Args:
+            run: (first block, one past the last).
+            fits: earlier corrections, by their blocks.
+
+        Returns:
+            the correction, what it was fitted on, and the trials that it was chosen from (empty without a choice).
+        """
+        o, text = self.options, self.evidence.tokens
+        where = place(self.evidence, run, o.fold, separate=o.separate)
+        choosing = o.ridge is None if o.solver == "least_squares" else o.measure == "loss"
+        every = max(HELD_OUT, -(-len(text.ids) // (o.samples // 2)))
+        fitted, held = text.parted(every) if choosing else (text, text)
+        keep = min(o.tokens, fitted.count) if o.solver == "cosine" else 0
+        rows = stream_rows(self.evidence, where, fits, fitted, relative=o.relative, keep=keep)
+        _warn_of_little_text(rows)
+        if o.solver == "least_squares":
+            corrections = solutions(rows, where, o.structure, o.rank, o.ridge, held_out=held is not fitted)
+        else:
+            corrections = [*([where] if choosing else []), where.corrected(self._cosine_step(rows), None)]
+        if len(corrections) == 1:
+            return corrections[0], rows, []
+        losses = "all" if o.measure == "loss" else "none"
+        found = tried(self.evidence, corrections, fits, held, relative=o.relative, losses=losses)
+        return corrections[best(found, o.measure, o.gain)], rows, found
+
+    def _cosine_step(self, rows: Rows) -> Tensor:
+        """T − I of the cosine solver."""
+        o, progress = self.options, self.evidence.progress
+        assert rows.inputs is not None and rows.targets is not None
+        transform = cosine(
+            rows.inputs,
+            rows.targets,
+            epochs=o.epochs,
+            learning_rate=o.learning_rate,
+            diagonal=o.structure == "diagonal",
+            seed=self.evidence.seed,
+            progress=lambda done, total: progress("transform", done, total, "epochs"),
+        )
+        return transform - torch.eye(len(transform), dtype=transform.dtype)
+
+
+def _warn_of_little_text(rows: Rows) -> None:
+    tokens, dimensions = rows.equations.tokens, len(rows.equations.gram)
+    if tokens < dimensions:
+        warnings.warn(
+            f"the correction is fitted to {tokens} tokens, fewer than the {dimensions} dimensions of the layer, and "
+            "stays near plain removal in the remaining directions; use more --samples",
+            stacklevel=2,
+        )
 
 
 def _agreed(
@@ -193,7 +271,7 @@ def _agreed(
     separate: bool,
     start: int | None,
 ) -> Structure:
-    """The structure of T, where the options of :func:`replaceme` do not contradict each other.
+    """The structure of T, if the options of :func:`replaceme` do not contradict each other.
 
     Raises:
         RecipeError: if they do.
@@ -205,22 +283,22 @@ def _agreed(
     if fold == "down" and (solver == "cosine" or structure != "full" or separate):
         raise RecipeError(
             "fold=down fits the whole down projection by least squares: leave out solver, structure and separate, or "
-            "say fold=transform"
+            "set fold=transform"
         )
     if gain < 1 and (ridge is not None or solver == "cosine" or structure == "orthonormal"):
         raise RecipeError(
-            "gain chooses among ridges: leave out ridge and solver, and say fold=down or structure=full, diagonal or "
+            "gain chooses among ridges: leave out ridge and solver, and set fold=down or structure=full, diagonal or "
             "low_rank"
         )
     if transforms > 1 and select in ("loss", "error"):
         raise RecipeError(f"select={select} tries single runs; several transforms are chosen by select=cosine")
     if transforms > 1 and start is not None:
-        raise RecipeError("start says where one run begins; leave it out with several transforms")
+        raise RecipeError("start sets where a single run begins; leave it out with several transforms")
     return structure
 
 
-def _told(evidence: Evidence, fit: Fit, rows: Rows, found: list[Trial]) -> dict[str, Any]:
-    """What the report says of a correction."""
+def _told(evidence: Evidence, fit: Fit, rows: Rows, found: list[CorrectionTrial]) -> dict[str, Any]:
+    """What the report says about a correction."""
     width = rows.equations.cross.shape[1]
     nothing = torch.zeros(len(rows.equations.gram), width) if fit.fold == "down" else torch.eye(width)
     plain = rows.equations.loss(nothing)
@@ -237,6 +315,7 @@ def _told(evidence: Evidence, fit: Fit, rows: Rows, found: list[Trial]) -> dict[
 
 
 def _cut(evidence: Evidence, fits: dict[int, Fit], facts: dict[str, Any]) -> Cut:
+    """The edit that removes the runs and writes their corrections."""
     weights: dict[str, Tensor] = {}
     separate: dict[int, Tensor] = {}
     for fit in fits.values():

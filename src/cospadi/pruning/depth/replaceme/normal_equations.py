@@ -1,4 +1,4 @@
-"""Sums from which linear transforms follow in closed form: memory does not grow with the number of tokens."""
+"""Normal equations of a linear fit, summed over tokens, so that memory does not grow with the text."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ CHUNK_TOKENS = 512
 
 @dataclass(frozen=True)
 class NormalEquations:
-    """Of min ‖M T − R‖² over T; M (tokens, p) and R (tokens, d) are gone, their products stay.
+    """Normal equations of min ‖M T − R‖² over T, for M (tokens, p) and R (tokens, d), which are not stored.
 
     Attributes:
-        gram: MᵀM / tokens, float64 (p, p), symmetric, where it was summed.
-        cross: MᵀR / tokens, float64 (p, d), likewise.
+        gram: MᵀM / tokens, float64 (p, p), symmetric, on the device of the sums.
+        cross: MᵀR / tokens, float64 (p, d), on the same device.
         energy: ‖R‖² / tokens.
-        tokens: how many.
+        tokens: number of tokens.
     """
 
     gram: Tensor
@@ -31,7 +31,7 @@ class NormalEquations:
     tokens: int
 
     def __add__(self, other: NormalEquations) -> NormalEquations:
-        """Normal equations of both texts together."""
+        """The normal equations of both texts together."""
         if not isinstance(other, NormalEquations):
             return NotImplemented
         tokens = self.tokens + other.tokens
@@ -45,7 +45,7 @@ class NormalEquations:
 
     @cached_property
     def spectrum(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues (p,), ascending, and eigenvectors (p, p) of the gram."""
+        """Eigenvalues (p,), ascending, and eigenvectors (p, p) of the Gram matrix."""
         values, vectors = torch.linalg.eigh(self.gram)
         return values.clamp_min(0), vectors
 
@@ -63,12 +63,12 @@ class NormalEquations:
 class Sums:
     """Builds :class:`NormalEquations` from batches.
 
-    Products are float32 over at most 512 tokens (float64 of float64 rows), their sums float64.
+    Products are float32 over at most 512 tokens (float64 for float64 rows), their sums float64.
 
     Args:
         width: p.
-        device: where the sums live.
-        targets: d; left out: p.
+        device: of the sums.
+        targets: d; default: p.
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu", targets: int | None = None) -> None:
@@ -90,17 +90,17 @@ class Sums:
         self.tokens += len(inputs)
 
     def finish(self, name: str) -> NormalEquations:
-        """The sums per token.
+        """Divide the sums by the number of tokens.
 
         Args:
-            name: of what was summed, for messages.
+            name: of the summed activations, for messages.
 
         Raises:
-            NumericalError: if an activation was NaN or Inf, or so large that its square is.
+            NumericalError: if an activation was NaN or Inf, or so large that its square overflows.
         """
         if not bool(self.gram.isfinite().all() & self.cross.isfinite().all() & self.energy.isfinite()):
             raise NumericalError(
-                f"{name}: NaN or Inf in its activations; the model overflows on this text (try bfloat16 or float32 "
+                f"{name}: NaN or Inf in its activations: the model overflows on this text (try bfloat16 or float32 "
                 "weights) or is damaged"
             )
         gram = (self.gram + self.gram.T) / 2 / self.tokens

@@ -1,4 +1,4 @@
-"""Where a correction of ReplaceMe goes, and the rows that it is fitted on, streamed into sums."""
+"""Where a correction is written, and the rows that it is fitted on, streamed into sums."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Fold = Literal["down", "transform"]
 
 @dataclass(frozen=True)
 class Fit:
-    """A run that goes, and the correction that stands before it: out + f D instead of the output `out` of a block.
+    """A run to remove and the correction of the block before it, which outputs `out` + f D instead of `out`.
 
     Attributes:
-        run: (first block, one past the last); the correction is of block ``run[0] - 1``.
-        branch: where it is written; None: a transform of the hidden state, kept as a block of its own.
-        fold: what f is: ``down``: what the branch's last layer gets; ``transform``: what it gives (D = T − I), or the
+        run: (first block, one past the last); block ``run[0] - 1`` is corrected.
+        branch: the layer that takes the correction; None: the hidden state is transformed by a block of its own.
+        fold: what f is. ``down``: the input of the branch's last layer; ``transform``: its output (D = T − I), or the
             hidden state if there is no branch.
         step: D, float64 (features, width); None: no correction.
-        ridge: that D was solved with, if it was by least squares.
+        ridge: that D was solved with; None if not by least squares.
     """
 
     run: tuple[int, int]
@@ -37,13 +37,13 @@ class Fit:
     ridge: float | None = None
 
     def corrected(self, step: Tensor | None, ridge: float | None) -> Fit:
-        """The same place with a correction."""
+        """The same place with another correction."""
         return replace(self, step=step, ridge=ridge)
 
 
 @dataclass
 class Rows:
-    """Sums of M and R and, for the cosine solver, a random part of the rows (tokens, width)."""
+    """Sums over the rows of M and R and, for the cosine solver, a random part of the rows (tokens, width), bfloat16."""
 
     equations: NormalEquations
     inputs: Tensor | None
@@ -51,13 +51,13 @@ class Rows:
 
 
 def place(evidence: Evidence, run: tuple[int, int], fold: Fold, *, separate: bool) -> Fit:
-    """Where the correction of a run goes; none is there yet.
+    """Where the correction of a run goes, still without one.
 
     Args:
         evidence: model and text.
-        run: that goes, (first block, one past the last).
+        run: the run to remove, (first block, one past the last).
         fold: see :class:`Fit`.
-        separate: whether the transform stays a block of its own.
+        separate: whether the transform becomes a block of its own.
 
     Raises:
         ModelError: if nothing can be folded into the block before the run.
@@ -71,18 +71,18 @@ def place(evidence: Evidence, run: tuple[int, int], fold: Fold, *, separate: boo
 def stream_rows(
     evidence: Evidence, fit: Fit, fits: dict[int, Fit], tokens: Tokens, *, relative: bool, keep: int = 0
 ) -> Rows:
-    """Stream what a correction is fitted on through the sums.
+    """Stream the rows that a correction is fitted on into sums.
 
-    M are the features f. R is what the output of the block lacks to the original stream after the run, of a transform
-    the features added, so that D (``down``) or T (``transform``) minimises ‖M · − R‖².
+    M are the features f. R is the original stream after the run minus the output of the block, plus the features in
+    case of a transform, so that D (``down``) or T (``transform``) minimises ‖M · − R‖².
 
     Args:
         evidence: model and text.
         fit: the place.
         fits: earlier corrections, by their blocks.
         tokens: the text.
-        relative: whether every token counts by 1/‖L‖², L the original stream after the run.
-        keep: so many tokens' rows are kept, drawn by the seed.
+        relative: whether to weight every token by 1/‖L‖², where L is the original stream after the run.
+        keep: number of tokens whose rows are kept, drawn with the seed.
     """
     view, (start, stop) = evidence.view, fit.run
     sums: Sums | None = None
@@ -122,7 +122,7 @@ def weights_of(hidden: Tensor, *, relative: bool) -> Tensor:
 
 
 def _drawn(count: int, keep: int, seed: int) -> Tensor:
-    """Which of `count` tokens are kept, as a mask."""
+    """A mask of `keep` of `count` tokens."""
     mask = torch.zeros(count, dtype=torch.bool)
     if keep:
         mask[torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:keep]] = True
@@ -166,7 +166,7 @@ def original_after(replay: LayerReplay, hidden: Tensor, out: Tensor, fit: Fit, f
     Args:
         replay: of the original model.
         hidden: input of the first block.
-        out: of the block before the run; without earlier corrections that is the original stream up to there.
+        out: output of the block before the run; the original stream at that depth if there are no earlier corrections.
         fit: the place.
         fits: earlier corrections, by their blocks.
     """

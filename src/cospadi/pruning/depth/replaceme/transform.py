@@ -1,4 +1,4 @@
-"""Linear transforms T with M T ≈ R: least squares in closed form with several structures, and cosine by Adam."""
+"""Solve M T ≈ R for a linear transform T: least squares in closed form, and cosine similarity by Adam."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ RIDGES = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 def least_squares(
     equations: NormalEquations, *, ridge: float = 0.0, structure: Structure = "full", rank: int = 64
 ) -> Tensor:
-    """The transform of least squared error.
+    """The transform with the least squared error.
 
-    With α = ridge · mean(diag G), G = MᵀM, C = MᵀR (ReplaceMe, arXiv 2505.02819, equation 7, there with α pulling
-    towards 0): T = I + (G + αI)⁻¹(C − G). Pulled towards the identity, directions that the text says nothing about
-    are left as the removal alone leaves them. Without a ridge, and G singular, it is the solution nearest to I.
+    T = I + (G + αI)⁻¹(C − G) with G = MᵀM, C = MᵀR and α = ridge · mean(diag G). ReplaceMe (arXiv 2505.02819,
+    equation 7) pulls T towards zero; here α pulls it towards the identity, so that plain removal remains in directions
+    that the text does not cover. Without a ridge, a singular G yields the solution nearest to I.
 
     Args:
         equations: of M and R.
@@ -67,10 +67,10 @@ def least_squares(
 
 
 def correction(equations: NormalEquations, *, ridge: float = 0.0) -> Tensor:
-    """The step D of least squared error: min ‖A D − R‖² + α‖D‖², α = ridge · mean(diag AᵀA).
+    """The step D with the least squared error: min ‖A D − R‖² + α‖D‖² with α = ridge · mean(diag AᵀA).
 
-    With A the inputs of a linear layer and R what its output lacks, W + D is the layer refitted, pulled towards W.
-    Without a ridge, and AᵀA singular, it is the least such step.
+    With the inputs A of a linear layer W and the error R of its output, W + D is the layer refitted, pulled towards W.
+    Without a ridge, a singular AᵀA yields the smallest such step.
 
     Args:
         equations: of A (tokens, p) and R (tokens, d).
@@ -88,13 +88,13 @@ def correction(equations: NormalEquations, *, ridge: float = 0.0) -> Tensor:
 
 def _require_rows(equations: NormalEquations) -> None:
     if not float(equations.gram.diagonal().sum()) > 0:
-        raise NumericalError("the branch that the transform shall be folded into is zero on this text")
+        raise NumericalError("the activations that the transform would be fitted on are all zero on this text")
 
 
 def _solved(equations: NormalEquations, right: Tensor, ridge: float) -> Tensor:
-    """(G + αI)⁻¹ right; of a singular system the least solution."""
+    """(G + αI)⁻¹ right; the minimum-norm solution of a singular system."""
     gram = equations.gram
-    if ridge > 0:  # by Cholesky: an eigendecomposition takes some thirty times as long
+    if ridge > 0:  # by Cholesky: an eigendecomposition takes about thirty times as long
         shift = ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         factor, failed = torch.linalg.cholesky_ex(gram + shift)
         if not int(failed):
@@ -104,7 +104,7 @@ def _solved(equations: NormalEquations, right: Tensor, ridge: float) -> Tensor:
 
 
 def _damped(equations: NormalEquations, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues of G + αI, their vectors, and their inverses (0 where there is nothing to invert)."""
+    """Eigenvalues of G + αI, eigenvectors, and the inverse eigenvalues (0 for those that are numerically zero)."""
     gram, (values, vectors) = equations.gram, equations.spectrum
     values = values + ridge * gram.diagonal().mean()
     usable = values > len(gram) * torch.finfo(gram.dtype).eps * values[-1]
@@ -121,17 +121,17 @@ def cosine(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """The transform of greatest mean cosine, by Adam from the identity (ReplaceMe, simplified objective).
+    """The transform with the highest mean cosine similarity, by Adam from the identity.
 
-    Minimises the mean over tokens of 1 − cos(m T, r) in batches of 1024 tokens.
+    Minimises the mean over tokens of 1 − cos(m T, r), ReplaceMe's simplified objective, in batches of 1024 tokens.
 
     Args:
         inputs: rows of M (tokens, d), any float dtype.
-        targets: rows of R, likewise.
+        targets: rows of R (tokens, d), any float dtype.
         epochs: passes over the rows.
         learning_rate: of Adam.
-        diagonal: learn a diagonal T only.
-        seed: of the order of rows.
+        diagonal: restrict T to diagonal matrices.
+        seed: for the order of the rows.
         progress: called as progress(epochs done, epochs).
 
     Returns:
@@ -158,5 +158,5 @@ def cosine(
             progress(epoch + 1, epochs)
     found = parameter.detach().to("cpu", torch.float64)
     if not bool(found.isfinite().all()):
-        raise NumericalError("the cosine objective gave a transform with NaN or Inf; use solver=least_squares")
+        raise NumericalError("the cosine solver diverged to a transform with NaN or Inf: use solver=least_squares")
     return torch.diag(found) if diagonal else found

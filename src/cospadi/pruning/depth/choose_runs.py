@@ -1,4 +1,4 @@
-"""Choosing several runs of blocks at once, exactly."""
+"""Choose several runs of blocks at once, exactly."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from cospadi.errors import BudgetError
 def choose_runs(
     distances: Tensor, blocks: int, count: int, *, first: int = 0, touching: bool = False
 ) -> list[tuple[int, int]]:
-    """The `count` runs of blocks, `blocks` long together, of least total distance, by dynamic programming.
+    """The `count` runs of `blocks` blocks in total with the least total distance, by dynamic programming.
 
     Args:
-        distances: (depths, depths): [a, b] is the price of removing blocks a … b-1 as one run.
-        blocks: how many go in all.
-        count: of runs, each of at least one block.
-        first: the first block that may go.
-        touching: whether runs may be neighbours; they are then merged into one, priced as two.
+        distances: (depths, depths): [a, b] is the cost of removing blocks a … b-1 as one run.
+        blocks: number of blocks to remove in all.
+        count: number of runs, each of at least one block.
+        first: the first block that may be removed.
+        touching: whether runs may be adjacent; adjacent runs are merged into one but cost as much as two.
 
     Returns:
         runs as (first block, one past the last), in order.
 
     Raises:
-        BudgetError: if there are no such runs.
+        BudgetError: if no such runs exist.
     """
     depth = len(distances) - 1
     prices = distances.tolist()
@@ -33,7 +33,7 @@ def choose_runs(
 
     @cache
     def best(position: int, left: int, of_blocks: int) -> tuple[float, tuple[tuple[int, int], ...]]:
-        """Least price of `left` runs with `of_blocks` blocks at or after `position`."""
+        """Least cost of `left` runs with `of_blocks` blocks in total at or after `position`, and the runs."""
         if left == 0:
             return (0.0, ()) if of_blocks == 0 else (float("inf"), ())
         found: tuple[float, tuple[tuple[int, int], ...]] = (float("inf"), ())
@@ -48,7 +48,7 @@ def choose_runs(
     if price == float("inf"):
         raise BudgetError(
             f"cannot remove {blocks} of {depth} blocks in {count} runs that keep the first {first} blocks"
-            f"{'' if touching else ' and a block between runs'}: give fewer transforms or fewer blocks"
+            f"{'' if touching else ' and a block between runs'}: use fewer transforms or remove fewer blocks"
         )
     merged: list[tuple[int, int]] = []
     for start, stop in runs:

@@ -1,8 +1,8 @@
-"""Finding out whether decoder layers may change the basis of their residual stream, and what reads and writes it.
+"""Which layers read and write the residual stream, and whether its basis may change.
 
-A rotation of the residual stream leaves a model's output as it is where everything that reads the stream is a linear
-layer behind a normalisation, and everything that is added to it comes out of a linear layer. One forward pass on a few
-tokens is recorded and tells; nothing goes by a model's name.
+Rotating the residual stream does not change a model's output if only linear layers behind a normalisation read the
+stream and only outputs of linear layers are added to it. A recorded forward pass on a few tokens decides; the model's
+name does not matter.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
 
 @dataclass(frozen=True)
 class Norm:
-    """A normalisation as ``(x [− mean x]) / sqrt(mean x² + eps) · gain + shift``.
+    """A normalisation ``(x [− mean x]) / sqrt(mean x² + eps) · gain + shift``.
 
     Attributes:
         gain: (d,).
         shift: (d,), or None.
         eps: added to the mean square.
-        centred: the mean of x is taken off first (LayerNorm).
+        centred: whether the mean of x is subtracted first (LayerNorm).
     """
 
     gain: Tensor
@@ -54,7 +54,7 @@ class Sublayer:
 
 @dataclass(frozen=True)
 class ResidualBlock:
-    """A pre-norm decoder layer, taken apart."""
+    """A pre-norm decoder layer in its parts."""
 
     parts: BlockParts
     mixer: Sublayer
@@ -74,17 +74,17 @@ class _Call:
 
 
 def residual_blocks(view: ModelView) -> tuple[ResidualBlock, ...]:
-    """Take every decoder layer of a model apart.
+    """Describe every decoder layer of a model by its parts.
 
     Args:
-        view: of a real model; it is unchanged.
+        view: of a real model, which does not change.
 
     Returns:
         one description per decoder layer.
 
     Raises:
-        ModelError: if a layer is anything but ``x + attention(norm(x))`` followed by ``x + mlp(norm(x))``, if anything
-            but linear layers reads or writes the stream, or if the embedding does not enter it directly.
+        ModelError: if a layer is not ``x + attention(norm(x))`` followed by ``x + mlp(norm(x))``, if something other
+            than a linear layer reads or writes the stream, or if the stream does not start with the embedding as it is.
     """
     model = view.model
     if view.extra_outputs is not None:
@@ -94,7 +94,7 @@ def residual_blocks(view: ModelView) -> tuple[ResidualBlock, ...]:
     entry = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
     calls = _record(view, [entry, *names])
     if type(model.get_input_embeddings()) is not nn.Embedding:
-        raise _refusal(view, "its embedding is no plain nn.Embedding")
+        raise _refusal(view, "its embedding is not a plain nn.Embedding")
     blocks = []
     for index in range(len(view.layers)):
         name = f"{prefix}{index}"
@@ -103,7 +103,7 @@ def residual_blocks(view: ModelView) -> tuple[ResidualBlock, ...]:
         blocks.append(block)
     first = next(call for call in calls if call.module == f"{prefix}0")
     if first.hidden is not next(call for call in calls if call.module == entry).out:
-        raise _refusal(view, "something is done to the embedding before the first decoder layer")
+        raise _refusal(view, "the embedding is processed before the first decoder layer")
     if any(norm_of(view.layers[i], b.parts.mixer_norm).centred for i, b in enumerate(blocks)):
         _require_centred_end(view)
     return tuple(blocks)
@@ -117,7 +117,7 @@ def _refusal(view: ModelView, why: str) -> ModelError:
 
 
 def probe_ids(view: ModelView) -> Tensor:
-    """A few different tokens (1, length), where the embedding lies."""
+    """A few different tokens (1, length), on the device of the embedding."""
     table = embedding_weight(view.model)
     step = max(1, len(table) // _PROBE_TOKENS)
     return (torch.arange(_PROBE_TOKENS, device=table.device)[None] * step) % len(table)
@@ -125,7 +125,7 @@ def probe_ids(view: ModelView) -> Tensor:
 
 @torch.no_grad()
 def _record(view: ModelView, watched: list[str]) -> list[_Call]:
-    """Every call of the watched modules in one forward pass, in the order in which they end."""
+    """Every call of the watched modules in one forward pass, in the order in which the calls return."""
     calls: list[_Call] = []
     view.model.train(False)
     with ExitStack() as stack:
@@ -145,7 +145,7 @@ def _record(view: ModelView, watched: list[str]) -> list[_Call]:
 def _take_apart(view: ModelView, index: int, whole: _Call, inside: list[_Call]) -> ResidualBlock:
     name = f"{view.layers_name}.{index}"
     depth = name.count(".") + 1
-    # a dropout that never drops does nothing in training either, and may be left out
+    # a dropout with p = 0 has no effect even in training
     children = [call for call in inside if call.module.count(".") == depth and not _idle(view.module(call.module))]
     if len(children) != 4:
         found = ", ".join(call.module.rpartition(".")[2] for call in children)
@@ -164,7 +164,7 @@ def _take_apart(view: ModelView, index: int, whole: _Call, inside: list[_Call]) 
         raise _refusal(view, f"decoder layer {index} is not x + attention(norm(x)) followed by x + mlp(norm(x))")
     given, received = ({k: v for k, v in call.kwargs.items() if v is not None} for call in (whole, mixer))
     if given.keys() != received.keys() or any(given[key] is not received[key] for key in given) or mlp.kwargs:
-        raise _refusal(view, f"decoder layer {index} changes what its attention gets")
+        raise _refusal(view, f"decoder layer {index} changes the arguments of its attention")
     layer = view.layers[index]
     for call in (first, second):
         norm_of(layer, call.module.rpartition(".")[2])
@@ -195,7 +195,7 @@ def _sublayer(view: ModelView, block: str, part: _Call, norm: _Call, inside: lis
 
 @torch.no_grad()
 def _only_read_by(view: ModelView, part: _Call, readers: list[_Call]) -> bool:
-    """Whether a module's output stays as it is when its input is another but its readers answer as before."""
+    """Whether a module's output stays the same for another input as long as its readers return the same."""
     kwargs = {key: None if "past" in key or "cache" in key else value for key, value in part.kwargs.items()}
     assert part.hidden is not None
     outs: list[Tensor] = []
@@ -213,7 +213,7 @@ def _only_read_by(view: ModelView, part: _Call, readers: list[_Call]) -> bool:
 
 
 def norm_of(block: nn.Module, name: str) -> Norm:
-    """Describe a normalisation by what it computes, not by what it is called.
+    """Describe a normalisation by what it computes, not by its name.
 
     Args:
         block: a decoder layer.
@@ -242,7 +242,7 @@ def norm_of(block: nn.Module, name: str) -> Norm:
 def _computes(module: nn.Module, norm: Norm) -> bool:
     width, like = len(norm.gain), norm.gain
     x = torch.randn(3, width, generator=torch.Generator().manual_seed(0)) + 0.3
-    x = (x * torch.tensor([[1.0], [1e-2], [norm.eps**0.5]])).to(like.device, like.dtype)  # eps counts in the last
+    x = (x * torch.tensor([[1.0], [1e-2], [norm.eps**0.5]])).to(like.device, like.dtype)  # eps matters in the last row
     wide = x.double()
     if norm.centred:
         wide = wide - wide.mean(-1, keepdim=True)
@@ -254,7 +254,11 @@ def _computes(module: nn.Module, norm: Norm) -> bool:
 
 
 def _require_centred_end(view: ModelView) -> None:
-    """A stream without its mean needs a LayerNorm at its end as well."""
+    """Check that the final norm subtracts the mean too, so that the stream may lose it.
+
+    Raises:
+        ModelError: if it does not.
+    """
     last, found = f"{view.layers_name}.{len(view.layers) - 1}", []
     outside = [name for name, m in view.model.named_modules() if not [*m.children()] and view.layers_name not in name]
     calls = _record(view, [last, *outside])

@@ -9,9 +9,9 @@ from torch.nn import functional
 
 from cospadi.errors import BudgetError, NumericalError
 from cospadi.model_view import discover_layers
-from cospadi.pruning import Evidence, Tokens, get_depth_method
+from cospadi.pruning import Evidence, Tokens, get_pruning_method
 from cospadi.pruning.depth.replaceme.rows import place, stream_rows
-from cospadi.pruning.depth.replaceme.trial import Trial, best, cheapest, solutions, tried
+from cospadi.pruning.depth.replaceme.trials import CorrectionTrial, best, cheapest, solutions, tried
 from cospadi.pruning.depth.surgery import Cut
 from tiny import token_ids
 from unit.pruning.models import deep_model, logits
@@ -22,7 +22,7 @@ def evidence(model, sequences=16, length=24, lengths=None):
 
 
 def remove(found, blocks, **options):
-    return get_depth_method("replaceme").remove(found, blocks, options)
+    return get_pruning_method("replaceme").remove(found, blocks, options)
 
 
 def loss(model, ids):
@@ -182,9 +182,9 @@ def test_the_nearest_runs_come_first():
 
 def test_a_smaller_gain_takes_a_larger_ridge():
     prices = [10.0, 6.0, 4.0, 2.0, 3.0]
-    trials = [Trial((1, 2), None, bool(price < 10), 0.0, price) for price in prices]
+    trials = [CorrectionTrial((1, 2), None, bool(price < 10), 0.0, price) for price in prices]
     assert [best(trials, "loss", gain) for gain in (1.0, 0.99, 0.75, 0.5, 0.1)] == [3, 3, 2, 1, 1]
-    assert best([Trial((1, 2), None, False, 0.0, 1.0), trials[1]], "loss", 0.5) == 0  # nothing is gained
+    assert best([CorrectionTrial((1, 2), None, False, 0.0, 1.0), trials[1]], "loss", 0.5) == 0  # nothing is gained
     found = evidence(predicting())
     cuts = [remove(found, 1, start=2, structure="full", gain=gain) for gain in (1.0, 0.3)]
     ridges = [cut.facts()["transforms"][0]["ridge"] for cut in cuts]
@@ -192,7 +192,7 @@ def test_a_smaller_gain_takes_a_larger_ridge():
 
 
 def test_nan_never_wins_and_nothing_finite_is_refused():
-    trials = [Trial((1, 2), None, False, 1.0, float("nan")), Trial((1, 2), 0.1, True, 2.0, 3.0)]
+    trials = [CorrectionTrial((1, 2), None, False, 1.0, float("nan")), CorrectionTrial((1, 2), 0.1, True, 2.0, 3.0)]
     assert best(trials, "loss") == 1 and best(trials, "error") == 0
     model = deep_model()
     found = evidence(model)

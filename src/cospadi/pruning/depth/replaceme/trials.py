@@ -1,7 +1,7 @@
-"""Trying corrections on text that they were not fitted to.
+"""Measure corrections on text that they were not fitted on.
 
-Distances between hidden states say how far a run moves them, not how much of that a linear map can make up for, nor
-how much the model minds the rest. Trials measure both, and plain removal always is one of them.
+Distances between hidden states tell how far a run moves them, but neither how much of that a linear map can recover nor
+how much the rest raises the loss. Trials measure both, and plain removal is always one of them.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ LONE_RIDGE = 1e-2
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What a cut with a correction costs on held-out text.
+class CorrectionTrial:
+    """Held-out cost of removing a run with one correction.
 
     Attributes:
         run: (first block, one past the last).
-        ridge: that the correction was solved with; None: no correction, or none by least squares.
+        ridge: that the correction was solved with; None: no correction, or not by least squares.
         corrected: whether there is a correction.
-        error: mean squared distance to the original stream after the run, per token relative to ‖L‖² if the fit is.
-        loss: mean next-token loss of the model, where it was measured.
+        error: mean squared distance to the original stream L after the run, relative to ‖L‖² per token if the fit is.
+        loss: mean next-token loss of the model; None if not measured.
     """
 
     run: tuple[int, int]
@@ -44,16 +44,16 @@ class Trial:
 
 
 def cheapest(distances: Tensor, blocks: int, count: int, *, first: int = 0) -> list[tuple[int, int]]:
-    """The `count` nearest runs of so many blocks, the nearest first.
+    """The `count` runs of `blocks` blocks with the least distance, nearest first.
 
     Args:
         distances: (depths, depths).
         blocks: length of a run.
-        count: how many; fewer if there are no more.
-        first: the first block that may go.
+        count: number of runs; fewer are returned if there are no more.
+        first: the first block that may be removed.
 
     Raises:
-        BudgetError: if no run is so short.
+        BudgetError: if too few blocks may be removed.
     """
     prices = distances.diagonal(blocks)[first:].tolist()
     if not prices:
@@ -65,15 +65,15 @@ def cheapest(distances: Tensor, blocks: int, count: int, *, first: int = 0) -> l
 def solutions(
     rows: Rows, fit: Fit, structure: Structure, rank: int, ridge: float | None, *, held_out: bool
 ) -> list[Fit]:
-    """Least-squares corrections to choose from: with the ridge asked for, or with each of a few.
+    """Least-squares corrections to choose from: one with the requested ridge, or one for each of several.
 
     Args:
-        rows: that they are fitted on.
+        rows: what they are fitted on.
         fit: the place.
         structure: of a transform.
-        rank: of a low-rank one.
-        ridge: asked for; None: the choice is open, and no correction at all stands first in it.
-        held_out: whether there is other text to choose by; without it only one ridge is offered.
+        rank: of a low-rank transform.
+        ridge: the requested one; None: several ridges, preceded by plain removal.
+        held_out: whether there is other text to choose by; without it, only one ridge is offered.
     """
     ridges: Sequence[float]
     if ridge is not None:
@@ -94,7 +94,7 @@ def solutions(
 
 def tried(
     evidence: Evidence, options: Sequence[Fit], fits: dict[int, Fit], tokens: Tokens, *, relative: bool, losses: str
-) -> list[Trial]:
+) -> list[CorrectionTrial]:
     """Measure corrections of one place on text.
 
     Args:
@@ -103,8 +103,8 @@ def tried(
         fits: earlier corrections, by their blocks.
         tokens: the text.
         relative: whether errors count relative to ‖L‖² of every token.
-        losses: of which the model's loss is measured too, which takes the rest of the model: ``all``, ``nearest``
-            (the one of least error, and that without a correction) or ``none``.
+        losses: which corrections to measure the model's loss for, which runs the rest of the model: ``all``,
+            ``nearest`` (the one with the least error, and plain removal) or ``none``.
 
     Raises:
         NumericalError: if no loss is finite.
@@ -129,20 +129,20 @@ def tried(
     ]
     found = dict(zip(measured, _losses(evidence, [options[i] for i in measured], fits, tokens), strict=True))
     if found and not any(map(isfinite, found.values())):
-        raise NumericalError("the loss of the pruned model is NaN or Inf: the model is damaged or overflows")
+        raise NumericalError("the pruned model's loss is NaN or Inf: the model is damaged or overflows")
     return [
-        Trial(fit.run, fit.ridge, fit.step is not None, float(errors[index]), found.get(index))
+        CorrectionTrial(fit.run, fit.ridge, fit.step is not None, float(errors[index]), found.get(index))
         for index, fit in enumerate(options)
     ]
 
 
-def best(trials: Sequence[Trial], measure: str, gain: float = 1.0) -> int:
-    """Index of the trial of least loss, or of least error; the first of equals.
+def best(trials: Sequence[CorrectionTrial], measure: str, gain: float = 1.0) -> int:
+    """Index of the trial with the least loss or error; the first among ties.
 
     Args:
         trials: to choose from.
         measure: ``loss`` or ``error``.
-        gain: below 1: the first trial that brings this share of what the best one brings against the first.
+        gain: if below 1, the first trial that achieves this share of the best trial's gain over the first trial.
     """
 
     def price(index: int) -> float:
@@ -157,7 +157,7 @@ def best(trials: Sequence[Trial], measure: str, gain: float = 1.0) -> int:
 
 
 def _losses(evidence: Evidence, options: Sequence[Fit], fits: dict[int, Fit], tokens: Tokens) -> list[float]:
-    """Mean next-token loss of the model, cut and corrected, for every correction of one place."""
+    """Mean next-token loss of the cut and corrected model for every correction of one place."""
     if not options:
         return []
     totals, predicted, place = [0.0] * len(options), 0, options[0]

@@ -1,29 +1,30 @@
-"""What can be cut out of a decoder layer by itself: attention heads with their keys and values, and MLP channels."""
+"""Units that can be cut out of a decoder layer: attention heads with their keys and values, and MLP channels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from cospadi.errors import ModelError
 from cospadi.model_view import ModelView, skeleton
+from cospadi.pruning.configs import configs_of
+from cospadi.pruning.width.linear import linear_of, replace_linear
 
 
 @dataclass(frozen=True)
 class Structures:
-    """The coupled structures of one kind in one block.
+    """The coupled structures of one kind in one block: head groups, or channels.
 
     Structure i is the i-th of `count` equal parts of the readers' rows and of the writer's columns.
 
     Attributes:
-        readers: dotted names within the block: of the attention its queries, keys and values; of an MLP gate and up.
-        writer: the linear layer that reads what they make.
-        count: how many structures.
+        readers: dotted names within the block: queries, keys and values of the attention, or gate and up of an MLP.
+        writer: dotted name of the linear layer that consumes their outputs.
+        count: number of structures.
     """
 
     readers: tuple[str, ...]
@@ -31,12 +32,12 @@ class Structures:
     count: int
 
     def bytes_each(self, layer: nn.Module) -> int:
-        """Bytes of one structure's weights at 16 bits each."""
+        """Bytes of one structure at 16 bits per weight."""
         rows = sum(linear_of(layer, name).weight.numel() for name in self.readers)
         return 2 * (rows + linear_of(layer, self.writer).weight.numel()) // self.count
 
     def cut(self, layer: nn.Module, kept: Sequence[int]) -> None:
-        """Keep some structures of a block, in place."""
+        """Keep only some structures of a block, in place."""
         if len(kept) == self.count:
             return
         chosen = torch.tensor(list(kept))
@@ -44,16 +45,16 @@ class Structures:
             linear = linear_of(layer, name)
             rows = _members(chosen, linear.out_features // self.count).to(linear.weight.device)
             bias = None if linear.bias is None else linear.bias.detach()[rows]
-            _replace(layer, name, linear.weight.detach()[rows], bias)
+            replace_linear(layer, name, linear.weight.detach()[rows], bias)
         linear = linear_of(layer, self.writer)
         columns = _members(chosen, linear.in_features // self.count).to(linear.weight.device)
         bias = None if linear.bias is None else linear.bias.detach()
-        _replace(layer, self.writer, linear.weight.detach()[:, columns], bias)
+        replace_linear(layer, self.writer, linear.weight.detach()[:, columns], bias)
 
 
 @dataclass(frozen=True)
 class Units:
-    """What can be cut out of one block.
+    """The units of one block.
 
     Attributes:
         attention: groups of heads that share keys and values.
@@ -65,48 +66,26 @@ class Units:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All linear layers concerned, within the block."""
+        """Names within the block of all linear layers involved."""
         return tuple(name for s in (self.attention, self.mlp) for name in (*s.readers, s.writer))
 
 
-def linear_of(module: nn.Module, name: str) -> nn.Linear:
-    """A linear layer by its name.
-
-    Raises:
-        TypeError: if the module of that name is none.
-    """
-    linear = module.get_submodule(name)
-    if not isinstance(linear, nn.Linear):
-        raise TypeError(f"{name} is a {type(linear).__name__}, not nn.Linear")
-    return linear
-
-
 def _members(structures: Tensor, size: int) -> Tensor:
-    """Indices of the rows of some structures, each of `size` neighbours."""
+    """Indices of the rows of some structures, each of `size` consecutive rows."""
     return (structures[:, None] * size + torch.arange(size)).flatten()
 
 
-def _replace(layer: nn.Module, name: str, weight: Tensor, bias: Tensor | None) -> None:
-    old = linear_of(layer, name)
-    new = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    new.weight = nn.Parameter(weight.clone(), old.weight.requires_grad)
-    if bias is not None:
-        new.bias = nn.Parameter(bias.clone(), old.weight.requires_grad)
-    new.train(old.training)
-    layer.set_submodule(name, new)
-
-
 def block_units(view: ModelView) -> tuple[Units, ...]:
-    """Find heads and channels in every block by the shapes of its linear layers.
+    """Find the heads and channels of every block from the shapes of its linear layers.
 
-    Siblings (linear layers with the same input) and the one linear layer after them make a branch. Three siblings in
-    a module that knows its ``head_dim`` are an attention; those as wide as what the last one reads are an MLP.
+    Siblings (linear layers with the same input) and the one linear layer after them form a branch. Three siblings in a
+    module with a ``head_dim`` are an attention; siblings as wide as the input of the layer after them are an MLP.
 
     Args:
         view: with linear groups.
 
     Raises:
-        ModelError: if a block has no such two branches (fused projections, for example).
+        ModelError: if a block does not consist of two such branches (for example with fused projections).
     """
     return tuple(_units(view, index) for index in range(len(view.layers)))
 
@@ -144,21 +123,21 @@ def _kind(
 def describe_in_config(
     model: PreTrainedModel, units: Sequence[Units], heads: Sequence[Sequence[int]], channels: Sequence[Sequence[int]]
 ) -> None:
-    """Say in the configuration what stayed, where every block was cut alike and the configuration can say it.
+    """Write the new sizes to the configuration, if all blocks were cut alike and the configuration can express it.
 
-    Otherwise the configuration stays as it is, and the model needs native loading.
+    Otherwise the configuration does not change, and loading the model needs this package.
 
     Args:
         model: already cut.
-        units: what its blocks had.
-        heads: by block, head groups that stayed.
-        channels: by block, channels that stayed.
+        units: of its blocks before the cut.
+        heads: kept head groups of each block.
+        channels: kept channels of each block.
     """
     shares = {(u.attention.count, len(h), u.mlp.count, len(c)) for u, h, c in zip(units, heads, channels, strict=True)}
     if len(shares) != 1:
         return
     groups_before, groups, channels_before, width = shares.pop()
-    configs = _configs(model)
+    configs = configs_of(model)
     before = [dict(vars(config)) for config in configs]
     for config in configs:
         for key, value in list(vars(config).items()):
@@ -172,14 +151,6 @@ def describe_in_config(
         for config, values in zip(configs, before, strict=True):
             vars(config).clear()
             vars(config).update(values)
-
-
-def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    found: list[Any] = []
-    for config in (model.config, model.config.get_text_config()):
-        if not any(config is other for other in found):
-            found.append(config)
-    return found
 
 
 def _describes(model: PreTrainedModel) -> bool:

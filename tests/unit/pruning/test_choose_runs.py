@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cospadi.errors import BudgetError
-from cospadi.pruning.depth.choose import choose_runs
+from cospadi.pruning.depth.choose_runs import choose_runs
 
 
 def every_choice(depth, blocks, count, first, gap):
