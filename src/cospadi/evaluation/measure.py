@@ -69,7 +69,7 @@ def evaluate(
         if which is None:
             continue
         model, tokenizer = load(which, device=device)
-        with memory_errors():
+        with memory_errors("use a smaller --batch"):
             found = _figures(model, tokenizer, text, seq_len, max_blocks, batch, progress)
             if tasks:
                 report = partial(progress or silent, "tasks")

@@ -39,7 +39,7 @@ def load(
         CheckpointError: if a compressed checkpoint is damaged.
     """
     target = resolve_device(device)
-    with memory_errors():
+    with memory_errors("close other programs"):
         config = open_config(source)
         if checkpoint.is_compressed(config):
             model, tokenizer = checkpoint.load(source, dtype=dtype, compose=compose), open_tokenizer(source)
@@ -155,7 +155,7 @@ def generate(
     if temperature > 0:
         sampling["temperature"] = temperature
     begun = time.perf_counter()
-    with torch.no_grad(), memory_errors():
+    with torch.no_grad(), memory_errors("use a smaller --max-new-tokens"):
         out = generator.generate(
             ids,
             attention_mask=torch.ones_like(ids),

@@ -22,20 +22,23 @@ def peak_memory() -> dict[str, int]:
 
 
 @contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turn an out-of-memory error into one clear line."""
+def memory_errors(remedy: str = "use fewer (--samples 64) or shorter sequences (--seq-len 512)") -> Iterator[None]:
+    """Turn running out of memory, of a GPU or of the machine, into one line.
+
+    Args:
+        remedy: advice for the user, with flags that the running command accepts.
+
+    Raises:
+        ResourceError: in place of the out-of-memory error.
+    """
     try:
         yield
     except torch.OutOfMemoryError:
-        raise ResourceError(
-            "out of memory on the GPU: try fewer sequences (--samples 64), shorter ones (--seq-len 512) or --device cpu"
-        ) from None
+        raise ResourceError(f"out of memory on the GPU: {remedy}, or --device cpu") from None
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
             raise
-        raise ResourceError(
-            "out of memory: try fewer sequences (--samples 64), shorter ones (--seq-len 512), or a machine with more"
-        ) from None
+        raise ResourceError(f"out of memory: {remedy}, or a machine with more memory") from None
 
 
 @contextmanager
