@@ -31,7 +31,8 @@ SMALL, CORES, FLOATS = "llama-29m", "two CPU cores", {"bits": 16}
 RUNS: list[tuple[str, str, dict[str, Any], dict[str, float]]] = [
     (SMALL, CORES, {"method": "pursuit", "keep": 0.8}, {"calibrate": 175, "factorise": 109}),
     (SMALL, CORES, {"method": "cospadi", "keep": 0.8}, {"calibrate": 175, "factorise": 9 * 1200}),
-    (SMALL, "H200", {"method": "pursuit", "keep": 0.8, "options": {"rounds": 30}}, {"calibrate": 4.0, "factorise": 5.2}),
+    (SMALL, "H200", {"method": "pursuit", "keep": 0.8, "options": {"rounds": 30}},
+     {"calibrate": 4.0, "factorise": 5.2}),
     (SMALL, "H200", {"method": "cospadi", "keep": 0.8}, {"calibrate": 4.0, "factorise": 350}),
     (SMALL, "H100", {"keep": 0.4, "calibration": SHORT}, {"allocate": 6.9, "factorise": 1.5}),
     (SMALL, "H100", {"keep": 0.27, "calibration": SHORT}, {"allocate": 9, "factorise": 1.7}),
@@ -44,7 +45,8 @@ RUNS: list[tuple[str, str, dict[str, Any], dict[str, float]]] = [
     (SMALL, CORES, {"keep": 0.8, "options": FLOATS, "calibration": LONG}, {"allocate+factorise": 163}),
     (SMALL, "H100", {"keep": 0.6, "options": FLOATS, "calibration": LONG}, {"allocate+factorise": 36}),
     (SMALL, CORES, {"keep": 0.27, "calibration": SHORT}, {"calibrate+allocate+factorise": 227}),
-    ("2 layers of 8B", "H100", {"keep": 0.6, "options": FLOATS, "calibration": MIDDLE}, {"allocate": 46.6, "factorise": 42.7}),
+    ("2 layers of 8B", "H100", {"keep": 0.6, "options": FLOATS, "calibration": MIDDLE},
+     {"allocate": 46.6, "factorise": 42.7}),
 ]  # fmt: skip
 """Model, machine, recipe, and the measured seconds of some phases."""
 
