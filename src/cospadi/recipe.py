@@ -166,8 +166,16 @@ class Recipe(_Strict):
     prune: Prune | None = Field(
         None, description="Remove blocks first; `keep` still refers to the layers of the original model."
     )
+    sequential: bool | None = Field(
+        None,
+        description="Take each layer's statistics after the layers before it are compressed; left out: what the method "
+        "publishes.",
+    )
     anchor: bool = Field(
         False, description="Fit each layer to the original outputs, given inputs from the already compressed layers."
+    )
+    anchor_share: float = Field(
+        0.5, gt=0, le=1, description="Share of the correction towards the original outputs that `anchor` applies."
     )
     refine: Refine | None = Field(
         None, description="Tune each decoder layer after it is factorised: true, or a section of settings."
@@ -227,6 +235,12 @@ class Recipe(_Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _anchored_is_sequential(self) -> Recipe:
+        if self.anchor and self.sequential is False:
+            raise RecipeError("anchor works on compressed inputs: leave out sequential: false, or anchor")
+        return self
+
     if not TYPE_CHECKING:  # so that editors and type checkers see the fields
 
         def __init__(self, **fields: Any) -> None:
@@ -243,11 +257,6 @@ class Recipe(_Strict):
         """
         if self.keep is None and self.target_size is None:
             raise BudgetError("no size given: pass --keep or --target-size")
-
-    @property
-    def sequential(self) -> bool:
-        """Whether layers are worked on in order, on the outputs of the compressed layers before them."""
-        return self.anchor or self.refine is not None
 
     def given(self, *fields: str) -> list[str]:
         """Which of some optional fields are set."""

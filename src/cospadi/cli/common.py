@@ -126,6 +126,14 @@ AllocationOption = Annotated[
         show_default="the method's",
     ),
 ]
+SequentialOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--sequential/--no-sequential",
+        help="Take each layer's statistics after the layers before it are compressed.",
+        show_default="the method's",
+    ),
+]
 AnchorOption = Annotated[
     bool | None,
     typer.Option(

@@ -23,6 +23,7 @@ from cospadi.engine.factorise import factorise_group
 from cospadi.engine.inputs import Inputs
 from cospadi.engine.journal import Journal, check_complete, check_output
 from cospadi.engine.outputs import Checkpoint, environment, write_report
+from cospadi.engine.plan.order import order_of
 from cospadi.engine.plan.plan import Plan, make_plan
 from cospadi.engine.plan.pruning import check_section, prune_first
 from cospadi.engine.plan.selection import chosen_modules, restricted
@@ -188,7 +189,7 @@ class CompressRun:
 
     def _planned(self, view: ModelView) -> Plan:
         plan = make_plan(view, self.recipe)
-        if self.recipe.sequential:
+        if order_of(self.recipe, plan).layers:
             require_layers(plan)
         return plan
 
@@ -212,7 +213,7 @@ class CompressRun:
     def _factorise(self, context: RunContext, plan: Plan, journal: Journal) -> Outcome:
         """Factors of every group, each durable before the next is begun."""
         begun = time.perf_counter()
-        if self.recipe.sequential:
+        if order_of(self.recipe, plan).layers:
             found = Sequential(context, plan, self.recipe, journal).go()
             refining = sum(layer.get("refine", {}).get("seconds", 0.0) for layer in found.layers)
             refining += found.predictions.get("seconds", 0.0)

@@ -87,6 +87,7 @@ class Method:
     needs: frozenset[str]
     covers: Literal["all", "attention"]
     decides: frozenset[str]
+    sequential: bool
     cost: Cost | None
     memory: Memory
     offers: Callable[[Mapping[str, Any]], list[Any]] | None
@@ -151,6 +152,7 @@ def method(
     needs: Iterable[str] = (),
     covers: Literal["all", "attention"] = "all",
     decides: Iterable[str] = (),
+    sequential: bool = False,
     cost: Cost | None = None,
     memory: Memory = factored_memory,
     offers: Callable[[Mapping[str, Any]], list[Any]] | None = None,
@@ -169,6 +171,8 @@ def method(
         needs: statistics beyond the Gram: ``"mean_abs"``, ``"fisher"``.
         covers: which linear layers it compresses where the recipe names none.
         decides: fields of the recipe that it decides itself and that users therefore must not set.
+        sequential: whether each layer's statistics are taken after the layers before it are compressed, unless the
+            recipe says otherwise.
         cost: ``cost(spec, options) -> Work`` of one solve; None: no honest guess.
         memory: ``memory(spec) -> bytes`` that one solve holds on the device.
         offers: ``offers(options) -> representations`` that an allocation may choose from; None: the method itself.
@@ -193,6 +197,7 @@ def method(
                 needs=frozenset(needs),
                 covers=covers,
                 decides=frozenset(decides),
+                sequential=sequential,
                 cost=cost,
                 memory=memory,
                 offers=offers,

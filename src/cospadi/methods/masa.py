@@ -54,7 +54,7 @@ def masa_memory(spec: SharedSpec) -> float:
     spec=SharedSpec,
     options=MasaOptions,
     covers="attention",
-    decides=("grouping", "allocation", "anchor", "refine"),
+    decides=("grouping", "allocation", "sequential", "anchor", "refine"),
     memory=masa_memory,
 )
 def masa(problem: Problem, spec: SharedSpec) -> SharedFactors:

@@ -1,7 +1,7 @@
 """Integer grids: each group of values has a scale and, if asymmetric, a zero point. value = (level − zero) · scale."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,15 +13,17 @@ class Grid:
 
     Attributes:
         scales: (rows, groups) float32, exact in bfloat16, non-negative; 0 where all values of the group are zero.
-        zeros: (rows, groups) float32 integers; all zero for a symmetric grid.
+        zeros: (rows, groups) float32 integers, or multiples of ½ where `half`; all zero for a symmetric grid.
         low: smallest level.
         high: largest level.
+        half: zero points may lie halfway between two levels.
     """
 
     scales: Tensor
     zeros: Tensor
     low: int
     high: int
+    half: bool = False
 
     def snap(self, values: Tensor) -> Tensor:
         """Nearest grid values; `values` has as many dimensions as the scales, or one more (the group)."""
@@ -29,11 +31,13 @@ class Grid:
         if values.dim() > scales.dim():
             scales, zeros = scales[..., None], zeros[..., None]
         safe = torch.where(scales > 0, scales, 1.0)
+        if self.half:
+            return ((values / safe).add_(zeros).round_().clamp_(self.low, self.high) - zeros) * scales
         return ((values / safe).round().add_(zeros).clamp_(self.low, self.high) - zeros) * scales
 
     def at(self, rows: Tensor | slice, groups: Tensor | int) -> "Grid":
         """The grids of some rows and groups."""
-        return Grid(self.scales[rows, groups], self.zeros[rows, groups], self.low, self.high)
+        return replace(self, scales=self.scales[rows, groups], zeros=self.zeros[rows, groups])
 
     def spread(self, mask: Tensor, size: int) -> "Grid":
         """One grid per matrix entry: those inside the mask get the grid of their group.
@@ -43,12 +47,13 @@ class Grid:
             size: stored values per group.
         """
         group = group_of(mask, size)
-        return Grid(self.scales.gather(1, group), self.zeros.gather(1, group), self.low, self.high)
+        return replace(self, scales=self.scales.gather(1, group), zeros=self.zeros.gather(1, group))
 
     def steps(self, columns: int, size: int) -> "GridSteps":
         """The grids of a dense matrix with groups of `size` columns, laid out for processing input by input."""
         groups = torch.arange(columns, dtype=torch.int32, device=self.scales.device) // size
-        return GridSteps(self.scales.T.contiguous(), self.zeros.T.contiguous(), groups, self.low, self.high)
+        scales, zeros = self.scales.T.contiguous(), self.zeros.T.contiguous()
+        return GridSteps(scales, zeros, groups, self.low, self.high, self.half)
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class GridSteps:
         groups: (n,) int32, the group of every input, in model order.
         low: smallest level.
         high: largest level.
+        half: zero points may lie halfway between two levels.
     """
 
     scales: Tensor
@@ -68,6 +74,7 @@ class GridSteps:
     groups: Tensor
     low: int
     high: int
+    half: bool = False
 
     def decide(self, inputs: Sequence[int]) -> Callable[[Tensor, int], Tensor]:
         """``decide(targets (count,), step) -> values (count,)`` for steps that process these inputs in turn."""
@@ -75,7 +82,7 @@ class GridSteps:
 
         def nearest(targets: Tensor, step: int) -> Tensor:
             group = groups[inputs[step]]
-            return Grid(self.scales[group], self.zeros[group], self.low, self.high).snap(targets)
+            return Grid(self.scales[group], self.zeros[group], self.low, self.high, self.half).snap(targets)
 
         return nearest
 

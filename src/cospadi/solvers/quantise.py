@@ -5,6 +5,8 @@ an integer zero point: value = (level − zero) · scale. Scales are rounded to 
 so the resulting matrix lies exactly on the grid that a checkpoint stores.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,7 @@ def fit_grid(
     importance: Tensor | None = None,
     search: int = 0,
     shifts: int = 0,
+    half: bool = False,
 ) -> Grid:
     """Choose scales and zero points for a matrix.
 
@@ -49,6 +52,7 @@ def fit_grid(
         search: number of shrunk ranges to try.
         shifts: zero points to try on either side of the one that spans the values, for asymmetric grids with search.
             At two bits the four levels lie lopsided about zero, and the extremes do not tell which side is better.
+        half: zero points may lie halfway between two levels; `shifts` then counts half steps.
 
     Returns:
         the grid; the one that spans the values wherever no other is better.
@@ -59,14 +63,15 @@ def fit_grid(
     if bits not in (2, 3, 4, 8):
         raise ValueError(f"integers of {bits} bits are not supported, only 2, 3, 4 and 8")
     low, high = integer_range(bits, symmetric)
+    unit = 0.5 if half and not symmetric else 1.0
     split = grouped(values.float(), group)
     bottom, top = split.amin(-1).clamp_max(0), split.amax(-1).clamp_min(0)
     if symmetric:
         span, zeros = torch.maximum(-bottom, top) / high, torch.zeros_like(top)
     else:
         span = (top - bottom) / high
-        zeros = (-bottom / torch.where(span > 0, span, 1.0)).round().clamp(low, high)
-    best = Grid(bfloat16_exact(span), zeros, low, high)
+        zeros = (-bottom / torch.where(span > 0, span, 1.0) / unit).round().mul_(unit).clamp_(low, high)
+    best = Grid(bfloat16_exact(span), zeros, low, high, unit < 1)
     if not search:
         return best
     weight = torch.ones_like(values[:1]) if importance is None else importance.expand(values.shape).float()
@@ -74,14 +79,14 @@ def fit_grid(
     error = ((best.snap(split) - split).square() * weight).sum(-1)
     sides = [0] if symmetric else sorted(range(-shifts, shifts + 1), key=abs)
     for shift in sides:
-        moved = (zeros + shift).clamp(low, high) if shift else zeros
+        moved = (zeros + shift * unit).clamp(low, high) if shift else zeros
         for step in range(0 if shift else 1, search + 1):
-            trial = Grid(bfloat16_exact(span * (1 - 0.7 * step / search)), moved, low, high)
+            trial = replace(best, scales=bfloat16_exact(span * (1 - 0.7 * step / search)), zeros=moved)
             missed = ((trial.snap(split) - split).square() * weight).sum(-1)
             better = missed < error
             error = torch.where(better, missed, error)
             scales = torch.where(better, trial.scales, best.scales)
-            best = Grid(scales, torch.where(better, moved, best.zeros), low, high)
+            best = replace(best, scales=scales, zeros=torch.where(better, moved, best.zeros))
     return best
 
 
@@ -97,6 +102,8 @@ def quantise_rows(
     search: int = 0,
     shifts: int = 0,
     sweeps: int = 0,
+    weighting: float = 0.5,
+    half: bool = False,
 ) -> Stored:
     """Quantise a matrix with outputs in rows, with error feedback if a Hessian is given.
 
@@ -115,14 +122,17 @@ def quantise_rows(
         hessian: (columns, columns); None: round to nearest.
         support: bool (rows, columns) with the same number of stored values in every row; None: dense.
         damping: of the Hessian, as a share of its mean diagonal.
-        search: clipping ranges to try, see :func:`fit_grid`. With a Hessian, squared errors are weighted by the square
-            root of its diagonal: a compromise between their weight before feedback (the diagonal) and after it (much
-            less).
+        search: clipping ranges to try, see :func:`fit_grid`.
         shifts: additional zero points to try, see :func:`fit_grid`.
         sweeps: passes of coordinate descent after the error feedback.
+        weighting: power of the Hessian's diagonal by which the search weights squared errors. The diagonal (1) is their
+            weight before feedback; after it they weigh much less. 0.5 leaves the smaller loss, 1 keeps the inputs of
+            largest energy exact, which measures better on language models.
+        half: zero points in half steps, see :func:`fit_grid`.
 
     Returns:
-        the matrix, exactly on its grid, with float32 scales that are exact in bfloat16 and int32 zero points.
+        the matrix, exactly on its grid, with float32 scales that are exact in bfloat16 and zero points: int32, or
+        float32 where `half`.
 
     Raises:
         ValueError: if `bits` is not 2, 3, 4 or 8, or the Hessian is not positive semi-definite.
@@ -132,10 +142,18 @@ def quantise_rows(
     stored = matrix if support is None else matrix[support].view(rows, -1)
     importance = None
     if hessian is not None:
-        importance = hessian.diagonal().clamp_min(0).sqrt().float().expand(rows, columns)
+        diagonal = hessian.diagonal().clamp_min(0)
+        importance = (diagonal**weighting).float().expand(rows, columns)
         importance = importance if support is None else importance[support].view(rows, -1)
     grid = fit_grid(
-        stored, bits=bits, group=group, symmetric=symmetric, importance=importance, search=search, shifts=shifts
+        stored,
+        bits=bits,
+        group=group,
+        symmetric=symmetric,
+        importance=importance,
+        search=search,
+        shifts=shifts,
+        half=half,
     )
     if hessian is None:
         result = grid.snap(grouped(stored, group)).view(rows, -1)[:, : stored.shape[1]]
@@ -143,7 +161,8 @@ def quantise_rows(
             result = torch.zeros_like(matrix).masked_scatter(support, result)
     else:
         result = _with_feedback(matrix, grid, group or stored.shape[1], hessian, support, damping, sweeps)
-    return Stored(result.contiguous(), grid.scales, None if symmetric else grid.zeros.int(), support)
+    zeros = None if symmetric else grid.zeros if half else grid.zeros.int()
+    return Stored(result.contiguous(), grid.scales, zeros, support)
 
 
 def _with_feedback(

@@ -6,6 +6,8 @@ per row, (u_gᵀ H u_h) s = u_gᵀ H w. A pass of coordinate descent then fits t
 raises the error. The gain is largest at two bits, where clipping and rounding errors have the same magnitude.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -47,7 +49,8 @@ def rescaled(
     rows = rows.float()
     zeros = torch.zeros_like(quantised.scales) if quantised.zeros is None else quantised.zeros.to(rows.dtype)
     low, high = integer_range(bits, quantised.zeros is None)
-    grid, matrix = Grid(quantised.scales, zeros, low, high), quantised.matrix
+    half = quantised.zeros is not None and quantised.zeros.is_floating_point()
+    grid, matrix = Grid(quantised.scales, zeros, low, high, half), quantised.matrix
     curvature, size = damped(hessian, damping).to(rows.dtype), group or rows.shape[1]
     for _ in range(rounds):
         batch = max(1, MEMORY // (8 * grid.scales.shape[1] ** 2 + 16 * rows.shape[1]))
@@ -55,7 +58,7 @@ def rescaled(
             _fitted(rows[at], matrix[at], grid.scales[at], curvature, size)
             for at in torch.arange(len(rows), device=rows.device).split(batch)  # type: ignore[no-untyped-call]
         ]
-        grid = Grid(torch.cat([scales for scales, _ in parts]), zeros, low, high)
+        grid = replace(grid, scales=torch.cat([scales for scales, _ in parts]))
         matrix = torch.cat([values for _, values in parts])
         matrix = refine(rows, matrix, hessian, grid.steps(rows.shape[1], size), sweeps=1, damping=damping)
     return Stored(matrix, grid.scales, quantised.zeros)
@@ -66,7 +69,8 @@ def _fitted(rows: Tensor, matrix: Tensor, scales: Tensor, curvature: Tensor, siz
     count, columns = rows.shape
     groups = scales.shape[1]
     spread = scales.repeat_interleave(size, 1)[:, :columns]
-    integers = torch.where(spread > 0, (matrix / torch.where(spread > 0, spread, 1.0)).round(), 0.0)
+    # halves where zero points are: a level less its zero point
+    integers = torch.where(spread > 0, (2 * matrix / torch.where(spread > 0, spread, 1.0)).round() / 2, 0.0)
     parts = grouped(integers, size)
     right = (grouped(rows @ curvature, size) * parts).sum(-1)
     system = torch.empty(count, groups, groups, dtype=torch.float64, device=rows.device)

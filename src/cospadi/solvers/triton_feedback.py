@@ -64,9 +64,10 @@ def _decide_kernel(
         scale = tl.load(scales + group, mask=inside, other=0.0)
         zero = tl.load(zeros + group, mask=inside, other=0.0)
         target = start + tl.sum(move[:, None] * made, axis=0)
-        level = tl.div_rn(target, tl.where(scale > 0, scale, 1.0))
+        whole = tl.floor(zero)
+        level = tl.div_rn(target, tl.where(scale > 0, scale, 1.0)) + (zero - whole)
         level = tl.where(level > FAR, FAR, tl.where(level < -FAR, -FAR, level))  # keeps NaN, unlike a minimum
-        level = (level + MAGIC) - MAGIC + zero
+        level = (level + MAGIC) - MAGIC + whole
         level = tl.where(level > high, high, tl.where(level < low, low, level))
         value = (level - zero) * scale
         change = value - base

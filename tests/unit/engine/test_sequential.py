@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.func import functional_call
 
 from cospadi.engine.compress import compress
@@ -98,6 +99,22 @@ def test_moments_are_those_of_the_inputs_of_both_streams(architecture):
     assert all(not module._forward_pre_hooks for module in model.modules())
 
 
+def test_one_pass_collects_the_statistics_of_every_input_of_the_compressed_stream():
+    view, ids = discover(tiny_model("llama")), token_ids(5, 11)
+    streams = Streams(view, ids, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(4)
+    streams.compressed = streams.original + 0.1 * torch.randn(streams.original.shape, generator=generator)
+    groups = view.of_layer(1)
+    found = streams.statistics(1, groups)
+    assert list(found) == list(groups) and len(groups) > 2
+    for group in groups:
+        alone = streams.moments(1, group, {})
+        assert torch.allclose(found[group].mean_gram, alone.gram, rtol=1e-6)
+        assert torch.allclose(found[group].mean_abs, alone.mean_abs, rtol=1e-6)
+        assert found[group].tokens == ids.numel()
+    assert all(not module._forward_pre_hooks for module in view.model.modules())
+
+
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("model") / "m", "llama", dtype=torch.float32)
@@ -118,6 +135,51 @@ def test_anchored_layers_come_nearer_to_the_original_output(model_path, tmp_path
     assert better < 0.95 * worse
     assert all(group["anchored_error"] > 0 for group in anchored["groups"])
     assert "anchored_error" not in plain["groups"][0]
+
+
+def stored(out):
+    tensors = {}
+    for file in sorted(out.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return {name: tensor for name, tensor in tensors.items() if ".layers." in name and "norm" not in name}
+
+
+@pytest.mark.parametrize("method", ["svd_llm", "gptq", "sparsegpt"])
+def test_sequential_statistics_follow_the_compressed_layers(model_path, tmp_path, method):
+    plain = run(model_path, tmp_path / "plain", keep=0.4, method=method, sequential=False)
+    found = run(model_path, tmp_path / "sequential", keep=0.4, method=method, sequential=True)
+    before, after = stored(tmp_path / "plain"), stored(tmp_path / "sequential")
+    assert before.keys() == after.keys()
+    changed = {name.split(".layers.")[1][0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"1", "2"}  # nothing is compressed before the first layer
+    assert [group["bytes"] for group in plain.report["groups"]] == [group["bytes"] for group in found.report["groups"]]
+    assert "anchored_error" not in found.report["groups"][0]
+
+
+def test_a_method_may_publish_sequential_statistics(model_path, tmp_path):
+    assert "layers" in run(model_path, tmp_path / "own", keep=0.4, method="gptq").report
+    assert "layers" not in run(model_path, tmp_path / "plain", keep=0.4, method="gptq", sequential=False).report
+    assert "layers" not in run(model_path, tmp_path / "other", keep=0.4, method="rtn").report
+
+
+def test_a_methods_own_order_gives_way_to_groups_across_layers(model_path, tmp_path):
+    across = {"keep": 0.4, "method": "gptq", "grouping": "cross_layer"}
+    assert "layers" not in run(model_path, tmp_path / "own", **across).report
+    with pytest.raises(RecipeError, match="leave them out"):
+        run(model_path, tmp_path / "asked", sequential=True, **across)
+
+
+def test_an_anchor_without_compressed_inputs_is_refused():
+    with pytest.raises(RecipeError, match="sequential"):
+        Recipe(anchor=True, sequential=False)
+
+
+def test_the_share_of_the_anchor_counts(model_path, tmp_path):
+    errors = [
+        run(model_path, tmp_path / str(share), keep=0.4, anchor=True, anchor_share=share).report["groups"][-1]["error"]
+        for share in (0.05, 1.0)
+    ]
+    assert errors[0] < errors[1]  # against the original weights the full correction is the larger change
 
 
 def test_without_feedback_nothing_of_it_is_reported(model_path, tmp_path):
@@ -141,7 +203,9 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("feedback", [{"anchor": True}, {"refine": {"steps": 3}}, {"anchor": True, "refine": True}])
+@pytest.mark.parametrize(
+    "feedback", [{"sequential": True}, {"anchor": True}, {"refine": {"steps": 3}}, {"anchor": True, "refine": True}]
+)
 def test_an_interrupted_run_ends_with_the_same_bytes(model_path, tmp_path, feedback):
     if feedback.get("refine") is True:
         feedback = feedback | {"refine": {"steps": 2, "batch": 5}}

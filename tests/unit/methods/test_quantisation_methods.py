@@ -106,7 +106,7 @@ def test_rank_deficient_grams(tokens):
 @pytest.mark.parametrize("bits", [2, 4])
 def test_zero_points_and_scales_fitted_to_the_gram(sizes, grams, bits):
     problem = make_problem(*sizes, seed=bits, grams=min(grams, len(sizes[1])), dtype=torch.float32)
-    spec, plain = solve("gptq", problem, 0.9, bits=bits, group=16)
+    spec, plain = solve("gptq", problem, 0.9, bits=bits, group=16, shifts=0, rescale=0)
     same, fitted = solve("gptq", problem, 0.9, bits=bits, group=16, shifts=1, rescale=3)
     assert same == spec
     assert output_error(problem, product(fitted)) < output_error(problem, product(plain))

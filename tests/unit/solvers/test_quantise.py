@@ -5,6 +5,7 @@ from cospadi.format.pack import integer_range
 from cospadi.format.patterns import keep_largest
 from cospadi.solvers.feedback import damped, feedback, refine, sweep, sweep_supports
 from cospadi.solvers.quantise import fit_grid, grouped, quantise_rows
+from cospadi.solvers.rescale import rescaled
 from gram import correlated, loss, rand
 
 FORMATS = [(bits, symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)]
@@ -207,3 +208,48 @@ def test_at_two_bits_the_choice_of_the_zero_point_pays():
         quantise_rows(matrix, bits=2, group=64, symmetric=False, search=30, shifts=shifts).matrix for shifts in (0, 1)
     )
     assert (moved - matrix).square().sum() < 0.99 * (plain - matrix).square().sum()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_half_step_zero_points_come_nearer_and_stay_on_their_grid(bits):
+    matrix = rand(40, 96, seed=30 + bits)
+    whole = fit_grid(matrix, bits=bits, group=32, symmetric=False, search=20, shifts=1)
+    half = fit_grid(matrix, bits=bits, group=32, symmetric=False, search=20, shifts=2, half=True)
+    assert torch.equal(2 * half.zeros, (2 * half.zeros).round()) and bool((half.zeros % 1 != 0).any())
+    assert half.zeros.min() >= 0 and half.zeros.max() <= 2**bits - 1
+    split = grouped(matrix, 32)
+    levels = (torch.arange(2**bits) - half.zeros[..., None]) * half.scales[..., None]  # (rows, groups, levels)
+    nearest = (split[..., None] - levels[:, :, None]).abs().amin(-1)
+    assert torch.allclose((half.snap(split) - split).abs(), nearest, atol=1e-6)
+    errors = [float((grid.snap(split) - split).square().sum()) for grid in (whole, half)]
+    assert errors[1] < 0.98 * errors[0]
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_feedback_and_fitted_scales_keep_half_step_zero_points(bits):
+    matrix, hessian = rand(12, 40, seed=40), correlated(40, seed=41)
+    made = quantise_rows(
+        matrix, bits=bits, group=16, symmetric=False, hessian=hessian, search=10, shifts=2, sweeps=2, half=True
+    )
+    fitted = rescaled(matrix, made, bits=bits, group=16, hessian=hessian, rounds=2)
+    for found in (made, fitted):
+        assert found.zeros is not None and torch.equal(found.zeros, made.zeros)
+        scales, zeros = (item.repeat_interleave(16, 1)[:, :40] for item in (found.scales, found.zeros))
+        levels = found.matrix / scales + zeros
+        assert torch.allclose(levels, levels.round(), atol=1e-4) and levels.min() >= -1e-4
+        assert levels.max() <= 2**bits - 1 + 1e-4
+    assert loss(hessian, matrix, fitted.matrix) <= loss(hessian, matrix, made.matrix) * 1.0001
+
+
+def test_weighting_by_the_diagonal_protects_the_inputs_of_large_energy():
+    matrix, hessian = rand(60, 64, seed=50), correlated(64, seed=51)
+    loud = torch.zeros(64, dtype=torch.bool)
+    loud[::8] = True
+    hessian += 50 * hessian.diagonal().mean() * loud.diag()
+    errors = [
+        quantise_rows(
+            matrix, bits=3, group=64, symmetric=False, hessian=hessian, search=30, weighting=weighting
+        ).matrix.sub(matrix)[:, loud].square().sum()
+        for weighting in (0.0, 0.5, 1.0)
+    ]  # fmt: skip
+    assert errors[2] < errors[1] < errors[0]

@@ -21,6 +21,7 @@ from cospadi.engine.allocate.rules import allocation_rule
 from cospadi.engine.estimate.planning_work import parts, planning_work
 from cospadi.engine.estimate.solver_work import solver_work
 from cospadi.engine.estimate.speed import START, measure_speed
+from cospadi.engine.plan.order import order_of
 from cospadi.engine.plan.plan import Plan, make_plan
 from cospadi.engine.plan.pruning import check_section, prune_skeleton
 from cospadi.engine.tune.tuner import EVALUATIONS
@@ -162,7 +163,7 @@ def phases(view: ModelView, plan: Plan, recipe: Recipe) -> dict[str, Work | None
     solves = [solver_work(part, g.options) for g in plan.groups for part in parts(g.spec)]
     known = [work for work in solves if work is not None]
     found["factorise"] = sum(known, Work()) if len(known) == len(solves) else None
-    if recipe.sequential:
+    if order_of(recipe, plan).layers:
         following = streams_work(view, plan, recipe)
         found["factorise"] = None if found["factorise"] is None else found["factorise"] + following
     if recipe.refine is not None:
@@ -225,17 +226,20 @@ def calibration_work(view: ModelView, plan: Plan, recipe: Recipe) -> Work:
 def streams_work(view: ModelView, plan: Plan, recipe: Recipe) -> Work:
     """What following the streams of hidden states takes: targets, compressed outputs, and the error between them.
 
-    With the anchor also a part of each layer twice, and a Gram and a cross Gram for every input.
+    With statistics of compressed inputs also each layer once more, and a Gram for every input. With the anchor a part
+    of each layer twice, and a Gram and a cross Gram for every input.
 
     Args:
         view: of a real or a meta model.
         plan: what will be stored.
-        recipe: `anchor` and the calibration text.
+        recipe: `sequential`, `anchor` and the calibration text.
     """
     once = forward_work(view, _tokens(recipe), recipe.calibration.seq_len)
-    if not recipe.anchor:
+    if not order_of(recipe, plan).compressed:
         return 3 * once
     sources = _sources(view, plan)
+    if not recipe.anchor:
+        return 4 * once + sum((gram_work(g.d_in, _tokens(recipe)) for g in sources), Work())
     twice = len(sources) / max(1, len(view.layers))  # both streams, on average through half of the layer
     return (3 + twice) * once + sum((2 * gram_work(g.d_in, _tokens(recipe)) for g in sources), Work())
 
@@ -266,7 +270,7 @@ def host_memory(view: ModelView, plan: Plan, recipe: Recipe, device: torch.devic
     Args:
         view: of a real or a meta model.
         plan: what will be stored.
-        recipe: calibration text; `anchor` and `refine` follow three streams of hidden states.
+        recipe: calibration text; sequential runs follow three streams of hidden states.
         device: where the run would work; None: taken for a processor.
 
     Returns:
@@ -279,7 +283,7 @@ def host_memory(view: ModelView, plan: Plan, recipe: Recipe, device: torch.devic
     wide = compute_dtype(weights, device)
     item = (wide or view.model.dtype).itemsize
     states = _tokens(recipe) * view.hidden_width
-    if recipe.sequential:
+    if order_of(recipe, plan).layers:
         # the original, the compressed and the target stream; errors between two of them are taken in float32
         states *= 3 * item + (8 if item == 4 else 12)
     else:

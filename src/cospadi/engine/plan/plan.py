@@ -173,7 +173,7 @@ def make_plan(view: ModelView, recipe: Recipe) -> Plan:
     """
     recipe.require_budget()
     method = get_method(recipe.method)
-    refuse_decided(method, recipe.given("grouping", "allocation", "anchor", "refine"))
+    refuse_decided(method, recipe.given("grouping", "allocation", "sequential", "anchor", "refine"))
     modules = chosen_modules(view, recipe)
     view = restricted(view, modules)
     chosen = [narrowed(group, set(modules)) for group in view.groups]

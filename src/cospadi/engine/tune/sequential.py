@@ -1,8 +1,8 @@
 """Sequential runs: each decoder layer is fitted on the outputs of the compressed layers before it.
 
-Two things may follow, each by itself or both: the *anchored* objective, which hands a method another target and another
-Gram (`streams.anchored_target`), and *tuning* (`block`, `distill`). Layers are worked on in order; what is durable is a
-finished layer.
+A method then gets the Grams of the compressed layers' outputs (`streams.Streams.statistics`). The *anchored* objective
+also moves its targets (`streams.anchored_target`); *tuning* follows the factorisation (`block`, `distill`). Layers are
+worked on in order; what is durable is a finished layer.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cospadi.calibration import Statistics
 from cospadi.engine.context import RunContext
 from cospadi.engine.factorise import measure, solve
 from cospadi.engine.journal import Journal
+from cospadi.engine.plan.order import order_of
 from cospadi.engine.plan.plan import Plan, PlannedGroup
 from cospadi.engine.tune.block import block_error, refine_layer
 from cospadi.engine.tune.distill import refine_predictions
@@ -27,10 +29,7 @@ from cospadi.model_view import LinearGroup
 from cospadi.recipe import Recipe
 from cospadi.runtime.fingerprints import derived_seed
 
-# Measured on the embedded model: the full correction minimises the error of every layer's output, but with a good
-# solver half of it leads to a lower perplexity (a weak one, plain low rank, gains from all of it).
 ANCHOR_RIDGE = 1e-2
-ANCHOR_BLEND = 0.5
 
 
 @dataclass
@@ -75,14 +74,14 @@ def require_layers(plan: Plan) -> list[GroupSpec]:
     for group in plan.groups:
         if not isinstance(group.spec, GroupSpec):
             raise RecipeError(
-                f"anchor and refine tune dictionaries and codes, and {group.spec.name} of method "
+                f"sequential, anchor and refine work on dictionaries and codes, and {group.spec.name} of method "
                 f"{group.spec.method!r} has none: leave them out"
             )
         specs.append(group.spec)
         if not group.own_input:
             raise RecipeError(
-                f"anchor and refine work layer by layer, and {group.spec.name} of method {group.spec.method!r} spans "
-                "several: leave them out, or choose another grouping"
+                f"sequential, anchor and refine work layer by layer, and {group.spec.name} of method "
+                f"{group.spec.method!r} spans several: leave them out, or choose another grouping"
             )
     return specs
 
@@ -95,13 +94,13 @@ class Sequential:
     Args:
         context: of the run.
         plan: what will be stored.
-        recipe: `anchor`, `refine`.
+        recipe: `sequential`, `anchor`, `refine`.
         journal: one entry for every group; one for every layer, which says that the layer is finished and holds its
             norms and biases; one for the tuning towards the predictions.
     """
 
     def __init__(self, context: RunContext, plan: Plan, recipe: Recipe, journal: Journal) -> None:
-        self.specs = require_layers(plan)
+        self.specs, self.order = require_layers(plan), order_of(recipe, plan)
         self.context, self.plan, self.recipe, self.journal = context, plan, recipe, journal
         self.view, self.device = context.view, context.device
         self.originals: dict[int, tuple[Tensor, ...]] = {}
@@ -192,10 +191,16 @@ class Sequential:
         begun = time.perf_counter()
         tensors: dict[str, Tensor] = {}
         moments: dict[LinearGroup, Moments] = {}
+        collected: dict[LinearGroup, Statistics] = {}
+        if self.order.compressed and not self.recipe.anchor:
+            sources = dict.fromkeys(group.source for group in layer.planned.values())
+            collected = streams.statistics(layer.index, tuple(sources))
         for i, group in layer.planned.items():
             if self.recipe.anchor and group.source not in moments:
                 moments[group.source] = streams.moments(layer.index, group.source, tensors)
-            layer.packed[i], layer.infos[i] = self._factorise(group, moments.get(group.source))
+            layer.packed[i], layer.infos[i] = self._factorise(
+                group, moments.get(group.source), collected.get(group.source)
+            )
             tensors |= self._dense(layer.index, group, layer.packed[i])
         layer.info["block_error_before"] = block_error(streams, layer.index, tensors, targets)
         layer.info["block_error"] = layer.info["block_error_before"]
@@ -224,11 +229,16 @@ class Sequential:
     def _weights(self, group: PlannedGroup, device: torch.device | str | None = None) -> tuple[Tensor, ...]:
         return tuple(self.view.weight(name).to(device or self.device, copy=True).float() for name in group.spec.modules)
 
-    def _factorise(self, group: PlannedGroup, moments: Moments | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _factorise(
+        self, group: PlannedGroup, moments: Moments | None, collected: Statistics | None
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         begun = time.perf_counter()
-        problem = self.context.problem(group.spec.modules, group.sources, group.spec.name)
+        statistics = collected or self.context.store.load(group.source)
+        problem = self.context.problem_of(group.spec.modules, [statistics], group.spec.name)
         if moments is not None:
-            targets = (anchored_target(w, moments, ridge=ANCHOR_RIDGE, blend=ANCHOR_BLEND) for w in problem.weights)
+            targets = (
+                anchored_target(w, moments, ridge=ANCHOR_RIDGE, blend=self.recipe.anchor_share) for w in problem.weights
+            )
             problem = replace(
                 problem,
                 weights=tuple(target.float() for target in targets),

@@ -6,14 +6,15 @@ those layers and can correct them (the anchored objective, as in AA-SVD).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cospadi.calibration import sequences_per_batch
+from cospadi.calibration import Statistics, sequences_per_batch
 from cospadi.calibration.statistics import CHUNK_TOKENS, Accumulator, full_precision
 from cospadi.model_view import LayerReplay, LinearGroup, ModelView
 from cospadi.runtime.memory import guard_memory
@@ -99,6 +100,25 @@ class Streams:
         with guard_memory(f"running decoder layer {index}", REMEDY):
             parts = torch.split(hidden, self.batch)
             return torch.cat([self.replay.layer_with(index, part, tensors or {}).cpu() for part in parts])
+
+    def statistics(self, index: int, groups: Sequence[LinearGroup]) -> dict[LinearGroup, Statistics]:
+        """Statistics of several inputs of one layer in the compressed stream, from one pass.
+
+        Args:
+            index: of the decoder layer, which runs with the weights it holds.
+            groups: of that layer.
+        """
+        sums = {group: Accumulator(group.name, group.d_in, self.device) for group in groups}
+        with guard_memory(f"collecting statistics of decoder layer {index}", REMEDY), ExitStack() as stack:
+            for group, item in sums.items():
+
+                def note(_module: nn.Module, args: tuple[Tensor, ...], _to: Accumulator = item) -> None:
+                    _to.add(args[0])
+
+                stack.callback(self.view.module(group.modules[0]).register_forward_pre_hook(note).remove)
+            for part in torch.split(self.compressed, self.batch):
+                self.replay.layer(index, part)
+            return {group: item.finish() for group, item in sums.items()}
 
     def moments(self, index: int, group: LinearGroup, tensors: Mapping[str, Tensor]) -> Moments:
         """Moments of a group's input.
