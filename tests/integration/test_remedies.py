@@ -13,7 +13,7 @@ import cospadi
 from command import command, unchanged
 from cospadi.cli.app import app
 from cospadi.methods import all_methods
-from cospadi.pruning import all_depth_methods
+from cospadi.pruning import all_pruning_methods
 from cospadi.recipe import Recipe
 from cospadi.runtime.devices import resolve_device
 from tiny import save_tiny, tiny_text
@@ -61,9 +61,8 @@ def test_some_command_takes_every_flag_that_is_named(flag):
 
 @pytest.mark.parametrize("key", sorted(named(SETTING)))
 def test_some_method_takes_every_setting_that_is_named(key):
-    known = {
-        option for of in (all_methods(), all_depth_methods()) for m in of.values() for option in m.options.model_fields
-    }
+    methods = [*all_methods().values(), *all_pruning_methods().values()]
+    known = {option for method in methods for option in method.options.model_fields}
     assert key in known | {"num_bits", "group_size"}, named(SETTING)[key]
 
 
