@@ -61,8 +61,12 @@ def test_some_command_takes_every_flag_that_is_named(flag):
 
 @pytest.mark.parametrize("key", sorted(named(SETTING)))
 def test_some_method_takes_every_setting_that_is_named(key):
-    methods = [*all_methods().values(), *all_pruning_methods().values()]
-    known = {option for method in methods for option in method.options.model_fields}
+    known = {
+        option
+        for of in (all_methods(), all_pruning_methods())
+        for m in of.values()
+        for option in m.options.model_fields
+    }
     assert key in known | {"num_bits", "group_size"}, named(SETTING)[key]
 
 

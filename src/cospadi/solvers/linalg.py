@@ -8,31 +8,32 @@ MOST_RIDGE = 1e-2
 """What needs more than this, as a share of the mean diagonal, is not positive semi-definite up to rounding."""
 
 
-def ridged_cholesky(matrix: Tensor, ridge: float = 0.0) -> Tensor:
+def ridged_cholesky(matrix: Tensor, ridge: float = 0.0, most: float = MOST_RIDGE) -> Tensor:
     """Lower Cholesky factor of M + ridge · mean(diag M) · I.
 
-    Rounding can leave a positive semi-definite matrix slightly indefinite. The ridge therefore grows tenfold until the
-    factor exists.
+    Rounding can leave a positive semi-definite matrix slightly indefinite. While the factorisation fails, a ridge ten
+    times as large is added on top.
 
     Args:
         matrix: M (n, n), symmetric, positive semi-definite up to rounding; float64.
-        ridge: what to start with, as a share of the mean diagonal.
+        ridge: to start with, as a share of the mean diagonal.
+        most: the largest ridge to try.
 
     Returns:
-        L (n, n) float64 with L Lᵀ = M + ridge · mean(diag M) · I.
+        L (n, n) float64.
 
     Raises:
-        ValueError: if even a ridge of `MOST_RIDGE` is not enough: M is indefinite, or holds NaN.
+        ValueError: if even the largest ridge is not enough: M is indefinite, or holds NaN.
     """
-    mean = matrix.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    shifted = matrix.clone()
+    diagonal = shifted.diagonal()
     while True:
-        shifted = matrix.clone()
-        shifted.diagonal().add_(ridge * mean)
+        diagonal += ridge * diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
         factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(shifted)
         if not failed:
             return factor
-        if ridge >= MOST_RIDGE:
+        if ridge >= most:
             raise ValueError("the matrix is not positive semi-definite, or holds NaN")
         ridge = max(ridge, LEAST_RIDGE) * 10
 

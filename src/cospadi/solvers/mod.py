@@ -36,7 +36,8 @@ def least_squares_dictionary(
     wide = codes.to(dtype)
     normal = (wide @ wide.T).double()
     right = (target.to(dtype) @ wide.T).double()
-    dictionary: Tensor = torch.cholesky_solve(right.T, ridged_cholesky(normal, ridge)).T.to(target.dtype)
+    factor = ridged_cholesky(normal, ridge, most=1.0)  # float32 products may be far from positive definite
+    dictionary: Tensor = torch.cholesky_solve(right.T, factor).T.to(target.dtype)
     if fallback is not None:
         dictionary = torch.where(normal.diagonal() > 0, dictionary, fallback)
     return dictionary

@@ -1,4 +1,7 @@
-"""Guesses of time and memory: counts against the operations that are really done, seconds against measured runs."""
+"""Guesses of time and memory: declared costs against the operations that solvers really do.
+
+Seconds are compared with measured runs in benchmarks/estimate.py.
+"""
 
 import time
 from dataclasses import replace
@@ -8,7 +11,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
-from cospadi.embedded import model_path
 from cospadi.engine.estimate import estimate as estimation
 from cospadi.engine.estimate import planning_work
 from cospadi.engine.estimate.estimate import calibration_work, estimate, forward_work, gram_work, host_memory, phases
@@ -21,7 +23,7 @@ from cospadi.methods import METHODS, GroupShape, Problem, all_methods, get_metho
 from cospadi.methods.auto import FITTED
 from cospadi.methods.cost import Work
 from cospadi.methods.sizing import low_rank_plan
-from cospadi.model_view import discover, open_config, skeleton
+from cospadi.model_view import discover, skeleton
 from cospadi.recipe import Recipe
 from tiny import save_tiny, tiny_model, token_ids
 
@@ -56,74 +58,6 @@ def guess(view, speed, **recipe):
     recipe = Recipe(**{"keep": 0.8, "method": "pursuit"} | recipe)
     work = phases(view, make_plan(view, recipe), recipe)
     return {name: None if one is None else START[speed.kind] + speed.seconds(one) for name, one in work.items()}
-
-
-@pytest.mark.parametrize(
-    ("speed", "recipe", "calibrate", "factorise"),
-    [
-        (TWO_CORES, {}, 175, 109),
-        (TWO_CORES, {"method": "cospadi"}, 175, 9 * 1200),
-        (LARGE_GPU, {"options": {"rounds": 30}}, 4.0, 5.2),
-        (LARGE_GPU, {"method": "cospadi"}, 4.0, 350),
-    ],
-)
-def test_seconds_are_within_a_factor_of_two_of_the_runs_they_were_fitted_to(llama, speed, recipe, calibrate, factorise):
-    found = guess(llama, speed, **recipe)
-    assert set(found) == {"calibrate", "factorise"}
-    assert calibrate / 2 < found["calibrate"] < calibrate * 2
-    assert factorise / 2 < found["factorise"] < factorise * 2
-
-
-def near(found, measured):
-    return measured / 2 < found < measured * 2
-
-
-@pytest.mark.parametrize(
-    ("model", "speed", "keep", "text", "allocate", "factorise"),
-    [
-        ("llama", H100, 0.4, SHORT, 6.9, 1.5),
-        ("llama", H100, 0.27, SHORT, 9, 1.7),
-        ("llama", H100, 0.14, SHORT, 10.1, 3.0),
-        ("embedded", TWO_CORES, 0.4, SHORT, 16.0, 6.3),
-        ("embedded", TWO_CORES, 0.2, SHORT, 18.0, 7.5),
-        ("large", H100, 0.4, MIDDLE, 66, 22.5),
-    ],
-)
-def test_seconds_of_auto_are_within_a_factor_of_two_of_measured_runs(
-    llama, model, speed, keep, text, allocate, factorise
-):
-    views = {"llama": lambda: llama, "embedded": lambda: discover(skeleton(open_config(model_path())))}
-    view = views.get(model, lambda: large(4))()
-    found = guess(view, speed, method="auto", keep=keep, calibration=text)
-    assert set(found) == {"calibrate", "allocate", "factorise"}
-    assert near(found["allocate"], allocate)
-    assert near(found["factorise"], factorise)
-
-
-@pytest.mark.parametrize(
-    ("speed", "options", "keep", "text", "seconds"),
-    [
-        (TWO_CORES, {"bits": 16}, 0.4, LONG, 170),
-        (TWO_CORES, {"bits": 16}, 0.6, LONG, 305),
-        (TWO_CORES, {"bits": 16}, 0.8, LONG, 163),
-        (H100, {"bits": 16}, 0.6, LONG, 36),
-    ],
-)
-def test_planning_and_factorising_together_are_near_measured_runs(llama, speed, options, keep, text, seconds):
-    found = guess(llama, speed, method="auto", options=options, keep=keep, calibration=text)
-    assert near(found["allocate"] + found["factorise"], seconds)
-
-
-def test_a_whole_run_of_auto_is_near_a_measured_one(llama):
-    found = guess(llama, TWO_CORES, method="auto", keep=0.27, calibration=SHORT)
-    assert near(sum(found.values()), 227)
-    assert found["allocate"] > found["calibrate"] + found["factorise"]
-
-
-def test_two_large_layers_without_integers_are_near_a_measured_run():
-    found = guess(large(2), H100, method="auto", options={"bits": 16}, keep=0.6, calibration=MIDDLE)
-    assert near(found["allocate"], 46.6)
-    assert near(found["factorise"], 42.7)
 
 
 def test_no_sensitivity_is_counted_where_everything_fits_at_eight_bits(llama, monkeypatch):
@@ -200,20 +134,45 @@ def test_forward_and_gram_counts_are_those_of_the_layers():
     assert gram_work(24, 1024).products == counter.get_total_flops()
 
 
+def counted(name, options):
+    """Operations of matrix products: as the method declares them, and as its solve really does them."""
+    generator = torch.Generator().manual_seed(3)
+    shape = GroupShape(("a",), 96, (160,))
+    method = get_method(name)
+    spec = method.spec(shape, int(0.7 * shape.dense_bytes), options)
+    x = torch.randn(400, 96, generator=generator, dtype=torch.float64)
+    problem = Problem("a", (torch.randn(96, 160, generator=generator),), (x.T @ x / 400,))
+    with FlopCounterMode(display=False) as counter:
+        method.factorise(problem, spec, options)
+    return solver_work(spec, options).products, counter.get_total_flops()
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [("pursuit", {"rounds": 12}), ("pursuit", {"rounds": 12, "steps": 9}), ("geopair", {"rounds": 6})],
 )
 def test_matrix_products_of_solvers_are_counted(name, options):
-    generator = torch.Generator().manual_seed(3)
-    shape = GroupShape(("a",), 96, (160,))
-    spec = get_method(name).spec(shape, int(0.7 * shape.dense_bytes), options)
-    spec = type(spec).from_dict(spec.to_dict() | {"method": name}) if spec.method != name else spec
-    x = torch.randn(400, 96, generator=generator, dtype=torch.float64)
-    problem = Problem("a", (torch.randn(96, 160, generator=generator),), (x.T @ x / 400,))
-    with FlopCounterMode(display=False) as counter:
-        get_method(name).factorise(problem, spec, options)
-    assert 0.6 < solver_work(spec, options).products / counter.get_total_flops() < 2.5
+    declared, done = counted(name, options)
+    assert 0.6 < declared / done < 2.5
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "values", "others"),
+    [
+        ("pursuit", "rounds", (6, 12), {}),
+        ("cospadi", "rounds", (2, 4), {"update": "mod"}),
+        ("geopair", "rounds", (3, 6), {}),
+        ("compot", "rounds", (3, 6), {}),
+        ("rocket", "refine_steps", (4, 8), {}),
+        ("gptq", "rescale", (1, 3), {"bits": 4, "group": 32}),
+        ("gptq", "sweeps", (0, 2), {"bits": 4, "group": 32}),
+        ("sparsegpt", "sweeps", (0, 2), {}),
+    ],
+)
+def test_a_further_round_costs_what_the_method_declares(name, option, values, others):
+    """Differences leave out decompositions, which torch does not count, so a solver that does more per round fails."""
+    (less, less_done), (more, more_done) = (counted(name, others | {option: value}) for value in values)
+    assert 0.5 < (more - less) / (more_done - less_done) < 2.5
 
 
 def test_work_grows_with_what_is_asked_for(llama):
@@ -318,7 +277,7 @@ def test_the_estimate_takes_what_compress_takes(tmp_path, monkeypatch):
         estimate(str(source), {"keep": 0.9, "method": "svd"}, keep=0.7),
     ):
         assert found.to_dict() | {"seconds": 0} == expected | {"seconds": 0}
-    with pytest.raises(BudgetError, match="how small"):
+    with pytest.raises(BudgetError, match="no size given"):
         estimate(source)
     with pytest.raises(RecipeError, match="'tpu' is not a device"):
         estimate(source, keep=0.7, device="tpu")

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Spec(Protocol):
+class StoredPart(Protocol):
     """Description of a stored part of a model: a dataclass that names its modules."""
 
     @property
@@ -42,7 +42,7 @@ class Spec(Protocol):
         ...
 
 
-S = TypeVar("S", bound=Spec)
+S = TypeVar("S", bound=StoredPart)
 
 
 class Format(ABC, Generic[S]):

@@ -323,7 +323,7 @@ def _fill(layer: nn.Module, name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: a tensor {tensor.dtype} {list(tensor.shape)} does not fit {layer}")
     value = tensor.to(parameter.dtype) if parameter.is_floating_point() else tensor
     if parameter.device.type == "meta":
-        layer._parameters[name] = nn.Parameter(value.clone(), False)
+        setattr(layer, name, nn.Parameter(value.clone(), False))
     else:
         parameter.copy_(value)
 

@@ -26,7 +26,6 @@ from cospadi.runtime.devices import placed
 from cospadi.runtime.memory import guard_memory
 
 Taylor = Literal["vectorize", "param_first", "param_second", "param_mix"]
-Squares = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
