@@ -113,7 +113,7 @@ def test_a_second_run_takes_finished_rows_over(run, tmp_path):
         (["--methods", "svd", "--keep", "0.8", "--set", "rtn.bits=4"], 2, "METHOD.KEY=VALUE"),
         (["--methods", "svd", "--keep", "0.8", "--recipe", "none.yaml"], 1, "does not exist"),
         (["--methods", "sdv", "--keep", "0.8"], 1, "did you mean 'svd'"),
-        (["--methods", "svd", "--keep", "1.8"], 2, "between 0 and 1"),
+        (["--methods", "svd", "--keep", "1.8"], 1, "between 0 and 1"),
         (["--methods", "svd", "--keep", "0.8", "--tasks", "none.jsonl"], 1, "no such task file"),
         (["--methods", "svd", "--keep", "0.8", "--limit", "0"], 2, "limit"),
     ],

@@ -53,7 +53,8 @@ def _shares(text: str | None) -> list[float]:
     """The shares of ``0.8,60%``.
 
     Raises:
-        UsageError: if one is not a number between 0 and 1; here a comma separates shares, so ``0,3`` is two of them.
+        UsageError: if one is not a number.
+        BudgetError: if one is not between 0 and 1; here a comma separates shares, so ``0,3`` is two of them.
     """
     from cospadi.recipe import parse_share
 
@@ -62,7 +63,7 @@ def _shares(text: str | None) -> list[float]:
     except RecipeError:
         raise UsageError(f"--keep {text!r}: pass shares separated by commas, for example --keep 0.8,0.6") from None
     if not all(0 < share < 1 for share in shares):
-        raise UsageError(
+        raise BudgetError(
             f"--keep {text!r}: each share must lie between 0 and 1; write 0.3 or 30%, and several as 0.8,0.6"
         )
     return shares
