@@ -80,7 +80,7 @@ def prune(
     with ProgressDisplay(stderr) as display:
         result = run(model, out, recipe=merged, fresh=fresh, progress=display.update, command=command_line())
     if result.complete:
-        stderr.print(f"{out} was complete already, nothing was changed; --fresh prunes again", markup=False)
+        stderr.print(f"{out} is already complete and was not changed; pass --fresh to prune again", markup=False)
     if not result.complete or not pages_written(out):
         write_depth(result.report, out)
     if json_:

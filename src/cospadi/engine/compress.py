@@ -83,7 +83,7 @@ def compress(
         out: output directory: new, empty, or of the same run.
         keep: share of the linear layers' 16-bit bytes to keep, in (0, 1).
         method: name of a method; left out: the recipe's, else the default.
-        calibration: text file, hub data set name, or a list of texts.
+        calibration: text file, hub dataset name, or a list of texts.
         recipe: a recipe, its keys and values, or the path of one; the other arguments override it.
         fresh: forget an earlier run in `out`.
         progress: called with (phase, done, total, detail, error so far).

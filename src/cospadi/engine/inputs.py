@@ -42,8 +42,7 @@ class Inputs:
         """
         if self.recipe.calibration.source is None:
             raise CalibrationError(
-                "no calibration text: name a .txt, .json, .jsonl or .parquet file, or a hub data set, "
-                "with --calibration"
+                "no calibration text: name a .txt, .json, .jsonl or .parquet file, or a hub dataset, with --calibration"
             )
 
     @cached_property

@@ -84,7 +84,7 @@ def prune(
         blocks: how many go.
         keep_blocks: instead: share of the blocks' 16-bit bytes that stays, in (0, 1).
         options: of the method.
-        calibration: text file, hub data set name, or a list of texts.
+        calibration: text file, hub dataset name, or a list of texts.
         recipe: a recipe, its keys and values, or the path of one, with a section ``prune``; the other arguments
             override it.
         fresh: forget an earlier run in `out`.

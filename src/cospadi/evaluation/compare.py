@@ -92,7 +92,7 @@ def compare(
             each keep.
         keeps: shares of the linear layers' 16-bit bytes.
         text: to measure perplexity on: a file, a list of documents, or several of these by name.
-        calibration: text file, hub data set, or a list of documents; left out: the recipe's.
+        calibration: text file, hub dataset, or a list of documents; left out: the recipe's.
         recipe: what holds for all rows: calibration, device, seed and whatever else the methods share.
         options: options by method.
         recipes: further rows by name, each with the method and options of a recipe (and its keep, if it has one);
@@ -138,7 +138,7 @@ def compare(
         seed=base.seed,
     )
     if not yardstick.texts:
-        raise CalibrationError("nothing to measure on: name a text")
+        raise CalibrationError("nothing to measure on: pass --text")
     if tasks:
         find_tasks(tasks, limit)
         require_lm_eval()
@@ -158,7 +158,7 @@ def _base(recipe: Recipe, calibration: str | Path | list[str] | None) -> Recipe:
         recipe = recipe.merged({"calibration": {"source": source}})
     if recipe.calibration.source is None:
         raise CalibrationError(
-            "no calibration text: name a .txt, .json, .jsonl or .parquet file, or a hub data set, with --calibration"
+            "no calibration text: name a .txt, .json, .jsonl or .parquet file, or a hub dataset, with --calibration"
         )
     return recipe
 

@@ -203,7 +203,7 @@ def heat_map(report: Mapping[str, Any], measure: str = "cosine") -> Figure:
 def depth_page(report: Mapping[str, Any]) -> str:
     """The HTML report: one self-contained file without scripts."""
     report = publishable(report)
-    columns = [("removed blocks", False), ("in their place", False), ("cosine distance", True), ("error", True)]
+    columns = [("removed blocks", False), ("replaced by", False), ("cosine distance", True), ("error", True)]
     rows = [[escape(cell) for cell in row] for row in run_rows(report)]
     remark = html_remark(
         "Error: squared error of the correction on the text that it was fitted to, against plain removal."
@@ -254,7 +254,7 @@ def depth_card(report: Mapping[str, Any], picture: bool = True) -> str:
         "It has layers that its architecture does not know: loading it needs the package cospadi."
     )  # fmt: skip
     rows = [[fact.label, fact.value, fact.note] for fact in depth_headlines(report)]
-    columns = ["removed blocks", "in their place", "cosine distance", "error against plain removal"]
+    columns = ["removed blocks", "replaced by", "cosine distance", "error against plain removal"]
     image = f"![Distances of all pairs of depths; the cut is outlined]({ASSETS}/{HEAT_MAP})" if picture else ""
     return markdown_document(
         [

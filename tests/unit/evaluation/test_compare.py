@@ -203,7 +203,7 @@ def test_a_line_that_was_cut_off_is_no_row(tmp_path):
         ({"options": {"rtn": {"bits": 4}}}, RecipeError, "not among the methods"),
         ({"recipes": {"svd": RECIPE}}, RecipeError, "rename the recipe"),
         ({"calibration": None}, CalibrationError, "--calibration"),
-        ({"text": {}}, CalibrationError, "name a text"),
+        ({"text": {}}, CalibrationError, "pass --text"),
         ({"arithmetic": "float8"}, RecipeError, "float32 or model"),
         ({"references": ["rtm"]}, RecipeError, "did you mean 'rtn'"),
         ({"tasks": ["none.jsonl"]}, CalibrationError, "no such task file"),

@@ -131,9 +131,7 @@ def estimate_prune(source: str | Path, recipe: Recipe) -> dict[str, Any]:
     }
     if method.unit == "share":
         if section.keep_blocks is None:
-            raise BudgetError(
-                f"method {method.name!r} removes no whole blocks: say how much shall stay (--keep-blocks)"
-            )
+            raise BudgetError(f"method {method.name!r} removes no whole blocks: pass --keep-blocks")
         return data | {"blocks_after": len(sizes), "bytes_after": int(section.keep_blocks * sum(sizes))}
     gone = _count(section, sizes)
     left = sum(sorted(sizes)[: len(sizes) - gone])
