@@ -83,6 +83,9 @@ class Setting:
 DENSE = Setting()
 LAYERS = Setting(statistics="layers")
 GROUPS = Setting(statistics="groups")
+DEFAULT = replace(LAYERS, weights=(1.0,), shifts=1, rescale=3)
+"""What `gptq` does when nothing is set."""
+
 PLANNED = {4: 0.27, 3: 0.20, 2: 0.14}
 """Keep at which the product's plan has so many bits, in coarser groups where 64 do not fit."""
 
@@ -103,6 +106,9 @@ SETTINGS = {
     "sequential, 8 sweeps": replace(LAYERS, sweeps=8),
     "sequential, symmetric": replace(LAYERS, symmetric=True),
     "sequential, without first token": replace(LAYERS, skip=1),
+    "default": DEFAULT,
+    "default, bytes of keep": replace(DEFAULT, group=-1),
+    "default, blend .25": replace(DEFAULT, statistics="groups", blend=0.25),
     "dense, fitted": replace(DENSE, shifts=1, rescale=3),
     "sequential, fitted": replace(LAYERS, shifts=1, rescale=3),
     "sequential, half": replace(LAYERS, half=True, shifts=2),

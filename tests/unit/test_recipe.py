@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from cospadi.errors import BudgetError, RecipeError
-from cospadi.recipe import Recipe, json_schema, parse_size
+from cospadi.quantities import parse_size
+from cospadi.recipe import Recipe, json_schema
 
 
 @pytest.mark.parametrize(

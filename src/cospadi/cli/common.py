@@ -58,7 +58,7 @@ def split_paths(text: str | None) -> str | None:
 
 def share(text: str) -> float:
     """The share of an option such as ``--keep 0.8`` or ``--keep 80%``."""
-    from cospadi.recipe import parse_share
+    from cospadi.quantities import parse_share
 
     try:
         return parse_share(text)

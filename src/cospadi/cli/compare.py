@@ -56,7 +56,7 @@ def _shares(text: str | None) -> list[float]:
         UsageError: if one is not a number.
         BudgetError: if one is not between 0 and 1; here a comma separates shares, so ``0,3`` is two of them.
     """
-    from cospadi.recipe import parse_share
+    from cospadi.quantities import parse_share
 
     try:
         shares = [parse_share(part) for part in split(text)]

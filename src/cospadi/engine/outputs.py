@@ -22,8 +22,8 @@ from cospadi.runtime.fingerprints import versions
 from cospadi.runtime.memory import peak_memory
 
 
-class Checkpoint:
-    """Writes the checkpoint of a compressed model.
+class Output:
+    """A checkpoint that a run writes.
 
     Args:
         out: the output directory.
@@ -32,6 +32,14 @@ class Checkpoint:
 
     def __init__(self, out: Path, progress: Progress) -> None:
         self.out, self.progress = out, progress
+
+    def facts(self) -> dict[str, Any]:
+        """What the report says of the files."""
+        return {"file_bytes": file_bytes(self.out)}
+
+
+class Checkpoint(Output):
+    """Writes the checkpoint of a compressed model."""
 
     def save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, journal: Journal) -> None:
         """Put the finished groups of the journal into the model and write the checkpoint."""
@@ -45,21 +53,9 @@ class Checkpoint:
             save(model, tokenizer, self.out, plan.specs)
         self.progress("save", 1, 1)
 
-    def facts(self) -> dict[str, Any]:
-        """What the report says of the files."""
-        return {"file_bytes": file_bytes(self.out)}
 
-
-class PrunedCheckpoint:
-    """Writes the checkpoint of a pruned model.
-
-    Args:
-        out: the output directory.
-        progress: called as progress(phase, done, total, detail, error).
-    """
-
-    def __init__(self, out: Path, progress: Progress) -> None:
-        self.out, self.progress = out, progress
+class PrunedCheckpoint(Output):
+    """Writes the checkpoint of a pruned model."""
 
     def save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write the checkpoint."""
@@ -70,10 +66,6 @@ class PrunedCheckpoint:
             write_checksums(staging)
             read_directory(staging)
         self.progress("save", 1, 1)
-
-    def facts(self) -> dict[str, Any]:
-        """What the report says of the files."""
-        return {"file_bytes": file_bytes(self.out)}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -203,6 +203,19 @@ def dense_weights(plan: Plan, journal: Journal, device: torch.device, *, dtype: 
     return found
 
 
+def _figures(report: dict[str, Any], others: int) -> dict[str, Any]:
+    """What every row takes from its run's report; `others` are the bytes that no method touches."""
+    return {
+        "keep_actual": report["keep_actual"],
+        "bytes": report["bytes_after"],
+        "bytes_before": report["bytes_before"],
+        "total_bytes": report["bytes_after"] + others,
+        "peak_memory_bytes": report["peak_memory_bytes"],
+        "peak_device_bytes": report.get("peak_device_bytes"),
+        "warnings": report["warnings"],
+    }
+
+
 def compressed_row(
     shared: Shared,
     yardstick: Yardstick,
@@ -237,17 +250,11 @@ def compressed_row(
     # After an interruption the phase holds what was left to do, the groups' own times hold all of it.
     factorise = max(seconds.get("factorise", 0.0), sum(group["seconds"] for group in report["groups"]))
     energy = sum(group["energy"] for group in report["groups"])
+    others = report.get("other_bytes", report["file_bytes_before"] - report["bytes_before"])
     return {
-        "keep_actual": report["keep_actual"],
-        "bytes": report["bytes_after"],
-        "bytes_before": report["bytes_before"],
-        "total_bytes": report["bytes_after"]
-        + report.get("other_bytes", report["file_bytes_before"] - report["bytes_before"]),
+        **_figures(report, others),
         "error": sum(group["missed"] for group in report["groups"]) / energy if energy else 0.0,
         "seconds": factorise + sum(seconds.get(phase, 0.0) for phase in ("prune", "allocate", "refine")),
-        "peak_memory_bytes": report["peak_memory_bytes"],
-        "peak_device_bytes": report.get("peak_device_bytes"),
-        "warnings": report["warnings"],
         **measured.row,
     }
 
@@ -270,15 +277,9 @@ def pruned_row(
     if not measured.row:
         measured.stored(load(out))
     return {
-        "keep_actual": report["keep_actual"],
-        "bytes": report["bytes_after"],
-        "bytes_before": report["bytes_before"],
-        "total_bytes": report["bytes_after"] + report["other_bytes"],
+        **_figures(report, report["other_bytes"]),
         "error": None,
         "seconds": report["seconds"]["prune"],
-        "peak_memory_bytes": report["peak_memory_bytes"],
-        "peak_device_bytes": report.get("peak_device_bytes"),
-        "warnings": report["warnings"],
         "removed": report["prune"]["removed"],
         **measured.peak,
         **measured.row,

@@ -238,7 +238,7 @@ def by_kind(rows: Sequence[GroupRow]) -> list[KindRow]:
 
 
 def model_name(report: Mapping[str, Any]) -> str:
-    """Name of the model, or a placeholder."""
+    """Name of the model; ``"unnamed model"`` where the report has none."""
     return str(report.get("model") or "unnamed model")
 
 

@@ -6,6 +6,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 
@@ -21,6 +22,16 @@ def peak_memory() -> dict[str, int]:
     return out
 
 
+def _exhausted(error: MemoryError | RuntimeError) -> Literal["GPU", "machine"] | None:
+    """Whose memory ran out, if that is what the error says."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "GPU"
+    # the CPU allocator has no exception class of its own
+    signs = ("DefaultCPUAllocator", "can't allocate memory")
+    out = isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+    return "machine" if out else None
+
+
 @contextmanager
 def memory_errors(remedy: str = "use fewer (--samples 64) or shorter sequences (--seq-len 512)") -> Iterator[None]:
     """Turn running out of memory, of a GPU or of the machine, into one line.
@@ -33,11 +44,12 @@ def memory_errors(remedy: str = "use fewer (--samples 64) or shorter sequences (
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise ResourceError(f"out of memory on the GPU: {remedy}, or --device cpu") from None
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+        place = _exhausted(error)
+        if place is None:
             raise
+        if place == "GPU":
+            raise ResourceError(f"out of memory on the GPU: {remedy}, or --device cpu") from None
         raise ResourceError(f"out of memory: {remedy}, or a machine with more memory") from None
 
 
@@ -54,11 +66,9 @@ def guard_memory(doing: str, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise ResourceError(f"out of GPU memory while {doing}; {remedy}") from None
-    except MemoryError:
-        raise ResourceError(f"out of memory while {doing}; {remedy}") from None
-    except RuntimeError as error:  # the CPU allocator has no exception class of its own
-        if "DefaultCPUAllocator" in str(error):
-            raise ResourceError(f"out of memory while {doing}; {remedy}") from None
-        raise
+    except (MemoryError, RuntimeError) as error:
+        place = _exhausted(error)
+        if place is None:
+            raise
+        what = "GPU memory" if place == "GPU" else "memory"
+        raise ResourceError(f"out of {what} while {doing}; {remedy}") from None

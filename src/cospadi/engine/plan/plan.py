@@ -16,7 +16,8 @@ from cospadi.errors import BudgetError, RecipeError
 from cospadi.format import GroupShape, Spec
 from cospadi.methods import Method, get_method, refuse_decided
 from cospadi.model_view import LinearGroup, ModelView
-from cospadi.recipe import Recipe, parse_size
+from cospadi.quantities import parse_size
+from cospadi.recipe import Recipe
 
 
 @dataclass(frozen=True)
