@@ -1,6 +1,7 @@
 """Budgets as shares of the dense bytes, by theoretical truncation loss (SVD-LLM V2); exact arithmetic for shares."""
 
 import math
+import warnings
 from collections.abc import Hashable, Sequence
 from fractions import Fraction
 
@@ -72,11 +73,12 @@ def theoretical_loss(
     1 / log L_i, where L_i is its loss at the uniform budget: groups that lose more are compressed less. Each kind as a
     whole keeps the share `keep`.
 
-    The published formula takes log L itself, so it depends on the unit of the loss and fails for L ≤ 1. Here the
-    logarithm is replaced by 1 + log(L / smallest L of the kind), which does not depend on the unit.
+    The formula takes the logarithm of L itself, the Frobenius norm over all calibration tokens, so it depends on the
+    unit of the loss and on the number of tokens. For L ≤ e its shares are meaningless (infinite at 1, negative below):
+    a kind with such a loss gets equal shares, with a warning.
 
     Args:
-        losses: theoretical loss of each group at the uniform budget, non-negative.
+        losses: theoretical loss of each group at the uniform budget, summed over the calibration tokens, non-negative.
         dense_bytes: bytes of each group at 16 bits a weight.
         kinds: the kind of each group; groups of one kind share one budget.
         keep: share of bytes kept, in (0, 1].
@@ -97,9 +99,14 @@ def theoretical_loss(
     kept: list[Fraction] = [Fraction(0)] * len(losses)
     for kind in dict.fromkeys(kinds):
         members = [i for i, other in enumerate(kinds) if other == kind]
-        positive = [losses[i] for i in members if losses[i] > 0]
-        floor = min(positive) if positive else 1.0
-        weights = [Fraction(1 / (1 + math.log(max(losses[i], floor) / floor))) for i in members]
+        small = [losses[i] for i in members if losses[i] <= math.e]
+        if small:
+            warnings.warn(
+                f"{kind}: a theoretical loss of {min(small):.3g} is too small for the formula of SVD-LLM V2, "
+                "1 / log L with L > e; these layers keep equal shares",
+                stacklevel=2,
+            )
+        weights = [Fraction(1) if small else Fraction(1 / math.log(losses[i])) for i in members]
         limits = [dense_bytes[i] * (1 - min(exact, Fraction(repr(least_keep)))) for i in members]
         removed = _fill(
             [w * dense_bytes[i] for w, i in zip(weights, members, strict=True)],

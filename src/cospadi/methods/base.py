@@ -46,6 +46,7 @@ class Problem:
         name: the group's name, for messages.
         weights: W of each module, (d_in, d_out), float32 or float64.
         grams: XᵀX / tokens, (d_in, d_in) float64: one where all modules share their input, else one per module.
+        dense_grams: the same of the original model, where `grams` are those of compressed layers' outputs; else empty.
         mean_abs: mean |x| per input channel (d_in,), aligned with `grams`; empty if not collected.
         fisher: mean squared gradient of the loss per weight, shaped as `weights`; empty if not collected.
         seed: for every random choice.
@@ -57,6 +58,7 @@ class Problem:
     grams: tuple[Tensor, ...]
     mean_abs: tuple[Tensor, ...] = ()
     fisher: tuple[Tensor, ...] = ()
+    dense_grams: tuple[Tensor, ...] = ()
     seed: int = 0
     dtype: torch.dtype = torch.bfloat16
 
@@ -87,7 +89,7 @@ class Method:
     needs: frozenset[str]
     covers: Literal["all", "attention"]
     decides: frozenset[str]
-    sequential: bool
+    sequential: bool | str
     cost: Cost | None
     memory: Memory
     offers: Callable[[Mapping[str, Any]], list[Any]] | None
@@ -132,6 +134,12 @@ class Method:
             raise NumericalError(f"{problem.name}: method {self.name!r} returned NaN or Inf")
         return found
 
+    def wants_sequential(self, options: dict[str, Any]) -> bool:
+        """Whether, with these options, statistics are to be taken after the layers before are compressed."""
+        if isinstance(self.sequential, str):
+            return bool(self.check(options)[self.sequential])
+        return self.sequential
+
     def work(self, spec: Spec, options: dict[str, Any]) -> Work | None:
         """What a solve takes; None: no honest guess."""
         return None if self.cost is None else self.cost(spec, self.check(options))
@@ -152,7 +160,7 @@ def method(
     needs: Iterable[str] = (),
     covers: Literal["all", "attention"] = "all",
     decides: Iterable[str] = (),
-    sequential: bool = False,
+    sequential: bool | str = False,
     cost: Cost | None = None,
     memory: Memory = factored_memory,
     offers: Callable[[Mapping[str, Any]], list[Any]] | None = None,
@@ -172,7 +180,7 @@ def method(
         covers: which linear layers it compresses where the recipe names none.
         decides: fields of the recipe that it decides itself and that users therefore must not set.
         sequential: whether each layer's statistics are taken after the layers before it are compressed, unless the
-            recipe says otherwise.
+            recipe says otherwise; or the name of the option that asks for it.
         cost: ``cost(spec, options) -> Work`` of one solve; None: no honest guess.
         memory: ``memory(spec) -> bytes`` that one solve holds on the device.
         offers: ``offers(options) -> representations`` that an allocation may choose from; None: the method itself.

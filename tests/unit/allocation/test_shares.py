@@ -44,24 +44,33 @@ def test_truncation_loss_is_the_norm_of_the_tail():
 
 
 def test_theoretical_loss_follows_the_formula_within_a_kind():
-    losses, sizes, kinds = [2.0, 8.0, 32.0, 5.0], [1000, 1000, 1000, 600], ["q", "q", "q", "o"]
+    losses, sizes, kinds = [4.0, 8.0, 32.0, 5.0], [1000, 1000, 1000, 600], ["q", "q", "q", "o"]
     budgets = theoretical_loss(losses, sizes, kinds, 0.6)
     assert sum(budgets) == 2160
     assert budgets[3] == 360
-    inverse = [1 / (1 + math.log(loss / 2)) for loss in losses[:3]]
+    inverse = [1 / math.log(loss) for loss in losses[:3]]
     removed = [1200 * part / sum(inverse) for part in inverse]
     assert budgets[:3] == pytest.approx([1000 - gone for gone in removed], abs=1)
 
 
-def test_theoretical_loss_does_not_depend_on_the_unit():
-    losses, sizes, kinds = [0.2, 0.5, 0.9], [1000, 2000, 500], [0, 0, 0]
-    assert theoretical_loss(losses, sizes, kinds, 0.7) == theoretical_loss([1e4 * x for x in losses], sizes, kinds, 0.7)
+def test_theoretical_loss_takes_the_logarithm_of_the_loss_itself():
+    budgets = theoretical_loss([math.e**2, math.e**4], [1000, 1000], ["q", "q"], 0.7)
+    assert budgets == [600, 800]  # removed 2 : 1, as 1/2 is to 1/4
+    larger = theoretical_loss([math.e**6, math.e**8], [1000, 1000], ["q", "q"], 0.7)
+    assert larger == pytest.approx([1000 - 600 * 4 / 7, 1000 - 600 * 3 / 7], abs=1)
+
+
+@pytest.mark.parametrize("small", [0.0, 0.5, 1.0, 2.0, math.e])
+def test_theoretical_loss_is_uniform_where_a_loss_is_too_small_for_the_formula(small):
+    with pytest.warns(UserWarning, match=r"^q: a theoretical loss of .* equal shares$"):
+        budgets = theoretical_loss([small, 50.0, 20.0], [1000, 1000, 1000], ["q", "q", "o"], 0.6)
+    assert budgets == [600, 600, 600]
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.3, 0.8, 1.0])
 def test_theoretical_loss_keeps_to_sum_and_guards(keep):
     rng = np.random.default_rng(1)
-    losses = [*np.exp(rng.normal(size=40) * 3), 0.0]
+    losses = [*np.exp(1.5 + np.abs(rng.normal(size=40)) * 3), 1e9]
     sizes = [int(size) for size in rng.integers(1000, 10**6, 41)]
     kinds = [int(kind) for kind in rng.integers(0, 4, 41)]
     budgets = theoretical_loss(losses, sizes, kinds, keep, least_keep=0.07)

@@ -162,6 +162,19 @@ def test_a_method_may_publish_sequential_statistics(model_path, tmp_path):
     assert "layers" not in run(model_path, tmp_path / "other", keep=0.4, method="rtn").report
 
 
+def test_svd_llm_updates_its_codes_under_the_grams_of_the_compressed_layers(model_path, tmp_path):
+    run(model_path, tmp_path / "plain", keep=0.4)
+    found = run(model_path, tmp_path / "updated", keep=0.4, options={"sequential_update": True})
+    before, after = stored(tmp_path / "plain"), stored(tmp_path / "updated")
+    differ = {name for name in before if not torch.equal(before[name], after[name])}
+    assert not any("dictionary" in name for name in differ)  # from the original model's Grams, as without the update
+    assert {name.split(".layers.")[1][0] for name in differ} == {"0", "1", "2"}
+    run(model_path, tmp_path / "dense", keep=0.4, options={"sequential_update": True}, sequential=False)
+    dense = stored(tmp_path / "dense")
+    moved = {name.split(".layers.")[1][0] for name in after if not torch.equal(dense[name], after[name])}
+    assert moved == {"1", "2"} and "layers" in found.report  # nothing is compressed before the first layer
+
+
 def test_a_methods_own_order_gives_way_to_groups_across_layers(model_path, tmp_path):
     across = {"keep": 0.4, "method": "gptq", "grouping": "cross_layer"}
     assert "layers" not in run(model_path, tmp_path / "own", **across).report

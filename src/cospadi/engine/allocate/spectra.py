@@ -35,13 +35,13 @@ def by_spectra(context: RunContext, recipe: Recipe, plan: Plan, *, rule: str) ->
         context.progress("plan", number, len(groups), group.spec.name)
         weight = torch.cat([context.view.weight(name).to(context.device).double() for name in group.spec.modules], 1)
         if rule == "truncation":
-            gram = context.store.load(group.source).mean_gram.to(context.device)
-            weight = cholesky_whitening(gram).apply(weight)
+            # the published loss is a norm over all calibration tokens, not a mean
+            weight = cholesky_whitening(context.store.load(group.source).gram.to(context.device)).apply(weight)
         spectra.append(torch.linalg.svdvals(weight).cpu().numpy())
     context.progress("plan", len(groups), len(groups))
     sizes = [group.spec.dense_bytes for group in groups]
     costs = [2 * (group.spec.shape.d_in + sum(group.spec.shape.d_out)) for group in groups]
-    kinds = [tuple(name.rsplit(".", 1)[-1] for name in group.spec.modules) for group in groups]
+    kinds = ["+".join(name.rsplit(".", 1)[-1] for name in group.spec.modules) for group in groups]
     method = get_method(recipe.method)
 
     def choose(budget: int) -> Plan:

@@ -30,6 +30,6 @@ def order_of(recipe: Recipe, plan: Plan) -> Order:
     recipe asks for is not, see `cospadi.engine.tune.sequential.require_layers`.
     """
     compressed = recipe.anchor or recipe.sequential is True
-    if recipe.sequential is None and get_method(recipe.method).sequential:
+    if recipe.sequential is None and get_method(recipe.method).wants_sequential(recipe.options):
         compressed = compressed or all(isinstance(g.spec, GroupSpec) and g.own_input for g in plan.groups)
     return Order(compressed or recipe.refine is not None, compressed)

@@ -235,6 +235,9 @@ class Sequential:
         begun = time.perf_counter()
         statistics = collected or self.context.store.load(group.source)
         problem = self.context.problem_of(group.spec.modules, [statistics], group.spec.name)
+        if collected is not None or moments is not None:
+            dense = self.context.store.load(group.source).mean_gram
+            problem = replace(problem, dense_grams=(dense.to(self.device),))
         if moments is not None:
             targets = (
                 anchored_target(w, moments, ridge=ANCHOR_RIDGE, blend=self.recipe.anchor_share) for w in problem.weights
