@@ -39,6 +39,12 @@ def _parts(problem: Problem, ridge: float) -> list[Part]:
     return parts
 
 
+def _energy(part: Part) -> float:
+    """Squared output energy tr(WᵀGW) of one weight."""
+    weight, gram = part[0].double(), part[1]
+    return float((weight * (gram @ weight)).sum())
+
+
 def _initial(weights: Tensor, atoms: int, seed: int) -> Tensor:
     """Leading left singular vectors of the unwhitened weights, then random columns; (d_in, atoms) float64."""
     weights = weights.double()
@@ -107,6 +113,7 @@ def geopair(
     cg_iterations: Natural = 10,
     cg_tolerance: Below1 = 1e-5,
     ridge: NonNegative = 1e-6,
+    relative: bool = False,
 ) -> Factors:
     """One dictionary under several Grams: codes by hard-thresholding pursuit, dictionary by a Sylvester equation.
 
@@ -122,14 +129,18 @@ def geopair(
         cg_iterations: conjugate-gradient steps of each least-squares problem.
         cg_tolerance: relative residual at which they stop.
         ridge: added to the Grams, to DᵀGD and to the codes' moments, as a share of their mean diagonal.
+        relative: every weight counts by its error relative to its own output energy. The published objective adds
+            plain errors, so that of a pair with unequal energies the weaker weight is hardly fitted at all.
 
     Returns:
         the factors; `info` has the relative squared output errors of the first and the last codes.
     """
     parts = _parts(problem, ridge)
+    units = [_energy(part) ** 0.5 or 1.0 if relative else 1.0 for part in parts]
+    parts = [(weight / unit, gram) for (weight, gram), unit in zip(parts, units, strict=True)]
     metrics = diagonalise(parts[0][1], parts[1][1]) if len(parts) == 2 else None
     pursuit = {"steps": htp_steps, "iterations": cg_iterations, "tolerance": cg_tolerance}
-    dictionary = _initial(stacked(problem), spec.atoms, problem.seed)
+    dictionary = _initial(torch.cat([weight for weight, _ in parts], 1), spec.atoms, problem.seed)
     codes: list[Tensor] = []
     losses: list[float] = []
     for number in range(rounds + 1):
@@ -144,7 +155,8 @@ def geopair(
         ]
         codes = [code for code, _ in coded]
         losses.append(sum(error for _, error in coded))
-    scale = sum(float((w.double() * (g @ w.double())).sum()) for w, g in parts)
+    scale = sum(map(_energy, parts))
+    codes = [code * unit for code, unit in zip(codes, units, strict=True)]
     # Coordinates get unit variance on calibration text, as with every dictionary of the format.
     energy = (dictionary * (mean_gram(problem) @ dictionary)).sum(0)
     dictionary, joined = unit_atoms(dictionary, torch.cat(codes, dim=1).double(), energy.clamp_min(0).sqrt())

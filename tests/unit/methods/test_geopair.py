@@ -101,3 +101,30 @@ def test_a_text_that_repeats_itself(n):
     factors = solve("geopair", weights, grams, 0.6, {"rounds": 4})[1]
     losses = factors.info["losses"]
     assert rebuilt(factors).isfinite().all() and losses[-1] <= losses[0] < 1
+
+
+def errors_of_each(inputs, weights, factors):
+    approximate = rebuilt(factors).double().split([w.shape[1] for w in weights], dim=1)
+    return [
+        float((x @ (w.double() - other)).square().sum() / (x @ w.double()).square().sum())
+        for x, w, other in zip(inputs, weights, approximate, strict=True)
+    ]
+
+
+def test_the_relative_objective_does_not_sacrifice_the_weaker_weight():
+    inputs, weights = pair(seed=60)
+    weights[1] = weights[1] * 0.1
+    grams = [gram(x) for x in inputs]
+    plain = errors_of_each(inputs, weights, solve("geopair", weights, grams, 0.6, {})[1])
+    fair = errors_of_each(inputs, weights, solve("geopair", weights, grams, 0.6, {"relative": True})[1])
+    assert plain[1] > 1.5 * plain[0]
+    assert fair[1] < 0.8 * plain[1] and sum(fair) < sum(plain)
+
+
+def test_the_relative_objective_does_not_depend_on_the_units_of_a_weight():
+    inputs, weights = pair(seed=61)
+    grams = [gram(x) for x in inputs]
+    same = errors_of_each(inputs, weights, solve("geopair", weights, grams, 0.6, {"relative": True})[1])
+    weights[1] = weights[1] * 64
+    scaled = errors_of_each(inputs, weights, solve("geopair", weights, grams, 0.6, {"relative": True})[1])
+    assert scaled == pytest.approx(same, rel=1e-3)
