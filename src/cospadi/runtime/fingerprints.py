@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-
 SOURCE = Path(__file__).parents[3]
 """The checkout that this package runs from, if it is not installed elsewhere."""
 
