@@ -58,4 +58,5 @@ def _blocks(x: Tensor, block: int) -> Tensor:
         first, second = x.reshape(*shape[:-1], shape[-1] // (2 * half), 2, half).unbind(-2)
         x = torch.stack((first + second, first - second), -2).reshape(shape)
         half *= 2
-    return x * block**-0.5
+    scaled: Tensor = x * block**-0.5
+    return scaled
