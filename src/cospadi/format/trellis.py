@@ -17,6 +17,8 @@ from torch import Tensor
 MOST_STATE = 16
 TILE_VALUES = (64, 128, 256, 512, 1024)
 RATES = (1, 2, 3, 4)
+LEVEL_SIZE = 147.8
+"""Standard deviation of the levels: about what a row's root mean square is divided by to get its scale."""
 
 _MULTIPLIER = 0x83DCD12D
 _CENTRE = 510  # four bytes of mean 127.5
