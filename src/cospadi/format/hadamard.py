@@ -53,10 +53,10 @@ def hadamard(x: Tensor, block: int) -> Tensor:
 
 def _blocks(x: Tensor, block: int) -> Tensor:
     """The transform of blocks of one size; the last dimension is a multiple of it."""
-    shape, half = x.shape, 1
-    while half < block:
-        first, second = x.reshape(*shape[:-1], shape[-1] // (2 * half), 2, half).unbind(-2)
-        x = torch.stack((first + second, first - second), -2).reshape(shape)
-        half *= 2
-    scaled: Tensor = x * block**-0.5
+    shape = x.shape
+    blocks = (*shape[:-1], shape[-1] // block)
+    for _ in range(block.bit_length() - 1):  # sums of neighbours, then their differences, as often as a block halves
+        even, odd = x.reshape(*blocks, block // 2, 2).unbind(-1)
+        x = torch.cat((even + odd, even - odd), -1)
+    scaled: Tensor = x.reshape(shape) * block**-0.5
     return scaled
