@@ -80,13 +80,15 @@ class Trellis:
         return cls(**data)
 
 
-_tables: dict[tuple[int, torch.device], Tensor] = {}
+_tables: dict[int, Tensor] = {}
 
 
 def level_table(state: int, device: torch.device | str = "cpu") -> Tensor:
     """The level of every state: integers from −510 to 510, of mean 0 and standard deviation 147.8 (at 16 bits).
 
-    The level of s is the sum of the four bytes of 0x83DCD12D · s mod 2^32, minus 510.
+    The level of s is the sum of the four bytes of 0x83DCD12D · s mod 2^32, minus 510. Tables on the CPU are kept. On a
+    GPU a table is made at each call, in a few small launches: memory that outlives a call does not go together with
+    captured graphs.
 
     Args:
         state: bits of a state, L.
@@ -96,17 +98,14 @@ def level_table(state: int, device: torch.device | str = "cpu") -> Tensor:
         (2^L,) float32. Shared by all callers: not to be changed.
     """
     device = torch.device(device)
-    table = _tables.get((state, device))
-    if table is not None:
-        return table
+    if device.type == "cpu" and state in _tables:
+        return _tables[state]
     with torch.inference_mode(False):
         hashed = torch.arange(1 << state, dtype=torch.int64, device=device) * _MULTIPLIER
         of_bytes = (hashed.unsqueeze(-1) >> torch.arange(0, 32, 8, device=device)) & 0xFF
         table = (of_bytes.sum(-1) - _CENTRE).to(torch.float32)
-    # what a fake mode or a graph that is being captured makes is not to outlive it
-    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if type(table) is Tensor and not captured:
-        _tables[state, device] = table
+    if device.type == "cpu" and type(table) is Tensor:  # not one of a fake mode
+        _tables[state] = table
     return table
 
 

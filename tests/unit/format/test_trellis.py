@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from checkpoints.factory import random_symbols
-from cospadi.format import GroupSpec, MatrixSpec, Rotation, Stored, Trellis, pack, unpack
+from cospadi.format import GroupSpec, MatrixSpec, Rotation, Stored, Trellis, pack, trellis, unpack
 from cospadi.format.group import Factors
 from cospadi.format.pack import unpack_symbols
 from cospadi.format.trellis import decode_tiles, level_table
@@ -80,6 +81,13 @@ def test_round_trip(bits: int, rows: int, columns: int, inputs: int, outputs: in
         assert torch.equal(unpack(packed, spec, narrow), (expected.float() * packed["scales"].float()).to(narrow))
 
 
+def test_a_table_made_in_a_fake_mode_is_not_kept() -> None:
+    trellis._tables.clear()
+    with FakeTensorMode():
+        assert isinstance(level_table(9), FakeTensor)
+    assert level_table(9).tolist() == [level(s) for s in range(2**9)]
+
+
 def test_the_state_moves_by_one_symbol() -> None:
     """state of t + 1 = (state of t >> K) | (the new symbol << (L − K)), around the whole tile."""
     bits, state, count = 3, 10, 64
@@ -97,7 +105,6 @@ def test_large_matrices_are_decoded_in_parts(monkeypatch: pytest.MonkeyPatch) ->
     spec = MatrixSpec(70, 50, bits=2, trellis=Trellis(16, 4, 16))
     packed = pack(random_symbols(spec, 5, torch.Generator().manual_seed(0), torch.bfloat16), spec)
     whole = unpack(packed, spec)
-    monkeypatch.setattr("cospadi.format.trellis._AT_ONCE", {})
     monkeypatch.setattr("cospadi.format.trellis._AT_ONCE", {"cpu": 1})
     assert torch.equal(unpack(packed, spec), whole)
 
