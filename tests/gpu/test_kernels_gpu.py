@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from cospadi.format import MatrixSpec, unpack
+from cospadi.format import GroupSpec, MatrixSpec, Rotation, Trellis, unpack
+from cospadi.format.rotation import rotated
 from cospadi.kernels import autotune as tuning
 from cospadi.kernels import cuda, factored_linear, reference
 from cospadi.kernels.precompile import compile_ahead
-from cospadi.kernels.synthetic import random_packed
+from cospadi.kernels.synthetic import random_packed, random_rotation
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,6 +42,10 @@ CANDIDATES = [
     (MatrixSpec(77, 640, bits=2, group=64), (1, 4)),
     (MatrixSpec(77, 609, bits=8, group=7), (1, 4)),
     (MatrixSpec(77, 609, bits=16), (1,)),
+    (MatrixSpec(77, 1280, bits=2, group=64, symmetric=False, half=True), (1, 4)),
+    (MatrixSpec(77, 640, bits=4, half=True), (1, 4)),
+    (MatrixSpec(77, 640, bits=8, group=64, half=True), (1, 4)),
+    (MatrixSpec(77, 609, bits=4, group=7, symmetric=False, half=True), (1, 4)),
 ]
 
 
@@ -236,3 +241,43 @@ def test_the_next_row_is_not_read():
         y = factored_linear(torch.randn(tokens, 96, device="cuda", dtype=torch.bfloat16), None, None, packed, spec)
         assert bool(y[:, ::2].isnan().all())
         assert bool(y[:, 1::2].isfinite().all())
+
+
+@pytest.mark.parametrize("state", [10, 12, 16])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_trellis_codes_are_decoded_as_on_the_cpu(bits, state):
+    """Bit for bit, in every dtype."""
+    spec = MatrixSpec(515, 609, bits=bits, trellis=Trellis(state, 4, 64))
+    packed = random_packed(spec, torch.bfloat16, "cuda")
+    on_cpu = {role: tensor.cpu() for role, tensor in packed.items()}
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        assert torch.equal(unpack(packed, spec, dtype).cpu(), unpack(on_cpu, spec, dtype))
+    for tokens in (1, 4, 300):
+        check((None, None, packed, spec), tokens, limit=5e-3)
+
+
+def test_rotations_are_computed_as_on_the_cpu():
+    """Sums, differences and one product per entry: the same on both, bit for bit."""
+    rotation = Rotation(128)
+    packed = random_rotation(GroupSpec(("a",), 609, (8,), MatrixSpec(8, 609), rotation=rotation), device="cuda")
+    assert packed is not None
+    x = torch.randn(5, 609, device="cuda")
+    on_cpu = {role: tensor.cpu() for role, tensor in packed.items()}
+    assert torch.equal(rotated(x, packed, rotation).cpu(), rotated(x.cpu(), on_cpu, rotation))
+
+
+def test_trellis_codes_in_a_graph():
+    spec = MatrixSpec(512, 384, bits=2, trellis=Trellis(16, 4, 64))
+    case = (None, None, random_packed(spec, torch.bfloat16, "cuda"), spec)
+    x = torch.randn(1, 384, device="cuda", dtype=torch.bfloat16)
+    compiled = torch.compile(lambda x: factored_linear(x, *case), mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):  # without an eager call before: nothing may be left in the graph's memory
+        assert torch.allclose(compiled(x), factored_linear(x, *case), rtol=1e-2, atol=1e-2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = factored_linear(x, *case)
+    for seed in range(3):
+        x.copy_(torch.randn(1, 384, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        exact = reference(x, *case)
+        assert float((y.double() - exact).norm() / exact.norm()) < 5e-3

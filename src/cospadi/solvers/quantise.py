@@ -47,12 +47,13 @@ def fit_grid(
         values: (rows, n), the stored values in order.
         bits: 2, 3, 4 or 8.
         group: values per scale; 0: one scale per row.
-        symmetric: levels symmetric about zero, no zero point.
+        symmetric: levels symmetric about zero, no zero point to be stored.
         importance: weight of each squared error, (n,) or (rows, n); None: all equal.
         search: number of shrunk ranges to try.
         shifts: zero points to try on either side of the one that spans the values, for asymmetric grids with search.
             At two bits the four levels lie lopsided about zero, and the extremes do not tell which side is better.
-        half: zero points may lie halfway between two levels; `shifts` then counts half steps.
+        half: zero points may lie halfway between two levels; `shifts` then counts half steps. Symmetric grids have
+            their zero point in the middle of 2^bits levels.
 
     Returns:
         the grid; the one that spans the values wherever no other is better.
@@ -62,12 +63,13 @@ def fit_grid(
     """
     if bits not in (2, 3, 4, 8):
         raise ValueError(f"integers of {bits} bits are not supported, only 2, 3, 4 and 8")
-    low, high = integer_range(bits, symmetric)
-    unit = 0.5 if half and not symmetric else 1.0
+    low, high = integer_range(bits, symmetric, half)
+    unit = 0.5 if half else 1.0
     split = grouped(values.float(), group)
     bottom, top = split.amin(-1).clamp_max(0), split.amax(-1).clamp_min(0)
     if symmetric:
-        span, zeros = torch.maximum(-bottom, top) / high, torch.zeros_like(top)
+        middle = high / 2 if half else 0.0
+        span, zeros = torch.maximum(-bottom, top) / (high - middle), torch.full_like(top, middle)
     else:
         span = (top - bottom) / high
         zeros = (-bottom / torch.where(span > 0, span, 1.0) / unit).round().mul_(unit).clamp_(low, high)
@@ -128,11 +130,11 @@ def quantise_rows(
         weighting: power of the Hessian's diagonal by which the search weights squared errors. The diagonal (1) is their
             weight before feedback; after it they weigh much less. 0.5 leaves the smaller loss, 1 keeps the inputs of
             largest energy exact, which measures better on language models.
-        half: zero points in half steps, see :func:`fit_grid`.
+        half: levels in half steps, see :func:`fit_grid`.
 
     Returns:
         the matrix, exactly on its grid, with float32 scales that are exact in bfloat16 and zero points: int32, or
-        float32 where `half`.
+        float32 where `half` (also of symmetric grids, where they are not stored).
 
     Raises:
         ValueError: if `bits` is not 2, 3, 4 or 8, or the Hessian is not positive semi-definite.
@@ -161,7 +163,7 @@ def quantise_rows(
             result = torch.zeros_like(matrix).masked_scatter(support, result)
     else:
         result = _with_feedback(matrix, grid, group or stored.shape[1], hessian, support, damping, sweeps)
-    zeros = None if symmetric else grid.zeros if half else grid.zeros.int()
+    zeros = grid.zeros if half else None if symmetric else grid.zeros.int()
     return Stored(result.contiguous(), grid.scales, zeros, support)
 
 

@@ -135,12 +135,20 @@ def flip(name, row, column):
 
 def poison(name):
     def change(tensors):
-        tensors[name][1, 0] = float("nan")
+        tensors[name].view(-1)[1] = float("nan")
+
+    return change
+
+
+def flip_sign(name, index):
+    def change(tensors):
+        tensors[name][index // 32] ^= 1 << (index % 32)
 
     return change
 
 
 Q, OUT, V = (LAYER + part for part in ("self_attn.q_proj", "self_attn.o_proj", "self_attn.v_proj"))
+DOWN = "model.layers.2.mlp.down_proj"  # trellis codes of 44 rotated inputs
 SHALLOW = [
     (drop(f"{Q}.dictionary"), f"tensor {Q}.dictionary is missing"),
     (drop(f"{V}.mask"), f"tensor {V}.mask is missing"),
@@ -153,6 +161,11 @@ SHALLOW = [
     (retype(f"{Q}.dictionary", torch.float64), rf"{FILE}: tensor {Q}.dictionary"),
     (add(f"{V}.dictionary"), rf"{FILE}: tensor {V}.dictionary does not belong"),
     (add(f"{OUT}.weight"), rf"{FILE}: tensor {OUT}.weight does not belong"),
+    (drop(f"{DOWN}.rotation_signs"), f"tensor {DOWN}.rotation_signs is missing"),
+    (drop(f"{DOWN}.values_scales"), f"tensor {DOWN}.values_scales is missing"),
+    (reshape(f"{DOWN}.rotation_scales"), rf"{FILE}: tensor {DOWN}.rotation_scales is torch.bfloat16 \[43\]"),
+    (reshape(f"{DOWN}.values"), rf"{FILE}: tensor {DOWN}.values is torch.int32 \[1, 11, 4\], expected .* \[2, 11, 4\]"),
+    (retype(f"{DOWN}.values", torch.int64), rf"{FILE}: tensor {DOWN}.values is torch.int64"),
 ]
 DEEP = [
     (flip(f"{Q}.mask", 3, 5), rf"{FILE}: tensor {Q}.mask: row 3 marks [68] values, 7 are stored"),
@@ -160,6 +173,10 @@ DEEP = [
     (flip(f"{Q}.mask", 0, 31), rf"{FILE}: tensor {Q}.mask: bits beyond its 20 atoms"),
     (poison(f"{OUT}.values_scales"), rf"{FILE}: tensor {OUT}.values_scales: not all finite"),
     (poison(f"{OUT}.dictionary_scales"), rf"{FILE}: tensor {OUT}.dictionary_scales: not all finite"),
+    (poison(f"{DOWN}.values_scales"), rf"{FILE}: tensor {DOWN}.values_scales: not all finite"),
+    (poison(f"{DOWN}.rotation_scales"), rf"{FILE}: tensor {DOWN}.rotation_scales: not all finite"),
+    (flip_sign(f"{DOWN}.rotation_signs", 44), rf"{FILE}: tensor {DOWN}.rotation_signs: bits beyond its 44 inputs"),
+    (flip_sign(f"{DOWN}.rotation_signs", 62), rf"{FILE}: tensor {DOWN}.rotation_signs: bits beyond its 44 inputs"),
 ]
 
 
@@ -233,7 +250,8 @@ def test_missing_parts(checkpoint):
 
 
 CONFIG_DAMAGE = [
-    (lambda q: q.update(format_version=2), "format version 2"),
+    (lambda q: q.update(format_version=3), "format version 3"),
+    (lambda q: q.update(format_version=1), "version 1 is declared, but the description uses version 2"),
     (lambda q: q.update(format_version="1"), "format_version is '1'"),
     (lambda q: q.update(format_version=True), "format_version is True"),
     (lambda q: q.pop("format_version"), "format_version is None"),
@@ -248,6 +266,20 @@ CONFIG_DAMAGE = [
     (lambda q: q["groups"][0]["codes"].update(bits=True), "group 0.*bits is True"),
     (lambda q: q["groups"][0]["codes"].update(nonzeros=6), rf"tensor {Q}.values"),
     (lambda q: q["groups"][0]["codes"].update(colour="red"), "group 0.*colour"),
+    (lambda q: q["groups"][0].update(colour="red"), "group 0.*colour"),
+    (lambda q: q["groups"][10]["codes"].update(half=1), "group 10.*half is 1"),
+    (lambda q: q["groups"][10]["codes"].update(bits=16), "group 10.*half steps are for integers"),
+    (lambda q: q["groups"][10].update(rotation={"block": 48}), "group 10.*blocks of 48 is not known"),
+    (lambda q: q["groups"][10]["rotation"].update(order="walsh"), "group 10.*not .*walsh"),
+    (lambda q: q["groups"][10]["rotation"].update(scales=True), "tensor .*rotation_scales is missing"),
+    (lambda q: q["groups"][10].pop("rotation"), "rotation_signs does not belong"),
+    (lambda q: q["groups"][11]["codes"]["trellis"].update(state=20), "group 11.*20 state bits is not known"),
+    (lambda q: q["groups"][11]["codes"]["trellis"].update(inputs=5), "group 11.*5 inputs x 16 outputs are not known"),
+    (lambda q: q["groups"][11]["codes"]["trellis"].update(inputs=8), r"tensor .*\.values is .*expected"),
+    (lambda q: q["groups"][11]["codes"]["trellis"].update(codebook="3inst"), "group 11.*not .*3inst"),
+    (lambda q: q["groups"][11]["codes"].update(bits=8), "group 11.*bits must be one of.*with a trellis"),
+    (lambda q: q["groups"][11]["codes"].update(bits=3), r"tensor .*\.values is .*expected"),
+    (lambda q: q["groups"][11]["codes"].update(trellis=[10, 4, 16]), "group 11.*state, inputs and outputs"),
     (lambda q: q["groups"].append(copy.deepcopy(q["groups"][0])), rf"module {Q} belongs to two groups"),
     (lambda q: q["groups"].pop(), None),
 ]

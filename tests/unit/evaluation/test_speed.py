@@ -23,7 +23,7 @@ from cospadi.evaluation.speed.shapes import (
 )
 from cospadi.evaluation.speed.timing import Timed, alternate, copies
 from cospadi.evaluation.speed.whole import Decoder, measure_model, parameter_bytes, random_model
-from cospadi.format import GroupSpec, MatrixSpec
+from cospadi.format import GroupSpec, MatrixSpec, Rotation, Trellis
 from cospadi.model_view import LinearGroup
 from tiny import save_tiny, tiny_config
 
@@ -290,6 +290,21 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
     monkeypatch.setattr(layers, "factored_linear", lambda x, *_: torch.full((len(x), 16), float("nan")))
     with pytest.raises(NumericalError, match=r"3 tokens .* is wrong by nan"):
         relative_error(stored, x)
+
+
+@pytest.mark.parametrize("d_out", [(32, 16), (20, 30)])
+@pytest.mark.parametrize("dictionary", [None, MatrixSpec(24, 40, bits=8)])
+def test_rotated_groups_of_trellis_codes_are_right(dictionary, d_out):
+    """With whole tiles of every module, and with tiles that end in padding."""
+    codes = MatrixSpec(sum(d_out), 40 if dictionary is None else 24, bits=2, trellis=Trellis(12, 4, 16))
+    spec = GroupSpec(("a", "b"), 40, d_out, codes, dictionary, rotation=Rotation(32))
+    stored = random_group(spec, CPU, 0)
+    assert sum(t.numel() * t.element_size() for t in stored.packed().values()) == spec.bytes
+    x = torch.randn(3, 40).bfloat16()
+    assert relative_error(stored, x) < 1e-2
+    torch.testing.assert_close(stored.exact(x), x.double() @ spec.weight(stored.packed()))
+    if dictionary is not None:
+        torch.testing.assert_close(stored.combine(stored.coordinates(x)), stored(x))
 
 
 def test_loading_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -28,6 +28,31 @@ def test_storage_gives_back_exactly_the_matrix(name, sizes, bits, symmetric):
         assert torch.equal(kept, read)
 
 
+@pytest.mark.parametrize("name", ["rtn", "gptq"])
+@pytest.mark.parametrize("sizes", SHAPES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False, None])
+def test_half_steps_give_back_exactly_the_matrix(name, sizes, bits, symmetric):
+    problem = make_problem(*sizes, seed=bits, dtype=torch.float32)
+    spec, factors = solve(name, problem, 0.9, bits=bits, group=16, symmetric=symmetric, half=True, search=8)
+    assert spec.codes.half == (bits < 8 or symmetric is not None)
+    for kept, read, part in round_trip(factors, spec):
+        assert torch.equal(kept, read)
+        if symmetric and spec.codes.half:
+            odd = 2 * kept / factors.codes.scales.repeat_interleave(16, 1)[:, : part.columns]
+            assert bool((odd.round() % 2 == 1).all())  # no level is zero
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_half_steps_pay_at_few_bits(symmetric):
+    errors = {}
+    for half in (False, True):
+        problem = make_problem(64, (60,), seed=31)
+        _, factors = solve("rtn", problem, 0.5, bits=2, group=32, symmetric=symmetric, half=half, search=30)
+        errors[half] = float((product(factors) - torch.cat(problem.weights, 1)).square().mean())
+    assert errors[True] < 0.95 * errors[False]
+
+
 def test_the_plan_takes_the_most_bits_then_the_smallest_groups():
     shape = GroupShape(("a",), 512, (256,))
     chosen = get_method("rtn")

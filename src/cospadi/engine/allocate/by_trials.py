@@ -12,7 +12,7 @@ from cospadi.engine.allocate.loss_model import Option, profile
 from cospadi.engine.context import RunContext
 from cospadi.engine.plan.plan import Plan, PlannedGroup
 from cospadi.errors import BudgetError
-from cospadi.format import GroupSpec, MatrixSpec, Spec
+from cospadi.format import GroupSpec, MatrixSpec, Rotation, Spec
 from cospadi.methods import get_method
 from cospadi.methods.representation import Representation, representations
 from cospadi.recipe import Recipe
@@ -81,11 +81,11 @@ def settled(group: PlannedGroup, option: Option) -> list[PlannedGroup]:
 
     One launch of a kernel serves them then.
     """
-    chosen: dict[tuple[int, MatrixSpec], list[tuple[Representation, GroupSpec]]] = {}
+    chosen: dict[tuple[int, MatrixSpec, Rotation | None], list[tuple[Representation, GroupSpec]]] = {}
     for item, spec in option.parts:
         if not isinstance(spec, GroupSpec) or spec.dictionary is not None:
             return [PlannedGroup(group.layer, group.sources, spec, item.options)]
-        chosen.setdefault((id(item), replace(spec.codes, rows=1)), []).append((item, spec))
+        chosen.setdefault((id(item), replace(spec.codes, rows=1), spec.rotation), []).append((item, spec))
     settled = []
     for parts in chosen.values():
         item, specs = parts[0][0], [spec for _, spec in parts]

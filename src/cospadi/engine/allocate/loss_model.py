@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 
 import torch
@@ -144,8 +144,12 @@ def combined(singles: Sequence[Sequence[Option]], most: int = MOST_COMBINATIONS)
 
 def piece_spec(spec: GroupSpec, piece: int) -> GroupSpec:
     """What one layer of a group without a dictionary stores."""
-    return GroupSpec(
-        (spec.modules[piece],), spec.d_in, (spec.d_out[piece],), spec.module_codes(piece), None, spec.method
+    return replace(
+        spec,
+        modules=(spec.modules[piece],),
+        d_out=(spec.d_out[piece],),
+        codes=spec.module_codes(piece),
+        dictionary=None,
     )
 
 

@@ -14,9 +14,10 @@ from torch.nn.functional import linear
 from cospadi.errors import NumericalError
 from cospadi.evaluation.speed.shapes import Subject, Variant, anonymous, bitmask, first_of_shape, low_rank, shape_of
 from cospadi.evaluation.speed.timing import Call, Timed, alternate, copies
-from cospadi.format import GroupSpec, MatrixSpec, Packed
+from cospadi.format import GroupSpec, MatrixSpec, Packed, PackedGroup, split_codes
+from cospadi.format.rotation import rotated
 from cospadi.kernels import factored_linear, reference
-from cospadi.kernels.synthetic import random_packed
+from cospadi.kernels.synthetic import random_codes, random_packed, random_rotation
 from cospadi.model_view import LinearGroup
 from cospadi.runtime.memory import guard_memory
 
@@ -33,24 +34,48 @@ class StoredGroup:
     spec: GroupSpec
     dictionary: Packed | None
     codes: Packed
+    rotation: Packed | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(x D) S, (tokens, sum of d_out)."""
-        return factored_linear(x, self.dictionary, self.spec.dictionary, self.codes, self.spec.codes)
+        """(z D) S, (tokens, sum of d_out)."""
+        if self.spec.stacked:
+            return factored_linear(self.rotated(x), self.dictionary, self.spec.dictionary, self.codes, self.spec.codes)
+        return self.combine(self.rotated(x) if self.dictionary is None else self.coordinates(x))
+
+    def rotated(self, x: Tensor) -> Tensor:
+        """The input z as the dictionary reads it."""
+        if self.rotation is None or self.spec.rotation is None:
+            return x
+        return rotated(x, self.rotation, self.spec.rotation)
 
     def coordinates(self, x: Tensor) -> Tensor:
-        """The product x D alone, in the form that :meth:`combine` takes."""
+        """The product z D alone, in the form that :meth:`combine` takes."""
         assert self.dictionary is not None and self.spec.dictionary is not None
-        return _product(x, self.dictionary, self.spec.dictionary, self.spec.codes)
+        return _product(self.rotated(x), self.dictionary, self.spec.dictionary, self.spec.codes)
 
     def combine(self, hidden: Tensor) -> Tensor:
         """The product of coordinates with S alone."""
-        return _product(hidden, self.codes, self.spec.codes, None)
+        if self.spec.stacked:
+            return _product(hidden, self.codes, self.spec.codes, None)
+        parts = enumerate(split_codes(self.spec, self.codes))
+        return torch.cat([_product(hidden, part, self.spec.module_codes(index), None) for index, part in parts], -1)
+
+    def exact(self, x: Tensor) -> Tensor:
+        """The same as a call, in float64."""
+        z, parts = self.rotated(x.double()), enumerate(split_codes(self.spec, self.codes))
+        return torch.cat(
+            [reference(z, self.dictionary, self.spec.dictionary, p, self.spec.module_codes(i)) for i, p in parts], -1
+        )
+
+    def packed(self) -> PackedGroup:
+        """All tensors, as a format installs them."""
+        parts = {"dictionary": self.dictionary or {}, "codes": self.codes, "rotation": self.rotation or {}}
+        return {f"{part}.{role}": tensor for part, packed in parts.items() for role, tensor in packed.items()}
 
     def clone(self) -> StoredGroup:
         """A copy elsewhere in memory."""
         dictionary = None if self.dictionary is None else _clone(self.dictionary)
-        return StoredGroup(self.spec, dictionary, _clone(self.codes))
+        return StoredGroup(self.spec, dictionary, _clone(self.codes), self.rotation and _clone(self.rotation))
 
 
 def _clone(packed: Packed) -> Packed:
@@ -71,7 +96,8 @@ def random_group(spec: GroupSpec, device: torch.device, seed: int) -> StoredGrou
     dictionary = None
     if spec.dictionary is not None:
         dictionary = random_packed(spec.dictionary, DTYPE, device, seed)
-    return StoredGroup(spec, dictionary, random_packed(spec.codes, DTYPE, device, seed + 1))
+    codes = random_codes(spec, DTYPE, device, seed + 1)
+    return StoredGroup(spec, dictionary, codes, random_rotation(spec, DTYPE, device, seed + 2))
 
 
 @dataclass(frozen=True)
@@ -190,7 +216,7 @@ def relative_error(stored: StoredGroup, x: Tensor) -> float:
     Raises:
         NumericalError: if the error is larger than rounding explains; the speed of such a kernel is meaningless.
     """
-    exact = reference(x[:CHECKED_TOKENS], stored.dictionary, stored.spec.dictionary, stored.codes, stored.spec.codes)
+    exact = stored.exact(x[:CHECKED_TOKENS])
     error = float((stored(x)[:CHECKED_TOKENS].double() - exact).norm() / exact.norm())
     if not error < WORST_ERROR:
         raise NumericalError(

@@ -61,9 +61,7 @@ def random_model(subject: Subject, variant: Variant | None, device: torch.device
     made: dict[GroupSpec, StoredGroup] = {}
     for spec in specs:
         stored = made.setdefault(anonymous(spec), random_group(anonymous(spec), device, seed))
-        tensors = {f"codes.{role}": tensor for role, tensor in stored.codes.items()}
-        tensors |= {f"dictionary.{role}": tensor for role, tensor in (stored.dictionary or {}).items()}
-        format_for(spec).install(model, spec, tensors)
+        format_for(spec).install(model, spec, stored.packed())
     model.train(False)
     return model
 
