@@ -65,7 +65,7 @@ def windows(symbols: Tensor, bits: int, state: int) -> Tensor:
     states = torch.zeros_like(symbols)
     for place in range(-(-state // bits)):
         states |= symbols.roll(-place, -1) << (bits * place)
-    return states & (2**state - 1)
+    return states.bitwise_and_(2**state - 1)
 
 
 def decode(symbols: Tensor, bits: int, state: int) -> Tensor:
