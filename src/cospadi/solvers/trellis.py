@@ -10,12 +10,15 @@ At two bits a value the squared error of Gaussian values is about .07 of their v
 uniform levels and .0625 for the bound of rate-distortion theory.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from cospadi.format.trellis import level_table
+
+Search = Callable[[Tensor, Tensor | None, int, int, int], Tensor]
 
 MARGIN = 10
 """Constraint lengths of L / K values on either side of the seam that decide about the state there."""
@@ -98,7 +101,19 @@ def encode(targets: Tensor, bits: int, state: int, weights: Tensor | None = None
             raise ValueError("the weights of errors must be finite and not negative")
         largest = weights.amax(1, keepdim=True)
         roots = (weights / torch.where(largest > 0, largest, 1.0)).sqrt().float()
-    return _search(targets, roots, bits, state)
+    search = _kernel(targets.device) or _search
+    return search(targets, roots, bits, state, margin(bits, state, targets.shape[1]))
+
+
+def _kernel(device: torch.device) -> Search | None:
+    """The search in one kernel, or None where it does not run."""
+    if device.type != "cuda":
+        return None
+    try:
+        from cospadi.solvers.triton_trellis import encode_tiles, runs_on
+    except ImportError:
+        return None
+    return encode_tiles if runs_on(device) else None
 
 
 def margin(bits: int, state: int, size: int) -> int:
@@ -112,11 +127,18 @@ def batch_size(bits: int, state: int, size: int) -> int:
     return max(1, min(fast, MEMORY // (4 * size << (state - bits))))
 
 
-def _search(targets: Tensor, roots: Tensor | None, bits: int, state: int) -> Tensor:
-    """:func:`encode` in PyTorch, with the tiles in the last dimension of all arrays; roots of weights (tiles, T)."""
+def _search(targets: Tensor, roots: Tensor | None, bits: int, state: int, around: int) -> Tensor:
+    """:func:`encode` in PyTorch, with the tiles in the last dimension of all arrays.
+
+    Args:
+        targets: float32 (tiles, T).
+        roots: of the weights, (tiles, T); None: all 1.
+        bits: K.
+        state: L.
+        around: values on either side of the seam that decide about the state there.
+    """
     tiles, size = targets.shape
     count = min(batch_size(bits, state, size), max(tiles, 1))
-    around = margin(bits, state, size)
     work = _Work(level_table(state, targets.device), 2**bits, size, count)
     symbols = torch.empty(tiles, size, dtype=torch.uint8, device=targets.device)
     for begin in range(0, tiles, count):
