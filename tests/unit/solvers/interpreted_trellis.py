@@ -21,14 +21,14 @@ def cost(targets, symbols, bits, state, weights):
 
 
 @pytest.mark.parametrize(
-    ("bits", "state", "block", "weighted"),
-    [(1, 8, 2048, False), (2, 8, 32, True), (3, 9, 2048, True), (4, 8, 2048, False)],
+    ("bits", "state", "block", "tiles", "weighted"),
+    [(1, 8, 1024, 2, False), (2, 8, 32, 2, True), (3, 9, 1024, 1, True), (4, 8, 1024, 1, False)],
     ids=str,
 )
-def test_the_kernel_finds_what_the_cpu_finds(bits, state, block, weighted, monkeypatch):
+def test_the_kernel_finds_what_the_cpu_finds(bits, state, block, tiles, weighted, monkeypatch):
     monkeypatch.setattr(module, "BLOCK", block)
-    targets, roots = 150 * rand(2, 64, seed=bits), rand(2, 64, seed=1).exp() if weighted else None
-    around = 4  # few steps: the interpreter takes long
+    size, around = 16, 4  # few steps: the interpreter takes long
+    targets, roots = 150 * rand(tiles, size, seed=bits), rand(tiles, size, seed=1).exp() if weighted else None
     made = encode_tiles(targets, roots, bits, state, around)
     right = _search(targets, roots, bits, state, around)
     weights = 1.0 if roots is None else roots.double().square()
