@@ -11,6 +11,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,11 +24,13 @@ from cospadi.runtime.fingerprints import versions
 from cospadi.solvers.quantise import quantise_rows
 from cospadi.solvers.rescale import rescaled
 from cospadi.solvers.rotate import input_scales, random_signs, rotated_gram, rotated_rows
-from cospadi.solvers.trellis_rows import trellis_rows
+from cospadi.solvers.trellis_rows import Problem, TrellisCode, trellis_many
 
 BLOCK = 128
 Solved = tuple[Tensor, float]
 """A matrix and its stored bits."""
+Solver = Callable[[list[Tensor], Tensor], list[Solved]]
+"""Solves the matrices that share an input, given its Gram."""
 
 
 def integers(
@@ -50,32 +53,44 @@ def integers(
     return found.matrix, rows.numel() * bits + found.scales.numel() * extra
 
 
-def trellis(
-    rows: Tensor, gram: Tensor, bits: int, *, state: int, inputs: int, rounds: int = 1, sweeps: int = 0
-) -> Solved:
-    found = trellis_rows(
-        rows, gram, bits=bits, state=state, inputs=inputs, outputs=256 // inputs, rounds=rounds, sweeps=sweeps
-    )
-    return found.matrix, found.symbols.numel() * bits + 16 * len(rows)
+def each(solve: Callable[[Tensor, Tensor], Solved]) -> Solver:
+    """Matrices that share an input, one by one."""
+    return lambda parts, gram: [solve(rows, gram) for rows in parts]
 
 
-def codes() -> dict[str, tuple[bool, Callable[[Tensor, Tensor, int], Solved]]]:
+def trellis(state: int, inputs: int, rounds: int = 1, sweeps: int = 0) -> Callable[[int], Solver]:
+    """Tiles of `inputs` columns and 256 values, the matrices that share an input side by side."""
+
+    def solver(bits: int) -> Solver:
+        code = TrellisCode(bits, state, inputs, 256 // inputs)
+
+        def solve(parts: list[Tensor], gram: Tensor) -> list[Solved]:
+            found = trellis_many([Problem(rows, gram) for rows in parts], code, rounds=rounds, sweeps=sweeps)
+            return [(item.matrix, item.symbols.numel() * bits + 16 * item.scales.numel()) for item in found]
+
+        return solve
+
+    return solver
+
+
+def codes(bits: int) -> dict[str, tuple[bool, Solver]]:
     """Of each code whether it reads the rotated input, and its solver."""
-    found: dict[str, tuple[bool, Callable[[Tensor, Tensor, int], Solved]]] = {
-        "integers g64": (False, lambda *x: integers(*x, group=64, symmetric=False, half=False, weight=1.0)),
-        "integers g64, half zeros": (False, lambda *x: integers(*x, group=64, symmetric=False, half=True, weight=1.0)),
-        "rotated integers": (True, lambda *x: integers(*x, group=0, symmetric=True, half=True, weight=0.0)),
+    found = {
+        f"trellis L={state} {inputs}x{256 // inputs}": (True, trellis(state, inputs)(bits))
+        for state in (10, 12)
+        for inputs in (4, 8, 16)
     }
-    for state in (10, 12):
-        for inputs in (4, 8, 16):
-            found[f"trellis L={state} {inputs}x{256 // inputs}"] = (
-                True,
-                lambda *x, state=state, inputs=inputs: trellis(*x, state=state, inputs=inputs),
-            )
-    found["trellis L=10 4x64, 2 rounds"] = (True, lambda *x: trellis(*x, state=10, inputs=4, rounds=2))
-    found["trellis L=10 4x64, 1 sweep"] = (True, lambda *x: trellis(*x, state=10, inputs=4, sweeps=1))
-    found["trellis L=10 4x64, 2 sweeps"] = (True, lambda *x: trellis(*x, state=10, inputs=4, sweeps=2))
-    return found
+    groups = partial(integers, bits=bits, group=64, symmetric=False, weight=1.0)
+    rotated = partial(integers, bits=bits, group=0, symmetric=True, half=True, weight=0.0)
+    return {
+        "rotated integers": (True, each(rotated)),
+        "integers g64": (False, each(partial(groups, half=False))),
+        "integers g64, half zeros": (False, each(partial(groups, half=True))),
+        **found,
+        "trellis L=10 4x64, 2 rounds": (True, trellis(10, 4, rounds=2)(bits)),
+        "trellis L=10 4x64, 1 sweep": (True, trellis(10, 4, sweeps=1)(bits)),
+        "trellis L=10 4x64, 2 sweeps": (True, trellis(10, 4, sweeps=2)(bits)),
+    }
 
 
 @torch.no_grad()
@@ -108,7 +123,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--layer", type=int, default=10)
     parser.add_argument("--only", help="part of the names of the codes to run")
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     model, tokenizer = open_model(given.model)
@@ -118,37 +133,34 @@ def main() -> None:
     report = json.loads(given.out.read_text()) if given.out.exists() else {"rows": []}
     report |= {"layer": given.layer, "samples": given.samples, "seq_len": given.seq_len, "versions": versions()}
     done = {(row["code"], row["bits"]) for row in report["rows"]}
-    for name, (rotate, solve) in codes().items():
-        for bits in given.bits:
+    for bits in given.bits:
+        for name, (rotate, solve) in codes(bits).items():
             if (name, bits) in done or (given.only and given.only not in name):
                 continue
-            start, errors, stored, weights = time.perf_counter(), {}, 0.0, 0
-            for group in view.of_layer(given.layer):
-                rows = {module: view.module(module).weight.detach().float() for module in group.modules}
-                gram = found[group.name]
-                if rotate:
-                    together = torch.cat(list(rows.values()))
-                    signs, scales = random_signs(group.d_in, 0), input_scales(together)
-                    rows = {module: rotated_rows(part, signs, scales, BLOCK) for module, part in rows.items()}
-                    gram = rotated_gram(gram, signs, scales, BLOCK)
-                    stored += 17 * group.d_in
-                for module, part in rows.items():
-                    matrix, size = solve(part, gram, bits)
-                    miss, part = (part - matrix).double(), part.double()
-                    short = module.rsplit(".", 1)[-1]
-                    errors[short] = 100 * float(((miss @ gram) * miss).sum() / ((part @ gram) * part).sum())
-                    stored, weights = stored + size, weights + part.numel()
-            errors = {"all": sum(errors.values()) / len(errors), **errors}
-            row = {
-                "code": name,
-                "bits": bits,
-                "bits_per_weight": round(stored / weights, 4),
-                "error": {key: round(value, 4) for key, value in errors.items()},
-                "seconds": round(time.perf_counter() - start, 1),
-            }
-            report["rows"].append(row)
-            print(json.dumps(row), flush=True)
+            row = measured(view, given.layer, found, rotate, solve)
+            report["rows"].append({"code": name, "bits": bits} | row)
+            print(json.dumps(report["rows"][-1]), flush=True)
             given.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def measured(view: ModelView, layer: int, found: dict[str, Tensor], rotate: bool, solve: Solver) -> dict[str, object]:
+    """Errors, bits and time of one code."""
+    start, stored, weights, errors = time.perf_counter(), 0.0, 0, {}
+    for group in view.of_layer(layer):
+        parts, gram = [view.module(module).weight.detach().float() for module in group.modules], found[group.name]
+        if rotate:
+            signs, scales = random_signs(group.d_in, 0), input_scales(torch.cat(parts))
+            parts = [rotated_rows(part, signs, scales, BLOCK) for part in parts]
+            gram = rotated_gram(gram, signs, scales, BLOCK)
+            stored += 17 * group.d_in
+        for module, part, (matrix, size) in zip(group.modules, parts, solve(parts, gram), strict=True):
+            miss, whole = (part - matrix).double(), part.double()
+            share = float(((miss @ gram) * miss).sum() / ((whole @ gram) * whole).sum())
+            errors[module.rsplit(".", 1)[-1]] = round(100 * share, 4)
+            stored, weights = stored + size, weights + part.numel()
+    errors["all"] = round(sum(errors.values()) / len(errors), 4)
+    seconds = round(time.perf_counter() - start, 1)
+    return {"bits_per_weight": round(stored / weights, 4), "error": errors, "seconds": seconds}
 
 
 if __name__ == "__main__":

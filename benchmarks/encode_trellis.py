@@ -1,9 +1,10 @@
 """Tiles a second of the trellis encoder, by bits and state.
 
-    python benchmarks/encode_trellis.py --out JSON [--bits 2 3 4] [--state 10 12 16] [--warps 8 16] [--block 1024 2048]
+    python benchmarks/encode_trellis.py --out JSON [--bits 2 3 4] [--state 10 12 16] [--warps 8 16] [--per-thread 2 4]
 
 On CUDA every setting of the kernel is tried and checked against the PyTorch search on a few tiles: `cost` is the ratio
-of the errors. SmolLM2-135M has 414,720 tiles of 256 values, an 8B model about 27 million.
+of the errors. SmolLM2-135M has 414,720 tiles of 256 values, an 8B model about 27 million. Error feedback encodes one
+block of columns at a time: `--tiles 16` shows how long few tiles take.
 """
 
 import argparse
@@ -39,8 +40,8 @@ def main() -> None:
     parser.add_argument("--state", type=int, nargs="+", default=[10, 12, 16])
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--tiles", type=int, help="per call; default 8,192 on CUDA, on a CPU as many as take a second")
-    parser.add_argument("--warps", type=int, nargs="+", default=[triton_trellis.WARPS])
-    parser.add_argument("--block", type=int, nargs="+", default=[triton_trellis.BLOCK])
+    parser.add_argument("--warps", type=int, nargs="+", default=[0], help="0: as the encoder chooses")
+    parser.add_argument("--per-thread", type=int, nargs="+", default=[triton_trellis.PER_THREAD])
     parser.add_argument("--per-sm", type=int, nargs="+", default=[triton_trellis.PER_SM])
     parser.add_argument("--dp4a", type=int, nargs="+", default=[int(triton_trellis.DP4A)])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -55,18 +56,19 @@ def main() -> None:
         "size": given.size,
         "rows": [],
     }
-    settings = [(0, 0, 0, 0)]
+    settings, chosen = [(0, 0, 0, 0)], (triton_trellis.WARPS, triton_trellis.FEW_WARPS)
     if cuda:
-        settings = list(itertools.product(given.warps, given.block, given.per_sm, given.dp4a))
-    for bits, state, (warps, block, per_sm, dp4a) in itertools.product(given.bits, given.state, settings):
+        settings = list(itertools.product(given.warps, given.per_thread, given.per_sm, given.dp4a))
+    for bits, state, (warps, per_thread, per_sm, dp4a) in itertools.product(given.bits, given.state, settings):
         count = given.tiles or (8192 if cuda else max(16, 2**21 >> state))
         generator = torch.Generator().manual_seed(0)
         targets = spread(state) * torch.randn(count, given.size, generator=generator).to(device)
         row = {"bits": bits, "state": state, "tiles": count}
         if cuda:
-            triton_trellis.WARPS, triton_trellis.BLOCK, triton_trellis.PER_SM = warps, block, per_sm
+            triton_trellis.WARPS, triton_trellis.FEW_WARPS = (warps, warps) if warps else chosen
+            triton_trellis.PER_THREAD, triton_trellis.PER_SM = per_thread, per_sm
             triton_trellis.DP4A = bool(dp4a)
-            row |= {"warps": warps, "block": block, "per_sm": per_sm, "dp4a": dp4a}
+            row |= {"warps": warps, "per_thread": per_thread, "per_sm": per_sm, "dp4a": dp4a}
             start = time.perf_counter()
         try:
             symbols = encode(targets[:CHECKED], bits, state)

@@ -95,14 +95,19 @@ def encode(targets: Tensor, bits: int, state: int, weights: Tensor | None = None
     targets = targets.float()
     if not bool(torch.isfinite(targets).all()):
         raise ValueError("the values to encode are not all finite")
+    if weights is not None and not bool(torch.isfinite(weights).all() and (weights >= 0).all()):
+        raise ValueError("the weights of errors must be finite and not negative")
+    return encode_finite(targets, bits, state, weights)
+
+
+def encode_finite(targets: Tensor, bits: int, state: int, weights: Tensor | None = None) -> Tensor:
+    """:func:`encode` without its checks, for which the host would have to wait for the device."""
     roots = None
     if weights is not None:
-        if not bool(torch.isfinite(weights).all() and (weights >= 0).all()):
-            raise ValueError("the weights of errors must be finite and not negative")
         largest = weights.amax(1, keepdim=True)
         roots = (weights / torch.where(largest > 0, largest, 1.0)).sqrt().float()
     search = _kernel(targets.device) or _search
-    return search(targets, roots, bits, state, margin(bits, state, targets.shape[1]))
+    return search(targets.float(), roots, bits, state, margin(bits, state, targets.shape[1]))
 
 
 def _kernel(device: torch.device) -> Search | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cospadi.solvers.feedback import Feedback, damped, feedback
-from cospadi.solvers.trellis import check_code, decode, encode, spread
+from cospadi.solvers.trellis import check_code, decode, encode_finite, spread
 
 STRETCH = {1: 0.90, 2: 1.02, 3: 1.07, 4: 1.10}
 """Standard deviation of the scaled levels, as a multiple of the row's RMS, that leaves independent Gaussian values the
@@ -338,7 +338,8 @@ class _Descent:
             self.slope = self.errors @ state.curvature[:, self.begin : last]
         near = state.curvature[at, at]
         slope = self.slope[:, at.start - self.begin : at.stop - self.begin]
-        step = torch.linalg.solve(near.double(), slope.T.double()).T.float()
+        # no check, for which the host would wait: a damped Hessian is regular
+        step = torch.linalg.solve_ex(near.double(), slope.T.double())[0].T.float()
         self.targets = state.levels[:, at] * state.scales[:, None] + step
         return self.targets, near.diagonal()
 
@@ -376,7 +377,7 @@ def _encode_blocks(passes: Sequence[_Pass], code: TrellisCode) -> None:
             relative = scales / scales.amax().clamp_min(torch.finfo(torch.float32).tiny)
             weights.append(tiles(relative.square() * item.state.importance[:, None] * costs, code)[:, 0])
             widths.append(wanted.shape[1])
-        symbols = encode(torch.cat(targets), code.bits, code.state, torch.cat(weights))
+        symbols = encode_finite(torch.cat(targets), code.bits, code.state, torch.cat(weights))
         parts = torch.split(symbols, [item.state.down for item in passes])
         for item, part, width in zip(passes, parts, widths, strict=True):
             levels = decode(part, code.bits, code.state)[:, None]

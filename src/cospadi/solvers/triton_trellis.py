@@ -21,8 +21,9 @@ from cospadi.format.trellis import level_table
 
 logger = logging.getLogger(__name__)
 
-BLOCK = 1024  # groups of states at a time
-WARPS = 8  # 4 groups a thread, so that its registers let two programs share a multiprocessor
+PER_THREAD = 4  # groups of states at a time
+WARPS = 8  # of a program where there are many tiles: registers and cache let several share a multiprocessor
+FEW_WARPS = 32  # where there are fewer tiles than multiprocessors
 PER_SM = 2  # programs a multiprocessor: one traces its path back while the other searches
 DP4A = True  # sum the bytes of a hash in one instruction, on NVIDIA devices
 SCRATCH = 2**31  # bytes of back pointers at most
@@ -181,10 +182,10 @@ def encode_tiles(targets: Tensor, roots: Tensor | None, bits: int, state: int, a
     if not tiles:
         return symbols
     groups = 2 ** (state - bits)
-    units = 1
-    if targets.is_cuda:
-        units = PER_SM * torch.cuda.get_device_properties(targets.device).multi_processor_count
-    programs = max(1, min(tiles, units, SCRATCH // (size * groups)))
+    units = torch.cuda.get_device_properties(targets.device).multi_processor_count if targets.is_cuda else 1
+    few = tiles <= units
+    programs = max(1, min(tiles, units if few else PER_SM * units, SCRATCH // (size * groups)))
+    warps = max(1, min(FEW_WARPS if few else WARPS, groups // (32 * PER_THREAD)))
     costs = torch.empty(programs * 2 * groups, device=targets.device)
     pointers = torch.empty(programs * size * groups, dtype=torch.uint8, device=targets.device)
     # Triton launches on the current device.
@@ -200,10 +201,10 @@ def encode_tiles(targets: Tensor, roots: Tensor | None, bits: int, state: int, a
             SIZE=size,
             BITS=bits,
             STATE=state,
-            BLOCK=min(BLOCK, groups),
+            BLOCK=min(groups, 32 * PER_THREAD * warps),
             WEIGHTED=roots is not None,
             ASM=DP4A and targets.is_cuda and torch.version.hip is None,
-            num_warps=WARPS if groups >= BLOCK else max(1, groups // 256),
+            num_warps=warps,
         )
     return symbols
 

@@ -21,12 +21,14 @@ def cost(targets, symbols, bits, state, weights):
 
 
 @pytest.mark.parametrize(
-    ("bits", "state", "block", "tiles", "weighted"),
-    [(1, 8, 1024, 2, False), (2, 8, 32, 2, True), (3, 9, 1024, 1, True), (4, 8, 1024, 1, False)],
+    ("bits", "state", "per_thread", "tiles", "weighted"),
+    [(1, 8, 4, 2, False), (2, 8, 1, 2, True), (3, 9, 4, 1, True), (4, 8, 4, 1, False)],
     ids=str,
 )
-def test_the_kernel_finds_what_the_cpu_finds(bits, state, block, tiles, weighted, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK", block)
+def test_the_kernel_finds_what_the_cpu_finds(bits, state, per_thread, tiles, weighted, monkeypatch):
+    monkeypatch.setattr(module, "PER_THREAD", per_thread)
+    monkeypatch.setattr(module, "FEW_WARPS", 1)
+    monkeypatch.setattr(module, "WARPS", 1)
     size, around = 16, 4  # few steps: the interpreter takes long
     targets, roots = 150 * rand(tiles, size, seed=bits), rand(tiles, size, seed=1).exp() if weighted else None
     made = encode_tiles(targets, roots, bits, state, around)
