@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cospadi.checkpoint import format_for, storage_dtype
-from cospadi.format import Factors, GroupSpec, MatrixSpec, Stored
+from cospadi.format import Factors, GroupSpec, MatrixSpec, Rotation, Stored, StoredRotation, Trellis
 from cospadi.format.pack import integer_range, spread
 from cospadi.format.patterns import keep_largest
 
@@ -25,7 +25,14 @@ KINDS: dict[str, Kind] = {
     "pruned": ({"pattern": "2:4"}, None),
     "pruned8": ({"pattern": "1:4", "bits": 8, "symmetric": False, "group": 2}, None),
     "rounded4": ({"bits": 4, "group": 8}, None),
+    "halves3": (
+        {"pattern": "9:16", "bits": 3, "group": 4, "half": True},
+        {"bits": 4, "group": 7, "symmetric": False, "half": True},
+    ),
+    "trellis2": ({"bits": 2, "trellis": Trellis(10, 4, 16)}, None),
 }
+ROTATIONS = {"halves3": Rotation(8, scales=False), "trellis2": Rotation(16)}
+"""Of the kinds that have one."""
 
 
 def make_spec(kind: str, modules: Sequence[str], d_in: int, d_out: Sequence[int], atoms: int = 20) -> GroupSpec:
@@ -39,23 +46,29 @@ def make_spec(kind: str, modules: Sequence[str], d_in: int, d_out: Sequence[int]
         MatrixSpec(sum(d_out), columns, **codes),
         None if dictionary is None else MatrixSpec(atoms, d_in, **dictionary),
         method=kind,
+        rotation=ROTATIONS.get(kind),
     )
 
 
 def random_stored(spec: MatrixSpec, generator: torch.Generator, dtype: torch.dtype) -> Stored:
-    """A matrix that the spec can hold exactly (16 and 14 bits: up to rounding)."""
+    """A matrix that the spec can hold exactly (16 and 14 bits: up to rounding); with a trellis its symbols."""
+    if spec.trellis is not None:
+        return random_symbols(spec, spec.trellis.tiles(spec.rows, spec.columns)[0], generator, dtype)
     mask = None
     if spec.sparse:
         magnitude = torch.rand(spec.columns, spec.rows, generator=generator)
         mask = keep_largest(magnitude, spec.nonzeros, spec.pattern).T
     scales = zeros = None
     if spec.integer:
-        low, high = integer_range(spec.bits, spec.symmetric)
+        low, high = integer_range(spec.bits, spec.symmetric, spec.half)
         scales = (torch.rand(spec.rows, spec.groups, generator=generator) + 0.5).div(high * 4).to(dtype).float()
         levels = torch.randint(low, high + 1, (spec.rows, spec.nonzeros), generator=generator).float()
         if not spec.symmetric:
-            zeros = torch.randint(low, high + 1, (spec.rows, spec.groups), generator=generator)
-            levels = levels - spread(zeros.float(), spec)
+            steps = 2 if spec.half else 1
+            zeros = torch.randint(low * steps, high * steps + 1, (spec.rows, spec.groups), generator=generator) / steps
+            levels = levels - spread(zeros, spec)
+        elif spec.half:
+            levels = levels - high / 2
         values = levels * spread(scales, spec)
     else:
         values = torch.randn(spec.rows, spec.nonzeros, generator=generator) * spec.columns**-0.5
@@ -65,11 +78,32 @@ def random_stored(spec: MatrixSpec, generator: torch.Generator, dtype: torch.dty
     return Stored(matrix, scales, zeros, mask)
 
 
+def random_symbols(spec: MatrixSpec, tiles: int, generator: torch.Generator, dtype: torch.dtype) -> Stored:
+    """Symbols and scales of a trellis; `tiles`: along its rows."""
+    assert spec.trellis is not None
+    shape = (tiles, spec.trellis.tiles(1, spec.columns)[1], spec.trellis.values)
+    symbols = torch.randint(0, 2**spec.bits, shape, generator=generator).to(torch.uint8)
+    scales = (torch.rand(spec.rows, 1, generator=generator) + 0.5) / 148 * spec.columns**-0.5
+    return Stored(symbols, scales.to(dtype).float())
+
+
+def random_rotation(rotation: Rotation, d_in: int, generator: torch.Generator, dtype: torch.dtype) -> StoredRotation:
+    """Random signs and scales."""
+    signs = torch.randint(0, 2, (d_in,), generator=generator) * 2 - 1
+    scales = (torch.rand(d_in, generator=generator) + 0.5).to(dtype).float() if rotation.scales else None
+    return StoredRotation(signs, scales)
+
+
 def random_factors(spec: GroupSpec, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Factors:
     """Factors that fit a group."""
     generator = torch.Generator().manual_seed(seed)
     dictionary = None if spec.dictionary is None else random_stored(spec.dictionary, generator, dtype)
-    return Factors(random_stored(spec.codes, generator, dtype), dictionary)
+    if spec.codes.trellis is not None:
+        codes = random_symbols(spec.codes, sum(spec.lengths("values")), generator, dtype)
+    else:
+        codes = random_stored(spec.codes, generator, dtype)
+    rotation = None if spec.rotation is None else random_rotation(spec.rotation, spec.d_in, generator, dtype)
+    return Factors(codes, dictionary, rotation=rotation)
 
 
 def install(model: PreTrainedModel, spec: GroupSpec, factors: Factors) -> None:

@@ -1,4 +1,4 @@
-"""Checks of sparsity masks and scales.
+"""Checks of sparsity masks, scales and signs.
 
 They steer how other tensors are read: a mask with one bit too many would shift every value after it.
 """
@@ -57,6 +57,25 @@ def check_codes(packed: Packed, spec: MatrixSpec) -> str | None:
     if scales is not None and not bool(scales.isfinite().all()):
         return "scales: not all finite"
     return _check_mask(packed["mask"], spec) if spec.sparse else None
+
+
+def check_rotation(packed: Packed, d_in: int) -> str | None:
+    """Check that no sign stands beyond the inputs, and that scales are finite.
+
+    Args:
+        packed: tensors of a rotation by role, of the shapes that its spec says.
+        d_in: inputs.
+
+    Returns:
+        None if nothing is wrong, else ``"role: what is wrong"``.
+    """
+    scales = packed.get("scales")
+    if scales is not None and not bool(scales.isfinite().all()):
+        return "scales: not all finite"
+    tail = d_in % 32
+    if tail and bool(packed["signs"][-1] & (-1 << tail)):
+        return f"signs: bits beyond its {d_in} inputs are set"
+    return None
 
 
 def _check_mask(mask: Tensor, spec: MatrixSpec) -> str | None:

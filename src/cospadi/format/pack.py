@@ -2,7 +2,7 @@
 
 Bit order: stored value i of a row occupies bits [i·b, (i+1)·b) of the row's little-endian bit stream, which is cut into
 32-bit words. Mask bit c of a row is bit c % 32 of word c // 32. The values of a sparse row are stored in ascending
-column order.
+column order. The symbols of a trellis tile are one row.
 """
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cospadi.format.patterns import keep_largest
 from cospadi.format.schema import MatrixSpec, Stored
+from cospadi.format.trellis import Trellis, decode_matrix
 
 Packed = dict[str, Tensor]
 
@@ -91,45 +92,63 @@ def _encode(values: Tensor, spec: MatrixSpec, stored: Stored, dtype: torch.dtype
     if stored.scales is None:
         raise ValueError(f"{spec.bits}-bit values need scales")
     scales = spread(stored.scales.float(), spec)
-    low, high = integer_range(spec.bits, spec.symmetric)
-    levels = torch.where(scales != 0, values.float() / scales, 0.0).round()
+    low, high = integer_range(spec.bits, spec.symmetric, spec.half)
+    levels = torch.where(scales != 0, values.float() / scales, 0.0)
     packed: Packed = {"scales": stored.scales.to(dtype)}
-    if spec.symmetric:
-        levels = levels.clamp(low, high)
+    if spec.symmetric and not spec.half:
+        levels = levels.round().clamp(low, high)
         packed["values"] = levels.to(torch.int8) if spec.bits == 8 else pack_bits((levels - low).int(), spec.bits)
+        return packed
+    if spec.symmetric:
+        levels = (levels + high / 2).round()
     else:
         if stored.zeros is None:
             raise ValueError("asymmetric values need zero points")
-        levels = (levels + spread(stored.zeros.float(), spec)).clamp(low, high)
-        packed["values"] = pack_bits(levels.int(), spec.bits)
-        packed["zeros"] = pack_bits(stored.zeros.int(), spec.bits)
+        zeros = stored.zeros.float()
+        wide = spread(zeros, spec)
+        levels = (levels + wide).round() if spec.half else levels.round() + wide
+        packed["zeros"] = pack_bits((zeros * 2 if spec.half else zeros).int(), spec.zero_bits)
+    packed["values"] = pack_bits(levels.clamp(low, high).int(), spec.bits)
     return packed
 
 
-def integer_range(bits: int, symmetric: bool) -> tuple[int, int]:
-    """Smallest and largest level: ±(2^(b−1) − 1) around zero, or 0 … 2^b − 1 with a zero point."""
+def integer_range(bits: int, symmetric: bool, half: bool = False) -> tuple[int, int]:
+    """Smallest and largest level: ±(2^(b−1) − 1) around zero, or 0 … 2^b − 1 with a zero point or in half steps."""
     top = 2 ** (bits - 1) - 1
-    return (-top, top) if symmetric else (0, 2**bits - 1)
+    return (-top, top) if symmetric and not half else (0, 2**bits - 1)
+
+
+def zero_points(packed: Packed, spec: MatrixSpec) -> Tensor:
+    """Zero points of an integer matrix (rows, groups): int32, or float32 multiples of ½ in half steps."""
+    if not spec.half:
+        return unpack_bits(packed["zeros"], spec.bits, spec.groups)
+    if spec.symmetric:
+        middle = (2**spec.bits - 1) / 2
+        return torch.full((spec.rows, spec.groups), middle, device=packed["values"].device)
+    return unpack_bits(packed["zeros"], spec.zero_bits, spec.groups) / 2
 
 
 def decode_values(packed: Packed, spec: MatrixSpec, dtype: torch.dtype) -> Tensor:
     """Stored values as floats (rows, nonzeros), in column order."""
+    if spec.trellis is not None:
+        shape = (spec.rows, spec.columns)
+        return decode_matrix(packed["values"], packed["scales"], *shape, spec.bits, spec.trellis, dtype)
     if spec.bits == 16:
         return packed["values"].to(dtype)
     if spec.bits == 14:
         pattern = unpack_bits(packed["values"], 14, spec.nonzeros) << 2
         pattern = torch.where(pattern >= 2**15, pattern - 2**16, pattern)
         return pattern.to(torch.int16).view(torch.bfloat16).to(dtype)
-    if spec.bits == 8 and spec.symmetric:
-        levels = packed["values"]
-    else:
-        levels = unpack_bits(packed["values"], spec.bits, spec.nonzeros)
+    levels = packed["values"] if spec.signed_bytes else unpack_bits(packed["values"], spec.bits, spec.nonzeros)
+    if spec.half:  # levels in half steps may need more digits than 16-bit floats have
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        values = (levels - spread(zero_points(packed, spec), spec)).to(wide) * spread(packed["scales"].to(wide), spec)
+        return values.to(dtype)
     if spec.symmetric:
         low = 0 if spec.bits == 8 else integer_range(spec.bits, spec.symmetric)[0]
         shifted = levels.to(dtype) + low
     else:
-        zeros = unpack_bits(packed["zeros"], spec.bits, spec.groups)
-        shifted = (levels - spread(zeros, spec)).to(dtype)
+        shifted = (levels - spread(zero_points(packed, spec), spec)).to(dtype)
     return shifted * spread(packed["scales"].to(dtype), spec)
 
 
@@ -149,6 +168,8 @@ def pack(stored: Stored, spec: MatrixSpec, dtype: torch.dtype = torch.bfloat16) 
             demands, or scales or zero points are missing.
     """
     matrix = stored.matrix
+    if spec.trellis is not None:
+        return _pack_symbols(matrix, stored.scales, spec, spec.trellis, dtype)
     if tuple(matrix.shape) != (spec.rows, spec.columns):
         raise ValueError(f"matrix is {tuple(matrix.shape)}, the spec says {(spec.rows, spec.columns)}")
     if not spec.sparse:
@@ -160,6 +181,32 @@ def pack(stored: Stored, spec: MatrixSpec, dtype: torch.dtype = torch.bfloat16) 
         raise ValueError(f"the matrix does not have {spec.nonzeros} non-zeros in every row under {spec.pattern}")
     packed = _encode(matrix[mask].view(spec.rows, spec.nonzeros), spec, stored, dtype)
     return packed | {"mask": pack_mask(mask)}
+
+
+def _pack_symbols(
+    symbols: Tensor, scales: Tensor | None, spec: MatrixSpec, trellis: Trellis, dtype: torch.dtype
+) -> Packed:
+    shape = (*trellis.tiles(spec.rows, spec.columns), trellis.values)
+    if tuple(symbols.shape) != shape or symbols.dtype != torch.uint8:
+        raise ValueError(f"symbols are {symbols.dtype} {list(symbols.shape)}, the spec says torch.uint8 {list(shape)}")
+    if scales is None or tuple(scales.shape) != (spec.rows, 1):
+        raise ValueError(f"trellis codes of {spec.rows} rows need scales of shape {[spec.rows, 1]}")
+    if bool((symbols >> spec.bits).any()):
+        raise ValueError(f"a symbol is larger than {spec.bits} bits hold")
+    rows = [pack_bits(row, spec.bits) for row in symbols]  # bounds the memory: bits are packed as 64-bit integers
+    return {"scales": scales.to(dtype), "values": torch.stack(rows)}
+
+
+def unpack_symbols(packed: Packed, spec: MatrixSpec) -> Tensor:
+    """Symbols of a trellis as `Stored` holds them: uint8 (tiles along rows, tiles along columns, values of a tile).
+
+    Raises:
+        ValueError: if the spec has no trellis.
+    """
+    if spec.trellis is None:
+        raise ValueError("the matrix has no trellis, hence no symbols")
+    count = spec.trellis.values
+    return torch.stack([unpack_bits(row, spec.bits, count).to(torch.uint8) for row in packed["values"]])
 
 
 def unpack(packed: Packed, spec: MatrixSpec, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -8,14 +8,16 @@ in rows: the dictionary as Dᵀ (atoms, d_in), the codes as Sᵀ (d_out, atoms).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cospadi.format.patterns import balanced_nonzeros, parse_pattern
+from cospadi.format.trellis import RATES, Trellis
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BITS = (2, 3, 4, 8, 14, 16)
 
 
@@ -34,9 +36,12 @@ class MatrixSpec:
         pattern: ``"dense"``, ``"free"`` (any `nonzeros` of a row) or ``"n:m"``.
         nonzeros: stored values per row; equals `columns` for ``"dense"``.
         bits: 16: the model's 16-bit float; 14: bfloat16 without its two lowest mantissa bits; 2, 3, 4, 8: integers
-            with scales.
+            with scales; 1, 2, 3, 4 with a trellis.
         group: stored values that share a scale, along the row; 0 means the whole row.
         symmetric: integers around zero; otherwise a zero point of `bits` bits is stored beside every scale.
+        half: integers in half steps. Symmetric: 2^bits levels around zero, none of them zero. Otherwise zero points may
+            lie halfway between two levels and take one bit more.
+        trellis: the values are trellis codes, with one scale per row.
     """
 
     rows: int
@@ -46,12 +51,22 @@ class MatrixSpec:
     bits: int = 16
     group: int = 0
     symmetric: bool = True
+    half: bool = False
+    trellis: Trellis | None = None
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.columns < 1:
             raise ValueError(f"a matrix of {self.rows}x{self.columns} cannot be stored")
-        if self.bits not in BITS:
-            raise ValueError(f"bits must be one of {BITS}, not {self.bits}")
+        known = BITS if self.trellis is None else RATES
+        if self.bits not in known:
+            raise ValueError(f"bits must be one of {known}{' with a trellis' * (known is RATES)}, not {self.bits}")
+        if self.half and not self.integer:
+            raise ValueError(f"half steps are for integers, not for values of {self.bits} bits")
+        if self.trellis is not None:
+            if self.sparse or self.group or not self.symmetric or self.half:
+                raise ValueError("trellis codes are dense, with one scale per row and no zero points or half steps")
+            if self.bits > self.trellis.state:
+                raise ValueError(f"a trellis of {self.trellis.state} state bits cannot hold {self.bits} bits a value")
         if self.group < 0:
             raise ValueError(f"group must not be negative, not {self.group}")
         if self.pattern == "dense":
@@ -80,13 +95,25 @@ class MatrixSpec:
         """Scales per row."""
         return -(-self.nonzeros // self.group) if self.group else 1
 
+    @property
+    def signed_bytes(self) -> bool:
+        """Whether levels are stored as signed bytes, not as a bit stream."""
+        return self.bits == 8 and self.symmetric and not self.half
+
+    @property
+    def zero_bits(self) -> int:
+        """Bits of a stored zero point; those of half steps count half steps."""
+        return self.bits + 1 if self.half else self.bits
+
     def tensors(self, float_dtype: torch.dtype = torch.bfloat16) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shapes and dtypes of the stored tensors, by role: values, mask, scales, zeros."""
-        if self.bits == 16:
-            stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-                "values": ((self.rows, self.nonzeros), float_dtype)
-            }
-        elif self.bits == 8 and self.symmetric:
+        stored: dict[str, tuple[tuple[int, ...], torch.dtype]]
+        if self.trellis is not None:
+            tiles = self.trellis.tiles(self.rows, self.columns)
+            stored = {"values": ((*tiles, self.trellis.words(self.bits)), torch.int32)}
+        elif self.bits == 16:
+            stored = {"values": ((self.rows, self.nonzeros), float_dtype)}
+        elif self.signed_bytes:
             stored = {"values": ((self.rows, self.nonzeros), torch.int8)}
         else:
             stored = {"values": ((self.rows, _words(self.nonzeros, self.bits)), torch.int32)}
@@ -95,16 +122,18 @@ class MatrixSpec:
         if self.integer:
             stored["scales"] = ((self.rows, self.groups), float_dtype)
             if not self.symmetric:
-                stored["zeros"] = ((self.rows, _words(self.groups, self.bits)), torch.int32)
+                stored["zeros"] = ((self.rows, _words(self.groups, self.zero_bits)), torch.int32)
         return stored
 
     @property
     def bytes(self) -> int:
         """Exact bytes of the stored tensors."""
-        total = 0
-        for (rows, columns), dtype in self.tensors().values():
-            total += rows * columns * dtype.itemsize
-        return total
+        return sum(prod(shape) * dtype.itemsize for shape, dtype in self.tensors().values())
+
+    @property
+    def version(self) -> int:
+        """The first format version that can describe the matrix."""
+        return 2 if self.half or self.trellis is not None else 1
 
     def to_dict(self) -> dict[str, Any]:
         """What is needed to read the matrix, without defaults and without the shape."""
@@ -116,6 +145,10 @@ class MatrixSpec:
             out["group"] = self.group
         if not self.symmetric:
             out["symmetric"] = False
+        if self.half:
+            out["half"] = True
+        if self.trellis is not None:
+            out["trellis"] = self.trellis.to_dict()
         return out
 
     @classmethod
@@ -125,10 +158,11 @@ class MatrixSpec:
         Raises:
             ValueError: on unknown keys or impossible values.
         """
-        unknown = set(data) - {"bits", "pattern", "nonzeros", "group", "symmetric"}
+        unknown = set(data) - {"bits", "pattern", "nonzeros", "group", "symmetric", "half", "trellis"}
         if unknown:
             raise ValueError(f"unknown keys {sorted(unknown)}")
-        return cls(rows, columns, **data)
+        trellis = {"trellis": Trellis.from_dict(data["trellis"])} if "trellis" in data else {}
+        return cls(rows, columns, **(data | trellis))
 
 
 @dataclass(frozen=True)
@@ -136,9 +170,11 @@ class Stored:
     """A matrix as a solver leaves it, before packing.
 
     Attributes:
-        matrix: (rows, columns) float, exactly on the grid given by scales and zeros where `spec.integer`.
+        matrix: (rows, columns) float, exactly on the grid given by scales and zeros where `spec.integer`. With a
+            trellis the symbols instead, uint8 (tiles along rows, tiles along columns, values of a tile); value t of a
+            tile is in its row t // inputs and column t % inputs.
         scales: (rows, spec.groups) for integer specs, already rounded to the 16-bit float they are stored in.
-        zeros: (rows, spec.groups) integer zero points for asymmetric specs.
+        zeros: (rows, spec.groups) zero points for asymmetric specs: integers, or multiples of ½ with `spec.half`.
         support: (rows, columns) bool for sparse specs; None: found from the matrix.
     """
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from cospadi.format import MatrixSpec, Packed
+from cospadi.format import MatrixSpec, Packed, Trellis
 from cospadi.kernels import _torch_private as hooks
 from cospadi.kernels.cpu import cpu_forward
 from cospadi.kernels.gradients import backward as stored_backward
@@ -33,8 +33,10 @@ def describe(spec: MatrixSpec | None) -> str:
 
 
 def _description(spec: MatrixSpec) -> str:
-    kind = "symmetric" if spec.symmetric else "zeros"
-    return f"{spec.rows} {spec.columns} {spec.pattern} {spec.nonzeros} {spec.bits} {spec.group} {kind}"
+    kind = ("half-" if spec.half else "") + ("symmetric" if spec.symmetric else "zeros")
+    text = f"{spec.rows} {spec.columns} {spec.pattern} {spec.nonzeros} {spec.bits} {spec.group} {kind}"
+    code = spec.trellis
+    return text if code is None else f"{text} {code.state}-{code.inputs}x{code.outputs}"
 
 
 _described = lru_cache(maxsize=4096)(_description)
@@ -43,9 +45,11 @@ _described = lru_cache(maxsize=4096)(_description)
 @lru_cache(maxsize=4096)
 def parse(text: str) -> MatrixSpec:
     """Inverse of :func:`describe` for a spec that is not None."""
-    rows, columns, pattern, nonzeros, bits, group, kind = text.split(" ")
-    numbers = {"nonzeros": int(nonzeros), "bits": int(bits), "group": int(group)}
-    return MatrixSpec(int(rows), int(columns), pattern, symmetric=kind == "symmetric", **numbers)
+    rows, columns, pattern, nonzeros, bits, group, kind, *code = text.split(" ")
+    trellis = Trellis(*map(int, code[0].replace("x", "-").split("-"))) if code else None
+    half, symmetric = kind.startswith("half-"), kind.endswith("symmetric")
+    sizes = int(rows), int(columns), pattern, int(nonzeros), int(bits), int(group)
+    return MatrixSpec(*sizes, symmetric=symmetric, half=half, trellis=trellis)
 
 
 def optional_spec(text: str) -> MatrixSpec | None:

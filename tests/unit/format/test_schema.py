@@ -31,6 +31,7 @@ def test_bytes_by_hand():
 def test_group_bytes_are_those_of_its_modules(kind):
     spec = make_spec(kind, ["a", "b", "c"], 24, (13, 7, 1))
     parts = sum(spec.module_codes(i).bytes for i in range(3))
+    parts += spec.rotation.bytes(24) if spec.rotation else 0
     assert spec.bytes == parts + (spec.dictionary.bytes if spec.dictionary else 0)
 
 
@@ -83,6 +84,12 @@ def test_impossible_groups():
         lambda d: d["codes"].update(level=3),
         lambda d: d["codes"].update(bits=7),
         lambda d: d.update(codes=None),
+        lambda d: d.update(order="walsh"),
+        lambda d: d.update(rotation=None),
+        lambda d: d.update(rotation={"block": 48}),
+        lambda d: d["codes"].update(trellis={"state": 12, "inputs": 4, "outputs": 16}),
+        lambda d: d["dictionary"].update(trellis={"state": 12, "inputs": 4}),
+        lambda d: d["dictionary"].update(trellis=None),
         lambda d: d["dictionary"].update(pattern="free", nonzeros=99),
     ],
 )

@@ -90,7 +90,11 @@ class Format(ABC, Generic[S]):
 
     def describe(self, specs: Sequence[S]) -> dict[str, Any]:
         """The ``quantization_config`` of a checkpoint: all that is needed to read the tensors, and nothing else."""
-        return {"quant_method": self.name, "format_version": self.version} | self.body(specs)
+        return {"quant_method": self.name, "format_version": self.version_of(specs)} | self.body(specs)
+
+    def version_of(self, specs: Sequence[S]) -> int:
+        """The ``format_version`` that is written: the oldest whose readers know everything that the specs use."""
+        return self.version
 
     @abstractmethod
     def read_body(self, data: Mapping[str, Any], where: str) -> tuple[S, ...]:

@@ -6,7 +6,7 @@ The description lists groups as in :meth:`~cospadi.format.GroupSpec.to_dict`. Th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +15,13 @@ from torch import Tensor
 from cospadi.checkpoint.formats.base import FORMATS
 from cospadi.checkpoint.formats.grouped import GroupedFormat
 from cospadi.checkpoint.headers import Entry
-from cospadi.checkpoint.mask_checks import check_codes
+from cospadi.checkpoint.mask_checks import check_codes, check_rotation
 from cospadi.errors import CheckpointError
-from cospadi.format import FORMAT_VERSION, GroupSpec
-from cospadi.format.leaves import codes_name, dictionary_name
+from cospadi.format import FORMAT_VERSION, GroupSpec, MatrixSpec
+from cospadi.format.leaves import codes_name, dictionary_name, rotation_name
 from cospadi.layers import FactoredLinear
 
-_FIELD_TYPES = {"bits": int, "nonzeros": int, "group": int, "symmetric": bool, "pattern": str}
+_FIELD_TYPES = {"bits": int, "nonzeros": int, "group": int, "symmetric": bool, "half": bool, "pattern": str}
 
 
 class FactoredFormat(GroupedFormat[GroupSpec]):
@@ -31,6 +31,21 @@ class FactoredFormat(GroupedFormat[GroupSpec]):
     spec_type = GroupSpec
     layer_type = FactoredLinear
     version = FORMAT_VERSION
+
+    def version_of(self, specs: Sequence[GroupSpec]) -> int:
+        """See :meth:`Format.version_of`."""
+        return max((spec.version for spec in specs), default=1)
+
+    def read_body(self, data: Mapping[str, Any], where: str) -> tuple[GroupSpec, ...]:
+        """See :meth:`Format.read_body`."""
+        specs = super().read_body(data, where)
+        declared, needed = data["format_version"], self.version_of(specs)
+        if needed > declared:
+            raise CheckpointError(
+                f"{where}: format version {declared} is declared, but the description uses version {needed}: the file "
+                "was changed; copy the checkpoint again"
+            )
+        return specs
 
     def read_group(self, data: dict[str, Any]) -> GroupSpec:
         """See :meth:`GroupedFormat.read_group`."""
@@ -49,32 +64,41 @@ class FactoredFormat(GroupedFormat[GroupSpec]):
         return layer.group, layer.index
 
     def split(self, spec: GroupSpec, tensors: Mapping[str, Tensor]) -> Iterator[tuple[int, str, Tensor]]:
-        """From ``"codes.{role}"`` (rows of all modules in order) and ``"dictionary.{role}"``; see the base class."""
+        """From ``"codes.{role}"`` (rows of all modules in order), ``"dictionary.{role}"`` and ``"rotation.{role}"``.
+
+        See the base class.
+        """
+        names = {"dictionary": dictionary_name, "rotation": rotation_name}
         for key, tensor in tensors.items():
             part, _, role = key.partition(".")
-            if part == "dictionary":
-                yield 0, dictionary_name(role), tensor
-            elif part != "codes" or len(tensor) != sum(spec.d_out):
+            if part in names:
+                yield 0, names[part](role), tensor
+            elif part != "codes" or len(tensor) != sum(spec.lengths(role)):
                 raise ValueError(f"{key}: a tensor {list(tensor.shape)} does not fit group {spec.name}")
             else:
-                for index, rows in enumerate(torch.split(tensor, list(spec.d_out))):
+                for index, rows in enumerate(torch.split(tensor, spec.lengths(role))):
                     yield index, codes_name(role), rows
 
     def check_module(
         self, spec: GroupSpec, index: int, held: Mapping[str, Tensor], entries: Mapping[str, Entry]
     ) -> None:
-        """Check masks against value counts, and scales. See :meth:`GroupedFormat.check_module`."""
-        parts = [(spec.module_codes(index), codes_name)]
+        """Check masks against value counts, scales, and signs. See :meth:`GroupedFormat.check_module`."""
+        faults = [(codes_name, _fault_of_matrix(spec.module_codes(index), codes_name, held))]
         if index == 0 and spec.dictionary is not None:
-            parts.append((spec.dictionary, dictionary_name))
-        for matrix, naming in parts:
-            wanted = {role: naming(role) for role in matrix.tensors() if role in ("mask", "scales")}
-            fault = check_codes({role: held[name] for role, name in wanted.items()}, matrix)
+            faults.append((dictionary_name, _fault_of_matrix(spec.dictionary, dictionary_name, held)))
+        if index == 0 and spec.rotation is not None:
+            packed = {role: held[rotation_name(role)] for role in spec.rotation.tensors(spec.d_in)}
+            faults.append((rotation_name, check_rotation(packed, spec.d_in)))
+        for naming, fault in faults:
             if fault:
                 role, _, what = fault.partition(": ")
-                name = f"{spec.modules[index]}.{wanted[role]}"
+                name = f"{spec.modules[index]}.{naming(role)}"
                 file = f"{entries[name].file}: " if name in entries else ""
                 raise CheckpointError(f"{file}tensor {name}: {what}")
+
+
+def _fault_of_matrix(matrix: MatrixSpec, naming: Callable[[str], str], held: Mapping[str, Tensor]) -> str | None:
+    return check_codes({role: held[naming(role)] for role in matrix.tensors() if role in ("mask", "scales")}, matrix)
 
 
 FACTORED = FORMATS.add(FactoredFormat.name, FactoredFormat())
