@@ -13,7 +13,9 @@ import pytest
     sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"),
     reason="there is no Triton for this machine; its interpreter runs the kernels here",
 )
-@pytest.mark.parametrize("name", ["kernels/interpreted.py", "solvers/interpreted_feedback.py"])
+@pytest.mark.parametrize(
+    "name", ["kernels/interpreted.py", "solvers/interpreted_feedback.py", "kernels/interpreted_trellis.py"]
+)
 def test_kernels_in_the_interpreter(name):
     tests = Path(__file__).parent / name
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)]

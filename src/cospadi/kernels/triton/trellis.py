@@ -4,7 +4,7 @@ A value is a hash of a window of its tile's bit stream, so values are decoded in
 read. Four values that follow each other lie in 32 bits, which two words hold: one funnel shift serves all four.
 """
 # Triton's arguments have no Python types.
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import triton
