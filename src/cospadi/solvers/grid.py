@@ -13,7 +13,8 @@ class Grid:
 
     Attributes:
         scales: (rows, groups) float32, exact in bfloat16, non-negative; 0 where all values of the group are zero.
-        zeros: (rows, groups) float32 integers, or multiples of ½ where `half`; all zero for a symmetric grid.
+        zeros: (rows, groups) float32 integers, or multiples of ½ where `half`. Of a symmetric grid: the middle of its
+            levels, which is 0 or, where `half`, between two levels.
         low: smallest level.
         high: largest level.
         half: zero points may lie halfway between two levels.

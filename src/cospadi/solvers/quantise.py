@@ -1,7 +1,7 @@
 """Quantisers: fit integer grids with group scales, then round to nearest or with error feedback (GPTQ).
 
 The stored values of a row form groups of `group` consecutive values. Each group has a scale and, for asymmetric grids,
-an integer zero point: value = (level − zero) · scale. Scales are rounded to bfloat16 before values are rounded to them,
+a zero point: value = (level − zero) · scale. Scales are rounded to bfloat16 before values are rounded to them,
 so the resulting matrix lies exactly on the grid that a checkpoint stores.
 """
 
@@ -45,33 +45,35 @@ def fit_grid(
 
     Args:
         values: (rows, n), the stored values in order.
-        bits: 2, 3, 4 or 8.
+        bits: 2 to 6, or 8.
         group: values per scale; 0: one scale per row.
         symmetric: levels symmetric about zero, no zero point.
         importance: weight of each squared error, (n,) or (rows, n); None: all equal.
         search: number of shrunk ranges to try.
         shifts: zero points to try on either side of the one that spans the values, for asymmetric grids with search.
             At two bits the four levels lie lopsided about zero, and the extremes do not tell which side is better.
-        half: zero points may lie halfway between two levels; `shifts` then counts half steps.
+        half: zero points may lie halfway between two levels; `shifts` then counts half steps. Where symmetric, all of
+            them do: the 2^bits levels are ±½, ±3/2, … scales.
 
     Returns:
         the grid; the one that spans the values wherever no other is better.
 
     Raises:
-        ValueError: if `bits` is not 2, 3, 4 or 8.
+        ValueError: if `bits` is neither 2 to 6 nor 8.
     """
-    if bits not in (2, 3, 4, 8):
-        raise ValueError(f"integers of {bits} bits are not supported, only 2, 3, 4 and 8")
-    low, high = integer_range(bits, symmetric)
-    unit = 0.5 if half and not symmetric else 1.0
+    if bits not in (2, 3, 4, 5, 6, 8):
+        raise ValueError(f"integers of {bits} bits are not supported, only 2 to 6 and 8")
+    low, high = integer_range(bits, symmetric, half)
+    unit = 0.5 if half else 1.0
     split = grouped(values.float(), group)
     bottom, top = split.amin(-1).clamp_max(0), split.amax(-1).clamp_min(0)
     if symmetric:
-        span, zeros = torch.maximum(-bottom, top) / high, torch.zeros_like(top)
+        zeros = torch.full_like(top, (low + high) / 2)
+        span = torch.maximum(-bottom, top) / ((high - low) / 2)
     else:
         span = (top - bottom) / high
         zeros = (-bottom / torch.where(span > 0, span, 1.0) / unit).round().mul_(unit).clamp_(low, high)
-    best = Grid(bfloat16_exact(span), zeros, low, high, unit < 1)
+    best = Grid(bfloat16_exact(span), zeros, low, high, half)
     if not search:
         return best
     weight = torch.ones_like(values[:1]) if importance is None else importance.expand(values.shape).float()
@@ -116,7 +118,7 @@ def quantise_rows(
 
     Args:
         matrix: (rows, columns) float, zero outside the support.
-        bits: 2, 3, 4 or 8.
+        bits: 2 to 6, or 8.
         group: stored values per scale; 0: one scale per row.
         symmetric: no zero points.
         hessian: (columns, columns); None: round to nearest.
@@ -128,14 +130,14 @@ def quantise_rows(
         weighting: power of the Hessian's diagonal by which the search weights squared errors. The diagonal (1) is their
             weight before feedback; after it they weigh much less. 0.5 leaves the smaller loss, 1 keeps the inputs of
             largest energy exact, which measures better on language models.
-        half: zero points in half steps, see :func:`fit_grid`.
+        half: grids in half steps, see :func:`fit_grid`.
 
     Returns:
-        the matrix, exactly on its grid, with float32 scales that are exact in bfloat16 and zero points: int32, or
-        float32 where `half`.
+        the matrix, exactly on its grid, with float32 scales that are exact in bfloat16 and, unless symmetric, zero
+        points: int32, or float32 where `half`.
 
     Raises:
-        ValueError: if `bits` is not 2, 3, 4 or 8, or the Hessian is not positive semi-definite.
+        ValueError: if `bits` is neither 2 to 6 nor 8, or the Hessian is not positive semi-definite.
     """
     matrix = matrix.float()
     rows, columns = matrix.shape

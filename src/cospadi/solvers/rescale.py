@@ -30,6 +30,7 @@ def rescaled(
     hessian: Tensor,
     rounds: int,
     damping: float = 0.01,
+    half: bool = False,
 ) -> Stored:
     """Alternately refit the scales and the integers of a dense quantised matrix.
 
@@ -41,15 +42,19 @@ def rescaled(
         hessian: H (n, n): the loss of a row's error e is eᵀ H e.
         rounds: refits of scales and integers.
         damping: of the Hessian, as a share of its mean diagonal.
+        half: the grids are in half steps. Zero points in floats say so, too.
 
     Returns:
         a quantised matrix. No row has a larger error under the damped Hessian than before.
     """
     assert quantised.scales is not None
     rows = rows.float()
-    zeros = torch.zeros_like(quantised.scales) if quantised.zeros is None else quantised.zeros.to(rows.dtype)
-    low, high = integer_range(bits, quantised.zeros is None)
-    half = quantised.zeros is not None and quantised.zeros.is_floating_point()
+    half = half or (quantised.zeros is not None and quantised.zeros.is_floating_point())
+    low, high = integer_range(bits, quantised.zeros is None, half)
+    if quantised.zeros is None:
+        zeros = torch.full_like(quantised.scales, (low + high) / 2)
+    else:
+        zeros = quantised.zeros.to(rows.dtype)
     grid, matrix = Grid(quantised.scales, zeros, low, high, half), quantised.matrix
     curvature, size = damped(hessian, damping).to(rows.dtype), group or rows.shape[1]
     for _ in range(rounds):

@@ -15,8 +15,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-MULTIPLIER = 0x83DCD12D
-CENTRE = 510
+from cospadi.format.trellis import level_table
+
 MARGIN = 10
 """Constraint lengths of L / K values on either side of the seam that decide about the state there."""
 MEMORY = 2**28
@@ -24,30 +24,9 @@ MEMORY = 2**28
 
 
 @cache
-def _levels(state: int, device: torch.device) -> Tensor:
-    hashed = (torch.arange(2**state, device=device, dtype=torch.int64) * MULTIPLIER) & 0xFFFFFFFF
-    total = sum((hashed >> shift) & 0xFF for shift in (0, 8, 16, 24))
-    assert isinstance(total, Tensor)
-    return (total - CENTRE).to(torch.float32)
-
-
-def levels(state: int, device: torch.device | str = "cpu") -> Tensor:
-    """The level of every state: the sum of the four bytes of (0x83DCD12D · s) mod 2³², less 510.
-
-    Args:
-        state: L, bits of a state, 8 to 16.
-        device: where the table is wanted. It is shared: do not change it.
-
-    Returns:
-        float32 (2^L,) whole numbers from −510 to 510, with a standard deviation of about 147.8.
-    """
-    return _levels(state, torch.device(device))
-
-
-@cache
 def spread(state: int) -> float:
     """Standard deviation of the levels of all states."""
-    return float(levels(state).double().std(correction=0))
+    return float(level_table(state).double().std(correction=0))
 
 
 def windows(symbols: Tensor, bits: int, state: int) -> Tensor:
@@ -70,7 +49,7 @@ def windows(symbols: Tensor, bits: int, state: int) -> Tensor:
 
 def decode(symbols: Tensor, bits: int, state: int) -> Tensor:
     """Levels float32 (…, T) of the symbols (…, T) of circular streams."""
-    return levels(state, symbols.device)[windows(symbols, bits, state)]
+    return level_table(state, symbols.device)[windows(symbols, bits, state)]
 
 
 def check_code(bits: int, state: int, size: int) -> None:
@@ -138,7 +117,7 @@ def _search(targets: Tensor, roots: Tensor | None, bits: int, state: int) -> Ten
     tiles, size = targets.shape
     count = min(batch_size(bits, state, size), max(tiles, 1))
     around = margin(bits, state, size)
-    work = _Work(levels(state, targets.device), 2**bits, size, count)
+    work = _Work(level_table(state, targets.device), 2**bits, size, count)
     symbols = torch.empty(tiles, size, dtype=torch.uint8, device=targets.device)
     for begin in range(0, tiles, count):
         chunk = targets[begin : begin + count].T.contiguous()

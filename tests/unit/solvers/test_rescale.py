@@ -77,3 +77,21 @@ def test_groups_of_zeros_are_left_alone():
     found = rescaled(rows, start, bits=2, group=16, hessian=gram, rounds=2)
     assert bool(found.matrix.isfinite().all())
     assert bool(found.scales.isfinite().all())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group", [0, 16])
+def test_symmetric_grids_in_half_steps_get_better_and_stay_on_the_grid(bits, group):
+    rows, gram = case(bits + group)
+    rows[3] = 0
+    start = quantise_rows(rows, bits=bits, group=group, half=True, hessian=gram, search=10, sweeps=2)
+    found = rescaled(rows, start, bits=bits, group=group, hessian=gram, rounds=3, half=True)
+    assert found.zeros is None and not found.matrix[3].any()
+    hessian = damped(gram, 0.01)
+    before, after = losses(rows, start.matrix, hessian), losses(rows, found.matrix, hessian)
+    assert bool((after <= before * (1 + 1e-5)).all())
+    assert bits > 4 or after.sum() < 0.999 * before.sum()
+    scales = found.scales.repeat_interleave(group or 50, 1)[:, :50]
+    places = (found.matrix / scales)[scales > 0] + (2**bits - 1) / 2
+    assert torch.allclose(places, places.round(), atol=1e-3)
+    assert -1e-3 <= float(places.min()) <= float(places.max()) <= 2**bits - 1 + 1e-3

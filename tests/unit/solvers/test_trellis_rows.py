@@ -262,3 +262,14 @@ def test_the_stretch_suits_gaussian_values():
             values = decode(encode(targets / scale, bits, 10), bits, 10) * scale
             missed.append(float((values - targets).square().sum()))
         assert missed[1] < min(missed[0], missed[2])
+
+
+@pytest.mark.parametrize("shape", [(33, 33), (64, 48)])
+def test_a_checkpoint_decodes_to_the_same_matrix(shape):
+    from cospadi.format import MatrixSpec, Stored, pack, unpack
+    from cospadi.format.trellis import Trellis
+
+    made = solve(rand(*shape, seed=36), correlated(shape[1]))
+    spec = MatrixSpec(*shape, bits=2, trellis=Trellis(CODE.state, CODE.inputs, CODE.outputs))
+    packed = pack(Stored(made.symbols, made.scales[:, None]), spec)
+    assert torch.equal(unpack(packed, spec), made.matrix)
