@@ -7,7 +7,19 @@ import torch
 from transformers import PreTrainedModel
 
 from cospadi.checkpoint import format_for, storage_dtype
-from cospadi.format import Factors, GroupSpec, MatrixSpec, Rotation, Stored, StoredRotation, Trellis
+from cospadi.format import (
+    Factors,
+    GroupSpec,
+    MatrixSpec,
+    Rotation,
+    Stored,
+    StoredRotation,
+    Trellis,
+    part_of,
+    split_codes,
+    unpack,
+)
+from cospadi.format.hadamard import hadamard
 from cospadi.format.pack import integer_range, spread
 from cospadi.format.patterns import keep_largest
 
@@ -104,6 +116,20 @@ def random_factors(spec: GroupSpec, seed: int = 0, dtype: torch.dtype = torch.bf
         codes = random_stored(spec.codes, generator, dtype)
     rotation = None if spec.rotation is None else random_rotation(spec.rotation, spec.d_in, generator, dtype)
     return Factors(codes, dictionary, rotation=rotation)
+
+
+def dense_rows(spec: GroupSpec, factors: Factors, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """The weights (sum of d_out, d_in) in float64 that packed factors stand for, one matrix product after the other."""
+    packed = factors.pack(spec, dtype)
+    parts = enumerate(split_codes(spec, part_of(packed, "codes")))
+    rows = torch.cat([unpack(part, spec.module_codes(index), torch.float64) for index, part in parts])
+    if spec.dictionary is not None:
+        rows = rows @ unpack(part_of(packed, "dictionary"), spec.dictionary, torch.float64)
+    if spec.rotation is not None and factors.rotation is not None:
+        matrix = hadamard(torch.eye(spec.d_in, dtype=torch.float64), spec.rotation.block)
+        scales = factors.rotation.scales
+        rows = rows @ (factors.rotation.signs * (1.0 if scales is None else scales)).double().diag().mm(matrix).T
+    return rows
 
 
 def install(model: PreTrainedModel, spec: GroupSpec, factors: Factors) -> None:

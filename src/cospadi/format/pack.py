@@ -95,7 +95,7 @@ def _encode(values: Tensor, spec: MatrixSpec, stored: Stored, dtype: torch.dtype
     low, high = integer_range(spec.bits, spec.symmetric, spec.half)
     levels = torch.where(scales != 0, values.float() / scales, 0.0)
     packed: Packed = {"scales": stored.scales.to(dtype)}
-    if spec.symmetric and not spec.half:
+    if spec.centred:
         levels = levels.round().clamp(low, high)
         packed["values"] = levels.to(torch.int8) if spec.bits == 8 else pack_bits((levels - low).int(), spec.bits)
         return packed

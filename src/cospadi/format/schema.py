@@ -96,9 +96,14 @@ class MatrixSpec:
         return -(-self.nonzeros // self.group) if self.group else 1
 
     @property
+    def centred(self) -> bool:
+        """Whether levels are integers around zero, so that no zero point is subtracted."""
+        return self.symmetric and not self.half
+
+    @property
     def signed_bytes(self) -> bool:
         """Whether levels are stored as signed bytes, not as a bit stream."""
-        return self.bits == 8 and self.symmetric and not self.half
+        return self.bits == 8 and self.centred
 
     @property
     def zero_bits(self) -> int:

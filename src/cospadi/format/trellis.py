@@ -17,6 +17,8 @@ from torch import Tensor
 MOST_STATE = 16
 TILE_VALUES = (64, 128, 256, 512, 1024)
 RATES = (1, 2, 3, 4)
+LEVEL_SIZE = 147.8
+"""Standard deviation of the levels: about what a row's root mean square is divided by to get its scale."""
 
 _MULTIPLIER = 0x83DCD12D
 _CENTRE = 510  # four bytes of mean 127.5
@@ -124,10 +126,14 @@ def decode_tiles(words: Tensor, bits: int, state: int) -> Tensor:
     from_byte = torch.stack(
         (words, words >> 8, ((words >> 16) & 0xFFFF) | (following << 16), ((words >> 24) & 0xFF) | (following << 8)), -1
     )
-    place = torch.arange(8, dtype=torch.int32, device=words.device) * bits  # eight values begin in `bits` bytes
     count = words.shape[1] * 32 // bits
-    states = from_byte.view(len(words), count // 8, bits).index_select(-1, place // 8)
-    states = (states >> (place % 8)).bitwise_and_((1 << state) - 1)
+    if 8 % bits == 0:  # a byte begins 8 / bits values
+        shifts = torch.arange(0, 8, bits, dtype=torch.int32, device=words.device)
+        states = from_byte.unsqueeze(-1) >> shifts
+    else:  # `bits` bytes begin eight
+        place = torch.arange(0, 8 * bits, bits, dtype=torch.int32, device=words.device)
+        states = from_byte.view(len(words), -1, bits).index_select(-1, place // 8) >> (place % 8)
+    states.bitwise_and_((1 << state) - 1)
     return level_table(state, words.device).index_select(0, states.view(-1)).view(len(words), count)
 
 

@@ -18,10 +18,15 @@ BLOCK_ELEMENTS_MANY = 1 << 21
 MANY_TOKENS = 32
 
 
-def block_rows(tokens: int, columns: int) -> int:
-    """Rows per block of a matrix with `columns` columns that multiplies `tokens` tokens."""
+def block_rows(tokens: int, columns: int, whole: int = 1) -> int:
+    """Rows per block of a matrix with `columns` columns that multiplies `tokens` tokens, a multiple of `whole`."""
     elements = BLOCK_ELEMENTS_MANY if tokens >= MANY_TOKENS else BLOCK_ELEMENTS
-    return max(1, elements // columns)
+    return max(1, elements // columns // whole) * whole
+
+
+def _whole(spec: MatrixSpec) -> int:
+    """Rows that can only be read together."""
+    return 1 if spec.trellis is None else spec.trellis.outputs
 
 
 def packed_linear(x: Tensor, packed: Packed, spec: MatrixSpec) -> Tensor:
@@ -40,7 +45,7 @@ def packed_linear(x: Tensor, packed: Packed, spec: MatrixSpec) -> Tensor:
         return packed_linear(x, *levels).mul_(packed["scales"].view(-1).to(x.dtype))
     if not spec.sparse and spec.bits == 16:
         return linear(x, packed["values"].to(x.dtype))
-    step = block_rows(x.shape[0], spec.columns)
+    step = block_rows(x.shape[0], spec.columns, _whole(spec))
     if step >= spec.rows:
         return linear(x, dense_rows(packed, spec, x.dtype))
     out = x.new_empty(x.shape[0], spec.rows)
@@ -55,7 +60,7 @@ def rebuilt_linear(
 ) -> Tensor:
     """``x (D S)``, with W rebuilt one block of outputs at a time. Arguments as in :func:`cpu_forward`."""
     atoms = dense_rows(dictionary, dictionary_spec, x.dtype)
-    step = block_rows(x.shape[0], dictionary_spec.columns)
+    step = block_rows(x.shape[0], dictionary_spec.columns, _whole(codes_spec))
     out = x.new_empty(x.shape[0], codes_spec.rows)
     for start in range(0, codes_spec.rows, step):
         rows, part = block(codes, codes_spec, start, start + step)

@@ -25,9 +25,16 @@ _WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def block(packed: Packed, spec: MatrixSpec, start: int, stop: int) -> tuple[Packed, MatrixSpec]:
-    """Rows `start` to `stop` of a stored matrix, as views, with their spec."""
+    """Rows `start` to `stop` of a stored matrix, as views, with their spec.
+
+    With a trellis, `start` must be the first row of a tile.
+    """
     stop = min(stop, spec.rows)
-    return {role: stored[start:stop] for role, stored in packed.items()}, replace(spec, rows=stop - start)
+    part = {role: stored[start:stop] for role, stored in packed.items()}
+    if spec.trellis is not None:
+        tall = spec.trellis.outputs
+        part["values"] = packed["values"][start // tall : -(-stop // tall)]
+    return part, replace(spec, rows=stop - start)
 
 
 def as_levels(packed: Packed, spec: MatrixSpec) -> tuple[Packed, MatrixSpec] | None:
@@ -36,7 +43,7 @@ def as_levels(packed: Packed, spec: MatrixSpec) -> tuple[Packed, MatrixSpec] | N
     The scale can then multiply the outputs, once per row instead of once per value. Only for 8-bit values, whose levels
     need no unpacking.
     """
-    if not (spec.bits == 8 and spec.symmetric and spec.groups == 1):
+    if not (spec.signed_bytes and spec.groups == 1):
         return None
     levels = {role: stored for role, stored in packed.items() if role != "scales"}
     return levels, replace(spec, bits=16, group=0)
@@ -72,7 +79,7 @@ def _values(packed: Packed, spec: MatrixSpec, dtype: torch.dtype) -> Tensor:
     values = packed["values"].detach()
     if spec.bits == 16:
         return values.to(dtype)
-    if not spec.integer or not spec.symmetric:
+    if not spec.integer or not spec.centred or spec.trellis is not None:
         return decode_values(packed, spec, dtype)
     if spec.bits == 8:
         levels = values.to(dtype)

@@ -89,7 +89,8 @@ def _op(
     if joined is not None:
         return factored_linear(x, dictionary, spec, joined, whole)
     z = x if dictionary is None else factored_linear(x, None, None, dictionary, parse(dictionary_spec))
-    specs = (replace(whole, rows=part["values"].shape[0]) for part in parts)
+    # a row has a value or a scale of its own; with a trellis the values are tiles
+    specs = (replace(whole, rows=part.get("scales", part["values"]).shape[0]) for part in parts)
     return torch.cat([factored_linear(z, None, None, part, own) for part, own in zip(parts, specs, strict=True)], -1)
 
 

@@ -9,21 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from cospadi.format import GroupSpec, MatrixSpec, Packed, unpack
-from cospadi.format.leaves import codes_name, dictionary_name
+from cospadi.format.leaves import codes_name, dictionary_name, rotation_name
+from cospadi.format.rotation import folded, rotated
 from cospadi.kernels import _torch_private as hooks
 from cospadi.layers.stored_layer import StoredLayer
-from cospadi.layers.tensors import GUARD, Roles, codes_roles, dictionary_roles
+from cospadi.layers.tensors import GUARD, Roles, codes_roles, dictionary_roles, rotation_roles
 
 State = tuple[Any, ...]
 """Identities and versions of tensors: equal only as long as none was replaced or changed."""
 
 
 class FactorTensors(StoredLayer):
-    """The tensors of one module of a group: its codes, and in the group's first module the dictionary.
+    """The tensors of one module of a group: its codes, and in the group's first module dictionary and rotation.
 
     Parameters: ``values`` and, depending on the spec, ``mask``, ``values_scales``, ``values_zeros``; in the first
-    module also ``dictionary``, ``dictionary_scales``, ``dictionary_zeros``. All are frozen when built. The
-    floating-point ones may be trained after `requires_grad_`.
+    module also ``dictionary``, ``dictionary_scales``, ``dictionary_zeros``, ``rotation_signs``, ``rotation_scales``.
+    All are frozen when built. The floating-point ones may be trained after `requires_grad_`.
     """
 
     values: Tensor
@@ -42,6 +43,7 @@ class FactorTensors(StoredLayer):
         # computed once, because every call needs them several times
         self._codes_roles = codes_roles(self.codes_spec)
         self._dictionary_roles = () if group.dictionary is None else dictionary_roles(group.dictionary)
+        self._rotation_roles = rotation_roles(group)
         self._built_dtype = dtype
         for name, (shape, kind) in group.tensors(index, dtype).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=kind, device=device), False))
@@ -67,14 +69,33 @@ class FactorTensors(StoredLayer):
         held = cast(dict[str, Tensor], self._parameters)
         return {role: held[name] for role, name in self._dictionary_roles}
 
+    def own_rotation(self) -> Packed | None:
+        """Stored tensors of the rotation by role, in the module that holds it; None without a rotation."""
+        if self.group.rotation is None:
+            return None
+        held = cast(dict[str, Tensor], self._parameters)
+        return {role: held[name] for role, name in self._rotation_roles}
+
+    def rotated(self, x: Tensor) -> Tensor:
+        """The input as the dictionary reads it, in the module that holds the rotation; x itself without one."""
+        packed, rotation = self.own_rotation(), self.group.rotation
+        return x if packed is None or rotation is None else rotated(x, packed, rotation)
+
+    @property
+    def reads_x(self) -> bool:
+        """Whether the codes read x itself: the dictionary is the identity and there is no rotation."""
+        return self.dictionary_spec is None and self.group.rotation is None
+
     def dictionary_device(self) -> torch.device:
-        """Device of the dictionary that this module holds; for an identity dictionary, that of the codes."""
+        """Device of the dictionary or rotation that this module holds; without either, that of the codes."""
         name = codes_name("values") if self.dictionary_spec is None else dictionary_name("values")
+        if self.dictionary_spec is None and self.group.rotation is not None:
+            name = rotation_name("signs")
         return cast(Tensor, self._parameters[name]).device
 
     def dictionary_state(self) -> State | None:
-        """Identities and versions of the tensors of the dictionary held here; None while they are offloaded."""
-        return self._state(self._dictionary_roles)
+        """Identities and versions of dictionary and rotation held here; None while they are offloaded."""
+        return self._state(self._dictionary_roles + self._rotation_roles)
 
     def codes_state(self) -> State | None:
         """Identities and versions of the tensors of the codes; None while they are offloaded."""
@@ -100,11 +121,12 @@ class FactorTensors(StoredLayer):
                 yield parameter
 
     @torch.no_grad()
-    def dense_from(self, dictionary: Packed | None, dtype: torch.dtype | None) -> Tensor:
-        """The dense weight that the codes make with a dictionary.
+    def dense_from(self, dictionary: Packed | None, rotation: Packed | None, dtype: torch.dtype | None) -> Tensor:
+        """The dense weight that the codes make with a dictionary and a rotation.
 
         Args:
             dictionary: stored tensors by role; None for the identity.
+            rotation: stored tensors by role; None for none.
             dtype: of the result; None for that of the floating-point parameters. Computed in at least float32.
 
         Returns:
@@ -114,6 +136,8 @@ class FactorTensors(StoredLayer):
         weight = unpack(self.packed_codes(), self.codes_spec, wide)
         if dictionary is not None and self.dictionary_spec is not None:
             weight = weight @ unpack(dictionary, self.dictionary_spec, wide).to(weight.device)
+        if rotation is not None and self.group.rotation is not None:
+            weight = folded(weight, rotation, self.group.rotation)
         return weight.to(dtype or self.float_dtype)
 
     @property
@@ -133,5 +157,10 @@ class FactorTensors(StoredLayer):
             parts.append(f"dictionary={self.group.atoms} atoms of {self.dictionary_spec.bits} bits{held}")
         sparsity = f"{codes.nonzeros} of {codes.columns} ({codes.pattern})" if codes.sparse else "dense"
         scales = f" per {codes.group or codes.nonzeros}" if codes.integer else ""
+        if codes.trellis is not None:
+            scales += f", trellis of {codes.trellis.state} state bits"
+        if self.group.rotation is not None:
+            held = "" if self.index == 0 else f" in {self.group.modules[0]}"
+            parts.append(f"rotation=blocks of {self.group.rotation.block}{held}")
         parts.append(f"codes={sparsity}, {codes.bits} bits{scales}")
         return ", ".join(parts)

@@ -16,7 +16,7 @@ from cospadi.layers.siblings import Siblings, own_product
 
 
 class FactoredLinear(FactorTensors):
-    """``y = (x D) S + b`` for one module of a group. Its parameters are those of `FactorTensors`."""
+    """``y = (z D) S + b`` for one module of a group; z is x, or x rotated. It holds what `FactorTensors` says."""
 
     def __init__(
         self,
@@ -60,14 +60,14 @@ class FactoredLinear(FactorTensors):
         Raises:
             ModelError: if another layer holds the dictionary and this one was not joined to it.
         """
-        return (self if self.index == 0 else self._linked().owner).own_dictionary()
+        return self._owner().own_dictionary()
 
     def forward(self, x: Tensor, *, coordinates_only: bool = False) -> Tensor:
         """Apply the layer.
 
         Args:
             x: (…, d_in), of the dtype of the floating-point parameters, as for ``nn.Linear``.
-            coordinates_only: return x D alone. Siblings ask for it while accelerate's hooks, which run at this call,
+            coordinates_only: return z D alone. Siblings ask for it while accelerate's hooks, which run at this call,
                 have the dictionary offloaded.
 
         Returns:
@@ -83,7 +83,8 @@ class FactoredLinear(FactorTensors):
             return own_product(self, x)
         siblings = self.siblings or self._linked()
         if len(siblings.members) == 1:
-            y = factored_linear(x, self.own_dictionary(), self.dictionary_spec, self.packed_codes(), self.codes_spec)
+            z = self.rotated(x)
+            y = factored_linear(z, self.own_dictionary(), self.dictionary_spec, self.packed_codes(), self.codes_spec)
         elif is_traced():
             y = siblings.traced.output(x, self.index)
         else:
@@ -101,7 +102,10 @@ class FactoredLinear(FactorTensors):
         Returns:
             (d_out, d_in), on the device of the codes.
         """
-        return self.dense_from(self.packed_dictionary(), dtype)
+        return self.dense_from(self.packed_dictionary(), self._owner().own_rotation(), dtype)
+
+    def _owner(self) -> FactorTensors:
+        return self if self.index == 0 else self._linked().owner
 
     def _linked(self) -> Siblings:
         if self.siblings is None:

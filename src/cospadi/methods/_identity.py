@@ -36,6 +36,7 @@ def integer_plan(
     bits: Literal[0, 2, 3, 4, 8] = 0,
     group: Natural = 64,
     symmetric: bool | None = None,
+    half: bool = False,
 ) -> GroupSpec:
     """The most bits per weight within the budget and, for that many bits, the smallest groups.
 
@@ -45,12 +46,15 @@ def integer_plan(
         bits: 8, 4, 3 or 2; 0: the most that fit.
         group: weights per scale; 0: one scale per row. If it does not fit, coarser groups are tried before fewer bits.
         symmetric: no zero points. None: at 8 bits only, since with few levels none should be wasted.
+        half: levels in half steps: zero points halfway between two levels, for one more bit per scale; without zero
+            points 2^bits levels around zero, none of them zero. At 8 bits this applies only if `symmetric` is given.
     """
     spec = None
     for width in [bits] if bits else [8, 4, 3, 2]:
         even = width == 8 if symmetric is None else symmetric
         for size in group_sizes(group, shape.d_in):
-            spec = identity_spec(shape, bits=width, group=size, symmetric=even)
+            steps = half and (width < 8 or symmetric is not None)
+            spec = identity_spec(shape, bits=width, group=size, symmetric=even, half=steps)
             if spec.bytes <= budget:
                 return spec
     assert spec is not None  # the loops run at least once
@@ -95,6 +99,7 @@ def pruned_rows(rows: Tensor, support: Tensor, codes: MatrixSpec, hessian: Tenso
         bits=codes.bits,
         group=codes.group,
         symmetric=codes.symmetric,
+        half=codes.half,
         hessian=hessian,
         support=support,
         search=30,

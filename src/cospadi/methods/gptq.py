@@ -49,7 +49,7 @@ def gptq(
 
     Args:
         problem: weights and Grams.
-        spec: bits, group and symmetry.
+        spec: bits, group, symmetry and half steps.
         damping: of the Gram, as a share of its mean diagonal.
         search: clipping ranges to try per group; 0: the grid spans all weights.
         weighting: power of the Gram's diagonal by which that search weights errors. 1 protects the inputs of large
@@ -65,6 +65,7 @@ def gptq(
             bits=codes.bits,
             group=codes.group,
             symmetric=codes.symmetric,
+            half=codes.half,
             hessian=gram,
             damping=damping,
             search=search,

@@ -28,7 +28,9 @@ def rtn(problem: Problem, spec: GroupSpec, *, search: Natural = 0) -> Factors:
     """
     codes = spec.codes
     parts = [
-        quantise_rows(rows, bits=codes.bits, group=codes.group, symmetric=codes.symmetric, search=search)
+        quantise_rows(
+            rows, bits=codes.bits, group=codes.group, symmetric=codes.symmetric, half=codes.half, search=search
+        )
         for rows, _ in module_rows(problem)
     ]
     return stacked_rows(parts, problem)

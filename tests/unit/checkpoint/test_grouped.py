@@ -3,11 +3,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from checkpoints.factory import KINDS, compress_randomly, install, make_spec, random_factors, tiny_groups
+from checkpoints.factory import KINDS, compress_randomly, dense_rows, install, make_spec, random_factors, tiny_groups
 from cospadi.checkpoint import storage_dtype
 from cospadi.checkpoint.formats.factored import FACTORED
 from cospadi.errors import ModelError
-from cospadi.format import Factors, Stored, pack, unpack
+from cospadi.format import Factors, Stored
 from cospadi.layers import FactoredLinear
 from cospadi.layers.tensors import GUARD
 from tiny import tiny_config, tiny_model
@@ -20,9 +20,7 @@ def dense_twin(model, groups, factors):
     """The same model, with the product of the factors written into its linear layers by hand."""
     dtype = storage_dtype(model)
     for spec, found in zip(groups, factors, strict=True):
-        weight = unpack(pack(found.codes, spec.codes, dtype), spec.codes, torch.float64)
-        if spec.dictionary is not None:
-            weight = weight @ unpack(pack(found.dictionary, spec.dictionary, dtype), spec.dictionary, torch.float64)
+        weight = dense_rows(spec, found, dtype)
         for name, rows in zip(spec.modules, weight.split(list(spec.d_out)), strict=True):
             with torch.no_grad():
                 model.get_submodule(name).weight.copy_(rows)

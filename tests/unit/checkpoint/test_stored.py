@@ -9,6 +9,8 @@ import torch
 from checkpoints.make_stored import meaning
 from cospadi import evaluation
 from cospadi.checkpoint import export_dense, factor_bytes, load, read_config, save, validate
+from cospadi.checkpoint.checks import FileTensors
+from cospadi.checkpoint.headers import read_directory
 from cospadi.errors import CheckpointError
 
 ROOT = Path(__file__).parents[2] / "checkpoints"
@@ -16,7 +18,23 @@ STORED = sorted(path.parent for path in ROOT.glob("v*/*/config.json"))
 
 
 def test_they_are_there():
-    assert {path.relative_to(ROOT).as_posix() for path in STORED} >= {"v1/every_kind", "v1/tied_float16"}
+    expected = {f"{version}/{name}" for version in ("v1", "v2") for name in ("every_kind", "tied_float16")}
+    assert {path.relative_to(ROOT).as_posix() for path in STORED} >= expected
+
+
+@pytest.mark.parametrize("name", ["every_kind", "tied_float16"])
+def test_what_version_1_can_say_is_written_as_before(name, tmp_path):
+    """The description and every byte of the stored tensors."""
+    path = ROOT / "v1" / name
+    save(load(path), None, tmp_path, read_config(path), max_shard_size="1GB")
+    old, new = (json.loads((p / "config.json").read_text())["quantization_config"] for p in (path, tmp_path))
+    assert json.dumps(new) == json.dumps(old) and new["format_version"] == 1
+    before, after = read_directory(path), read_directory(tmp_path)
+    assert before.keys() == after.keys()
+    for full in before:
+        module, _, leaf = full.rpartition(".")
+        a, b = (FileTensors(entries, module)[leaf] for entries in (before, after))
+        assert a.dtype == b.dtype and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -233,7 +233,8 @@ def test_missing_parts(checkpoint):
 
 
 CONFIG_DAMAGE = [
-    (lambda q: q.update(format_version=2), "format version 2"),
+    (lambda q: q.update(format_version=3), "format version 3"),
+    (lambda q: q.update(format_version=1), "version 1 is declared, but the description uses version 2"),
     (lambda q: q.update(format_version="1"), "format_version is '1'"),
     (lambda q: q.update(format_version=True), "format_version is True"),
     (lambda q: q.pop("format_version"), "format_version is None"),
@@ -248,6 +249,20 @@ CONFIG_DAMAGE = [
     (lambda q: q["groups"][0]["codes"].update(bits=True), "group 0.*bits is True"),
     (lambda q: q["groups"][0]["codes"].update(nonzeros=6), rf"tensor {Q}.values"),
     (lambda q: q["groups"][0]["codes"].update(colour="red"), "group 0.*colour"),
+    (lambda q: q["groups"][0].update(colour="red"), "group 0.*colour"),
+    (lambda q: q["groups"][10]["codes"].update(half=1), "group 10.*half is 1"),
+    (lambda q: q["groups"][10]["codes"].update(bits=16), "group 10.*half steps are for integers"),
+    (lambda q: q["groups"][10].update(rotation={"block": 48}), "group 10.*blocks of 48 is not known"),
+    (lambda q: q["groups"][10]["rotation"].update(order="walsh"), "group 10.*not .*walsh"),
+    (lambda q: q["groups"][10]["rotation"].update(scales=True), "tensor .*rotation_scales is missing"),
+    (lambda q: q["groups"][10].pop("rotation"), "rotation_signs does not belong"),
+    (lambda q: q["groups"][11]["codes"]["trellis"].update(state=20), "group 11.*20 state bits is not known"),
+    (lambda q: q["groups"][11]["codes"]["trellis"].update(inputs=5), "group 11.*5 inputs x 16 outputs are not known"),
+    (lambda q: q["groups"][11]["codes"]["trellis"].update(inputs=8), r"tensor .*\.values is .*expected"),
+    (lambda q: q["groups"][11]["codes"]["trellis"].update(codebook="3inst"), "group 11.*not .*3inst"),
+    (lambda q: q["groups"][11]["codes"].update(bits=8), "group 11.*bits must be one of.*with a trellis"),
+    (lambda q: q["groups"][11]["codes"].update(bits=3), r"tensor .*\.values is .*expected"),
+    (lambda q: q["groups"][11]["codes"].update(trellis=[10, 4, 16]), "group 11.*state, inputs and outputs"),
     (lambda q: q["groups"].append(copy.deepcopy(q["groups"][0])), rf"module {Q} belongs to two groups"),
     (lambda q: q["groups"].pop(), None),
 ]

@@ -4,13 +4,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from checkpoints.factory import random_rotation, random_symbols
 from cospadi.engine.compress import compress
 from cospadi.engine.tune import block as refine
 from cospadi.engine.tune.block import block_error, refine_layer
 from cospadi.engine.tune.streams import Streams
 from cospadi.engine.tune.tunable import TunableGroup
 from cospadi.errors import RecipeError
-from cospadi.format import Factors, GroupSpec, MatrixSpec, Stored, unpack
+from cospadi.format import Factors, GroupSpec, MatrixSpec, Rotation, Stored, Trellis, part_of, split_codes, unpack
 from cospadi.format.patterns import keep_largest
 from cospadi.model_view import discover
 from cospadi.recipe import Recipe, Refine
@@ -27,7 +28,8 @@ def stored(spec, generator):
         matrix = matrix * mask
     if not spec.integer:
         return Stored(matrix, support=mask)
-    found = quantise_rows(matrix, bits=spec.bits, group=spec.group, symmetric=spec.symmetric, support=mask)
+    grid = {"bits": spec.bits, "group": spec.group, "symmetric": spec.symmetric, "half": spec.half}
+    found = quantise_rows(matrix, **grid, support=mask)
     return Stored(found.matrix, found.scales, found.zeros, mask)
 
 
@@ -39,7 +41,11 @@ SPECS = {
     "3 bits, asymmetric": ({"bits": 3, "group": 7, "symmetric": False}, {"bits": 3, "symmetric": False}),
     "2 bits, identity": ({"bits": 2, "group": 8, "symmetric": False}, None),
     "16 bits, pruned": ({"pattern": "5:8"}, None),
+    "3 bits, half steps": ({"bits": 3, "group": 7, "symmetric": False, "half": True}, {"bits": 4, "half": True}),
+    "trellis": ({"bits": 2, "trellis": Trellis(10, 4, 16)}, None),
+    "trellis of a dictionary": ({"bits": 3, "trellis": Trellis(12, 8, 8)}, {"bits": 8}),
 }
+TURNED = {"3 bits, half steps": Rotation(16, scales=False), "trellis": Rotation(8)}
 
 
 def made(kind, seed=0, d_in=22, atoms=37, d_out=(9, 5)):
@@ -47,8 +53,14 @@ def made(kind, seed=0, d_in=22, atoms=37, d_out=(9, 5)):
     codes_options, dictionary_options = SPECS[kind]
     atoms = d_in if dictionary_options is None else atoms
     dictionary = None if dictionary_options is None else MatrixSpec(atoms, d_in, **dictionary_options)
-    spec = GroupSpec(("a", "b"), d_in, d_out, MatrixSpec(sum(d_out), atoms, **codes_options), dictionary)
-    factors = Factors(stored(spec.codes, generator), None if dictionary is None else stored(dictionary, generator))
+    codes = MatrixSpec(sum(d_out), atoms, **codes_options)
+    spec = GroupSpec(("a", "b"), d_in, d_out, codes, dictionary, rotation=TURNED.get(kind))
+    if codes.trellis is None:
+        found = stored(codes, generator)
+    else:
+        found = random_symbols(codes, sum(spec.lengths("values")), generator, torch.bfloat16)
+    rotation = None if spec.rotation is None else random_rotation(spec.rotation, d_in, generator, torch.bfloat16)
+    factors = Factors(found, None if dictionary is None else stored(dictionary, generator), rotation=rotation)
     return spec, factors.pack(spec, torch.bfloat16), generator
 
 
@@ -71,10 +83,14 @@ def test_moved_parameters_compute_exactly_what_they_pack_to(kind):
         for k in group.knobs:
             k.tensor.add_(0.4 * k.unit * torch.randn(k.tensor.shape, generator=generator))
     packed = group.packed()
-    values = {key.split(".")[1]: tensor for key, tensor in packed.items() if key.startswith("codes.")}
-    assert torch.equal(unpack(values, spec.codes), group.codes.matrix().detach())
-    assert any(not torch.equal(packed[key], tensors[key]) for key in tensors if key.endswith("values"))
-    assert all(torch.equal(packed[key], tensors[key]) for key in tensors if key.split(".")[1] in ("mask", "zeros"))
+    for index, codes in enumerate(split_codes(spec, part_of(packed, "codes"))):
+        rows = torch.cat([part.matrix() for part in group.codes]).detach().split(list(spec.d_out))[index]
+        assert torch.equal(unpack(codes, spec.module_codes(index)), rows)
+    moved = {key for key in tensors if not torch.equal(packed[key], tensors[key])}
+    assert "codes.scales" in moved or not spec.codes.integer
+    assert ("codes.values" in moved) == (spec.codes.trellis is None)
+    assert ("rotation.scales" in moved) == (spec.rotation is not None and spec.rotation.scales)
+    assert not moved & {"codes.mask", "codes.zeros", "dictionary.zeros", "rotation.signs"}
     weight = torch.cat(group.weights()).detach().double().T
     assert torch.allclose(weight, spec.weight(packed), rtol=1e-5, atol=1e-5)
 
@@ -83,14 +99,15 @@ def test_moved_parameters_compute_exactly_what_they_pack_to(kind):
 def test_everything_gets_a_gradient_and_clipped_levels_none(kind):
     spec, tensors, generator = made(kind)
     group = TunableGroup(spec, tensors, torch.bfloat16, CPU)
-    codes = group.codes.knobs[0].tensor
-    if spec.codes.integer:
+    codes = group.codes[0].knobs[0].tensor
+    levels = spec.codes.integer and spec.codes.trellis is None
+    if levels:
         with torch.no_grad():
             codes[0, 0] = 1e3  # beyond the largest level
     torch.cat(group.weights()).mul(torch.randn(14, spec.d_in, generator=generator)).sum().backward()
     for k in group.knobs:
         assert k.tensor.grad is not None and bool(k.tensor.grad.any())
-    if spec.codes.integer:
+    if levels:
         assert codes.grad[0, 0] == 0
 
 

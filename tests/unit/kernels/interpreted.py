@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from cospadi.format import MatrixSpec, unpack
+from cospadi.format import MatrixSpec, Trellis, unpack
 from cospadi.kernels import autotune as tuning
 from cospadi.kernels import cuda
 from cospadi.kernels.synthetic import random_packed
@@ -283,3 +283,35 @@ def test_both_products_as_a_layer_makes_them(kind, way, monkeypatch):
     assert float((y.double() - exact).norm() / exact.norm()) < 4e-3
     assert bool(tuning.failures()) == broken
     tuning.clear()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "group"), [(8, 0), (8, 16), (4, 32), (4, 0), (2, 64), (2, 0)])
+def test_half_steps(bits, group, symmetric):
+    """Enough groups that stored zero points, of one bit more than a level, straddle words."""
+    spec = MatrixSpec(21, 768, bits=bits, group=group, symmetric=symmetric, half=True)
+    packed = random_packed(spec, torch.float16)
+    assert torch.equal(launch.unpacked(packed, spec, torch.float32), unpack(packed, spec, torch.float32))
+    one, some = inputs(1, 768), inputs(5, 768)
+    check(launch.one_token(one, packed, spec, launch.Config(8, 8, 4), torch.float32), one, packed, spec, 1e-5)
+    check(launch.dense(one, packed, spec, launch.Config(16, 32, 4), torch.float32), one, packed, spec, 1e-5)
+    check(launch.few_tokens(some, packed, spec, launch.Config(16, 4, 4), torch.float32), some, packed, spec)
+    check(launch.dense(some, packed, spec, launch.Config(16, 32, 4), torch.float32), some, packed, spec)
+
+
+def test_half_steps_whose_groups_end_within_an_element():
+    spec = MatrixSpec(21, 109, bits=4, group=7, symmetric=False, half=True)
+    packed = random_packed(spec, torch.float16)
+    for tokens in (1, 3):
+        x = inputs(tokens, 109)
+        check(launch.dense(x, packed, spec, launch.Config(16, 32, 4), torch.float32), x, packed, spec)
+
+
+def test_specs_without_a_kernel():
+    for spec in (
+        MatrixSpec(4, 96, bits=2, trellis=Trellis(16, 4, 64)),
+        MatrixSpec(4, 96, "8:32", bits=8, half=True),
+        MatrixSpec(4, 96, bits=3, half=True),
+    ):
+        assert not launch.readable(spec)
+    assert launch.readable(MatrixSpec(4, 96, bits=2, half=True))

@@ -7,15 +7,17 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cospadi.format import MatrixSpec
+from cospadi.format import MatrixSpec, Trellis
 from cospadi.kernels import describe, factored_group, factored_linear, parse, reference
 from cospadi.kernels.group_op import as_one_matrix
 from cospadi.kernels.op import ROLES
 from cospadi.kernels.synthetic import random_packed
 
 
-def case(d_in, atoms, rows, pattern="3:8", bits=16, dictionary_bits=16, dtype=torch.float64, group=0, nonzeros=0):
-    codes_spec = MatrixSpec(rows, atoms, pattern, nonzeros, bits, group)
+def case(
+    d_in, atoms, rows, pattern="3:8", bits=16, dictionary_bits=16, dtype=torch.float64, group=0, nonzeros=0, **more
+):
+    codes_spec = MatrixSpec(rows, atoms, pattern, nonzeros, bits, group, **more)
     codes = random_packed(codes_spec, dtype)
     if dictionary_bits == 0:
         return None, None, codes, codes_spec
@@ -51,6 +53,8 @@ KINDS = [
     {"bits": 4, "dictionary_bits": 4, "group": 3},
     {"pattern": "free", "nonzeros": 4, "dictionary_bits": 0},
     {"pattern": "dense", "bits": 16},
+    {"pattern": "dense", "bits": 2, "half": True, "group": 3, "symmetric": False},
+    {"pattern": "dense", "bits": 3, "dictionary_bits": 0, "trellis": Trellis(10, 4, 16)},
 ]
 
 
@@ -62,7 +66,7 @@ def test_opcheck(kind):
 
 
 @pytest.mark.parametrize("joined", [True, False])
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "trellis" not in kind], ids=str)
 def test_all_layers_of_a_group(kind, joined):
     dictionary, spec, codes, codes_spec = case(9, 9 if kind.get("dictionary_bits") == 0 else 11, 12, **kind)
     parts = [{role: t[rows] for role, t in codes.items()} for rows in (slice(5), slice(5, 6), slice(6, None))]

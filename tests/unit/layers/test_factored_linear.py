@@ -11,13 +11,13 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from checkpoints.factory import KINDS, make_spec, random_factors
+from checkpoints.factory import KINDS, ROTATIONS, dense_rows, make_spec, random_factors
 from cospadi.errors import ModelError
-from cospadi.format import GroupSpec, pack, unpack
-from cospadi.format.leaves import codes_name, dictionary_name
+from cospadi.format import GroupSpec, part_of, split_codes
+from cospadi.format.leaves import codes_name, dictionary_name, rotation_name
 from cospadi.kernels import parse
 from cospadi.kernels.group_op import as_one_matrix
-from cospadi.layers import FactoredLinear
+from cospadi.layers import FactoredLinear, factor_tensors
 
 D_IN, D_OUT = 24, (13, 7, 9)
 
@@ -41,21 +41,16 @@ def make_layers(
     factors = random_factors(spec, seed)
     layers = [FactoredLinear(spec, i, bias, dtype=dtype) for i in range(len(d_out))]
     FactoredLinear.link(layers)
-    codes = pack(factors.codes, spec.codes)
-    weight = unpack(codes, spec.codes, torch.float64)
-    if spec.dictionary is not None:
-        dictionary = pack(factors.dictionary, spec.dictionary)
-        weight = weight @ unpack(dictionary, spec.dictionary, torch.float64)
-        for role, tensor in dictionary.items():
-            fill(layers[0], dictionary_name(role), tensor)
-    begin = 0
-    for layer, rows in zip(layers, d_out, strict=True):
+    packed = factors.pack(spec, torch.bfloat16)
+    for part, naming in (("dictionary", dictionary_name), ("rotation", rotation_name)):
+        for role, tensor in part_of(packed, part).items():
+            fill(layers[0], naming(role), tensor)
+    for layer, codes in zip(layers, split_codes(spec, part_of(packed, "codes")), strict=True):
         for role, tensor in codes.items():
-            fill(layer, codes_name(role), tensor[begin : begin + rows])
-        begin += rows
+            fill(layer, codes_name(role), tensor)
         if layer.bias is not None:
             nn.init.normal_(layer.bias)
-    return nn.ModuleList(layers), list(weight.split(list(d_out)))
+    return nn.ModuleList(layers), list(dense_rows(spec, factors).split(list(d_out)))
 
 
 def expected(x: torch.Tensor, weight: torch.Tensor, layer: FactoredLinear) -> torch.Tensor:
@@ -287,7 +282,9 @@ def test_joined_siblings(kind, joining):
                 assert y.is_contiguous()
                 wanted = x.double().cpu() @ weight.T + layer.bias.double().cpu()
                 torch.testing.assert_close(y.double().cpu(), wanted, rtol=1e-4, atol=1e-4)
-    assert (products.group, products.dictionary, products.own) == (2, 0, 0)
+    # trellis tiles that end in padding do not make one matrix
+    stacked = layers[0].group.stacked
+    assert (products.group, products.dictionary, products.own) == ((2, 0, 0) if stacked else (0, 0, 6))
     held = weakref.ref(x)
     del x
     assert held() is None
@@ -384,6 +381,9 @@ def test_compiled_siblings_share_one_product(kind, joining):
 
     with torch.no_grad():
         check()
+        if not layers[0].group.stacked:
+            assert programs == [{"factored_linear": 3}]
+            return
         assert programs == [{"factored_group": 1}]
         assert not lie_joined(layers)  # one operation, which multiplies with each layer's codes
         layers[0](torch.randn(1, D_IN, device=joining))
@@ -587,3 +587,128 @@ def test_group_spec_is_kept():
     spec = make_spec("free16", ["m0"], D_IN, (5,))
     layer = FactoredLinear(spec, 0)
     assert isinstance(layer.group, GroupSpec) and layer.group == spec and layer.name == "m0"
+
+
+class Transforms:
+    """Counts the transforms of inputs."""
+
+    def __init__(self, monkeypatch):
+        self.count, real = 0, factor_tensors.rotated
+
+        def counted(*arguments):
+            self.count += 1
+            return real(*arguments)
+
+        monkeypatch.setattr(factor_tensors, "rotated", counted)
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+def test_siblings_share_one_transform(kind, monkeypatch):
+    layers, weights = make_layers(kind)
+    transforms = Transforms(monkeypatch)
+    for gradient in (False, True):
+        x = torch.randn(20, D_IN, requires_grad=gradient)
+        for layer, weight in zip(layers, weights, strict=True):
+            torch.testing.assert_close(layer(x).double(), x.double() @ weight.T, rtol=1e-4, atol=1e-4)
+    assert transforms.count == 2
+    x = torch.randn(2, D_IN)
+    layers[0](x)
+    for name in ("rotation_signs", "rotation_scales"):
+        if hasattr(layers[0], name):
+            with torch.no_grad():
+                layers[0].get_parameter(name).neg_()
+            wanted = x.double() @ layers[1].dense_weight(torch.float64).T
+            torch.testing.assert_close(layers[1](x).double(), wanted, rtol=1e-4, atol=1e-4)  # not the remembered one
+
+
+def test_whole_tiles_of_siblings_are_joined(joining):
+    """Modules whose rows are whole tiles, the last one excepted, are one stored matrix."""
+    layers, weights = make_layers("trellis2", (16, 32, 7), bias=True)
+    layers.to(joining)
+    lay_apart(layers)
+    assert layers[0].group.stacked
+    with torch.no_grad():
+        for _ in range(2):
+            x = torch.randn(3, D_IN, device=joining)
+            for layer, weight in zip(layers, weights, strict=True):
+                wanted = x.double().cpu() @ weight.T + layer.bias.double().cpu()
+                torch.testing.assert_close(layer(x).double().cpu(), wanted, rtol=1e-4, atol=1e-4)
+            assert lie_joined(layers)
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda h: [layer(h) for layer in layers], fullgraph=True, backend="aot_eager")
+        for y, weight, layer in zip(compiled(x), weights, layers, strict=True):
+            wanted = x.double().cpu() @ weight.T + layer.bias.double().cpu()
+            torch.testing.assert_close(y.double().cpu(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+def test_gradients_of_scales(kind):
+    """In x, and in the scales that tuning trains: of the rotation, of the dictionary and of the values."""
+    layers, _ = make_layers(kind, (13, 7))
+    layers.double()
+    names = [n for n, p in layers.named_parameters() if n.endswith("scales") and p.is_floating_point()]
+    assert ("0.rotation_scales" in names) == (kind == "trellis2") and "1.values_scales" in names
+    for parameter in layers.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    x = torch.randn(3, D_IN, dtype=torch.float64, requires_grad=True)
+    values = [layers.get_parameter(name).detach().clone().requires_grad_() for name in names]
+
+    def outputs(x, *scales):
+        given = dict(zip(names, scales, strict=True))
+        return torch.func.functional_call(Both(layers), {f"layers.{n}": t for n, t in given.items()}, (x,))
+
+    assert torch.autograd.gradcheck(outputs, (x, *values))
+    sum(layer(x).square().sum() for layer in layers).backward()
+    assert all(layers.get_parameter(name).grad.abs().sum() > 0 for name in names)
+
+
+class Both(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x):
+        return torch.cat([layer(x) for layer in self.layers], -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ROTATIONS)
+def test_half_precision_of_rotated_layers(kind, dtype):
+    layers, weights = make_layers(kind, dtype=dtype)
+    x = torch.randn(5, D_IN).to(dtype)
+    for layer, weight in zip(layers, weights, strict=True):
+        y = layer(x)
+        assert y.dtype == dtype
+        exact = x.double() @ weight.T
+        assert float((y.double() - exact).norm() / exact.norm()) < (1e-2 if dtype == torch.bfloat16 else 2e-3)
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+def test_rotated_layers_compile_and_export(kind):
+    layers, weights = make_layers(kind)
+    model = Both(layers)
+    x = torch.randn(4, D_IN)
+    wanted = x.double() @ torch.cat(weights).T
+    torch._dynamo.reset()
+    for backend in ("aot_eager", "inductor"):
+        torch.testing.assert_close(
+            torch.compile(model, fullgraph=True, backend=backend)(x).double(), wanted, rtol=1e-4, atol=1e-4
+        )
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    torch.testing.assert_close(program.module()(x[:3]).double(), wanted[:3], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+def test_offloaded_rotations(kind):
+    """accelerate keeps the parameters elsewhere and brings them at each call."""
+    from accelerate import cpu_offload
+
+    layers, weights = make_layers(kind)
+    model = Both(layers)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(p.device.type == "meta" for p in model.parameters())
+    with torch.no_grad():
+        for tokens in (2, 20):
+            x = torch.randn(tokens, D_IN)
+            wanted = x.double() @ torch.cat(weights).T
+            torch.testing.assert_close(model(x).double(), wanted, rtol=1e-4, atol=1e-4)

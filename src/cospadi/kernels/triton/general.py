@@ -47,6 +47,29 @@ def half(word, part: tl.constexpr, FLOAT: tl.constexpr):
 
 
 @triton.jit
+def zero_points(of_zeros, group, live, BITS: tl.constexpr, HALF: tl.constexpr):
+    """Zero points in float32 of the groups `group` of the rows at the pointers `of_zeros`.
+
+    HALF is 0 for integers of BITS bits, 1 for half steps of one bit more, 2 for the middle of all levels, which is not
+    stored.
+    """
+    if HALF == 2:
+        zero = (group * 0).to(tl.float32) + ((1 << BITS) - 1) * 0.5
+    elif HALF == 1:
+        first = group * (BITS + 1)
+        word = tl.load(of_zeros + first // 32, mask=live, other=0).to(tl.int64) & 0xFFFFFFFF
+        over = first % 32 + BITS + 1 > 32
+        following = tl.load(of_zeros + first // 32 + 1, mask=live & over, other=0).to(tl.int64) << 32
+        steps = ((word | following) >> (first % 32)) & ((2 << BITS) - 1)
+        zero = steps.to(tl.float32) * 0.5
+    else:
+        PER: tl.constexpr = 32 // BITS
+        word = tl.load(of_zeros + group // PER, mask=live, other=0)
+        zero = ((word >> ((group % PER) * BITS)) & ((1 << BITS) - 1)).to(tl.float32)
+    return zero
+
+
+@triton.jit
 def stored_value(rows, index, keep, BITS: tl.constexpr):
     """Value number `index` of the rows at the pointers `rows`; 0 where not `keep`.
 
@@ -175,7 +198,8 @@ def dense_linear_kernel(
     SCALED: tl.constexpr,
     GROUP: tl.constexpr,
     PER: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
+    CENTRED: tl.constexpr,
+    HALF: tl.constexpr,
     TOKENS: tl.constexpr,
     PITCH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -191,7 +215,7 @@ def dense_linear_kernel(
     safe = tl.minimum(row, rows - 1).to(tl.int64)
     token = tl.arange(0, TOKENS)
     LEVELS: tl.constexpr = (1 << BITS) - 1
-    LOW: tl.constexpr = LEVELS // 2 if SYMMETRIC and PER > 1 else 0  # was added to stored symmetric levels
+    LOW: tl.constexpr = LEVELS // 2 if CENTRED and PER > 1 else 0  # was added to stored symmetric levels
     SHARED: tl.constexpr = GROUP % PER == 0  # values of an element share scale and zero point
     of_values = values + (safe * stride)[:, None]
     of_scales = scales + (safe * groups)[:, None]
@@ -209,10 +233,9 @@ def dense_linear_kernel(
             scale = 1.0
             if GROUP > 0:
                 scale = tl.load(of_scales + group, mask=live, other=0).to(tl.float32)
-            zero = LOW
-            if not SYMMETRIC:
-                word = tl.load(of_zeros + group // PER, mask=live, other=0)
-                zero = (word >> ((group % PER) * BITS)) & LEVELS
+            zero = LOW * 1.0
+            if not CENTRED:
+                zero = zero_points(of_zeros, group, live, BITS, HALF)
         if TOKENS == 1:
             within = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
         for part in tl.static_range(PER):
@@ -221,12 +244,11 @@ def dense_linear_kernel(
             if not SHARED:
                 group = (column // GROUP)[None, :]
                 scale = tl.load(of_scales + group, mask=inside[None, :], other=0).to(tl.float32)
-                zero = LOW
-                if not SYMMETRIC:
-                    word = tl.load(of_zeros + group // PER, mask=inside[None, :], other=0)
-                    zero = (word >> ((group % PER) * BITS)) & LEVELS
+                zero = LOW * 1.0
+                if not CENTRED:
+                    zero = zero_points(of_zeros, group, inside[None, :], BITS, HALF)
             if PER > 1:  # noqa: SIM108
-                value = (((stored >> (part * BITS)) & LEVELS) - zero).to(tl.float32)
+                value = ((stored >> (part * BITS)) & LEVELS).to(tl.float32) - zero
             else:
                 value = stored.to(tl.float32)
             if TOKENS == 1:

@@ -12,7 +12,7 @@ import os
 import triton
 import triton.language as tl
 
-from cospadi.kernels.triton.general import half
+from cospadi.kernels.triton.general import half, zero_points
 
 
 @triton.jit
@@ -46,14 +46,6 @@ def _level(word, part: tl.constexpr, BITS: tl.constexpr):
     return found.to(tl.float32, bitcast=True)
 
 
-@triton.jit
-def _zero_points(of_zeros, group, live, BITS: tl.constexpr):
-    """Zero points of the groups `group`."""
-    PER: tl.constexpr = 32 // BITS
-    word = tl.load(of_zeros + group // PER, mask=live, other=0)
-    return (word >> ((group % PER) * BITS)) & ((1 << BITS) - 1)
-
-
 @triton.jit(do_not_specialize=["rows", "groups", "zero_stride"])
 def one_token_kernel(
     x,
@@ -68,7 +60,8 @@ def one_token_kernel(
     BITS: tl.constexpr,
     FLOAT: tl.constexpr,
     GROUP: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
+    CENTRED: tl.constexpr,
+    HALF: tl.constexpr,
     PITCH: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -104,9 +97,11 @@ def one_token_kernel(
         scale = 1.0
         if GROUP > 0:
             scale = tl.load(of_scales + (here * EACH // GROUP)[None, :], mask=live, other=0).to(tl.float32)
-        if not SYMMETRIC:
+        if not CENTRED:
             group = here * EACH // GROUP if GROUP > 0 else here * 0
-            offset = (8388608 + _zero_points(of_zeros, group[None, :], live, BITS)).to(tl.float32)[:, :, None]
+            offset = zero_points(of_zeros, group[None, :], live, BITS, HALF)[:, :, None]
+            if HALF == 0:
+                offset += 8388608.0
         elif BITS == 8:
             word = word ^ -2139062144  # 0x80808080: signed to unsigned
         within = tl.zeros([ROWS, CHUNKS, 4], dtype=tl.float32)
@@ -116,7 +111,10 @@ def one_token_kernel(
             weights = tl.load(of_x, mask=live[:, :, None], other=0)
             for part in tl.static_range(4):
                 weight = half((weights >> (32 * (part // 2))).to(tl.int32), part % 2, FLOAT)
-                within += (_level(word, quarter * 4 + part, BITS) - offset) * weight
+                level = _level(word, quarter * 4 + part, BITS)
+                if HALF > 0:  # 2^23 and a half has no float32
+                    level -= 8388608.0
+                within += (level - offset) * weight
         sums += tl.sum(within, 2) * scale
     result = tl.sum(sums, 1)
     if GROUP == 0:
@@ -139,7 +137,8 @@ def few_tokens_kernel(
     tokens,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
+    CENTRED: tl.constexpr,
+    HALF: tl.constexpr,
     SIGNED: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -156,7 +155,7 @@ def few_tokens_kernel(
     safe = tl.minimum(row, rows - 1).to(tl.int64)[None, :]
     PER: tl.constexpr = 8 // BITS
     LEVELS: tl.constexpr = (1 << BITS) - 1
-    LEAST: tl.constexpr = (LEVELS - 1) // 2 if SYMMETRIC and not SIGNED else 0
+    LEAST: tl.constexpr = (LEVELS - 1) // 2 if CENTRED and not SIGNED else 0
     span = tl.arange(0, SPANS)
     token = tl.arange(0, TOKENS)[None, None, :]
     column = span[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
@@ -172,9 +171,9 @@ def few_tokens_kernel(
         weight = tl.load(x + token * columns + here[:, :, None], mask=live[:, :, None] & (token < tokens), other=0)
         part = tl.dot(stored.to(weight.dtype), weight)
         inside = (at + span * SPAN < columns)[:, None]
-        if not SYMMETRIC:
+        if not CENTRED:
             group = (at + span * SPAN) // GROUP if GROUP > 0 else span * 0
-            zero = _zero_points(zeros + safe * zero_stride, group[:, None], inside, BITS).to(tl.float32)
+            zero = zero_points(zeros + safe * zero_stride, group[:, None], inside, BITS, HALF)
             part -= zero[:, :, None] * tl.sum(weight.to(tl.float32), 1)[:, None, :]
         if GROUP > 0:
             group = (at + span * SPAN) // GROUP
@@ -207,7 +206,8 @@ def expand_integers_kernel(
     zero_stride,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
+    CENTRED: tl.constexpr,
+    HALF: tl.constexpr,
     PER: tl.constexpr,
     RUN: tl.constexpr,
     ROWS: tl.constexpr,
@@ -231,14 +231,15 @@ def expand_integers_kernel(
     else:
         word = tl.load(values + safe * stride + first // PER, mask=inside, other=0)
         level = (word >> ((column % PER) * BITS)) & LEVELS
-        if SYMMETRIC:
+        if CENTRED:
             level -= (LEVELS - 1) // 2
     group = first // GROUP if GROUP > 0 else first * 0
-    if not SYMMETRIC:
-        level -= _zero_points(zeros + safe * zero_stride, group, inside, BITS)
+    value = level.to(tl.float32)
+    if not CENTRED:
+        value -= zero_points(zeros + safe * zero_stride, group, inside, BITS, HALF)
     scale = tl.load(scales + safe * groups + group, mask=inside, other=0).to(tl.float32)
     tl.store(
         out + safe * columns + column,
-        (level.to(tl.float32) * scale).to(out.dtype.element_ty),
+        (value * scale).to(out.dtype.element_ty),
         mask=(column < columns) & (row < rows)[:, None, None],
     )

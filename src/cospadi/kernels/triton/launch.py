@@ -46,7 +46,7 @@ Option = tuple[Callable[..., Tensor], Config]
 def options(spec: MatrixSpec, tokens: int) -> list[Option]:
     """Kernels and launch parameters that compute ``x Mᵀ`` for a spec and number of tokens, the most promising first."""
     if not spec.sparse:
-        bytes_ = spec.bits == 16 or (spec.bits == 8 and spec.symmetric)
+        bytes_ = spec.bits == 16 or spec.signed_bytes
         if tokens == 1:
             chosen: list[Option] = [(one_token, config) for config in ONE_TOKEN] if one_token_fits(spec) else []
             rest = DENSE_ONE if bytes_ else DENSE_ONE_PACKED

@@ -46,8 +46,8 @@ def per_word(spec: MatrixSpec) -> int:
 
 
 def readable(spec: MatrixSpec) -> bool:
-    """Whether a kernel reads this spec: 16, 8, 4 or 2 bits, with zero points only if dense."""
-    return spec.bits in (16, 8, 4, 2) and (spec.symmetric or not spec.sparse)
+    """Whether a kernel reads this spec: 16, 8, 4 or 2 bits, no trellis; zero points and half steps only if dense."""
+    return spec.bits in (16, 8, 4, 2) and spec.trellis is None and (spec.centred or not spec.sparse)
 
 
 def parts(size: int, each: int) -> int:

@@ -26,6 +26,16 @@ def span(spec: MatrixSpec) -> int:
     return size if size >= 16 else 0
 
 
+def half_steps(spec: MatrixSpec) -> int:
+    """The kernels' constant HALF: 0 whole zero points, 1 half steps, 2 always the middle of the levels."""
+    return (2 if spec.symmetric else 1) if spec.half else 0
+
+
+def _zeros(packed: Packed) -> Tensor:
+    """Stored zero points; without any, a tensor that the kernels take but do not read."""
+    return packed.get("zeros", packed["scales"]).contiguous()
+
+
 def dense(
     x: Tensor, packed: Packed, spec: MatrixSpec, config: Config, out_dtype: torch.dtype, spaced: bool = False
 ) -> Tensor:
@@ -36,7 +46,7 @@ def dense(
     tokens = x.shape[0]
     out = output(x, spec, out_dtype, spaced)
     values = packed["values"].contiguous()
-    zeros = x if spec.symmetric else packed["zeros"].contiguous()
+    zeros = packed["zeros"].contiguous() if "zeros" in packed else x
     dense_linear_kernel[(parts(spec.rows, config.rows),)](
         x,
         values,
@@ -50,7 +60,8 @@ def dense(
         zeros.stride(0),
         tokens,
         PER=32 // spec.bits if values.dtype == torch.int32 else 1,
-        SYMMETRIC=spec.symmetric,
+        CENTRED=spec.centred,
+        HALF=half_steps(spec),
         TOKENS=padded(tokens),
         PITCH=pitch(1) if spaced else 32,
         ROWS=config.rows,
@@ -67,7 +78,7 @@ def one_token(
 ) -> Tensor:
     """Dense integers that satisfy :func:`one_token_fits`; one token of 16-bit floats; `spaced` as for `dense`."""
     out = output(x, spec, out_dtype, spaced)
-    zeros = packed["scales" if spec.symmetric else "zeros"].contiguous()
+    zeros = _zeros(packed)
     one_token_kernel[(parts(spec.rows, config.rows),)](
         aligned(x).view(-1).view(torch.int64),
         aligned(packed["values"]).view(-1).view(torch.int32),
@@ -81,7 +92,8 @@ def one_token(
         BITS=spec.bits,
         FLOAT=FLOATS[x.dtype],
         GROUP=0 if spec.groups == 1 else spec.group,
-        SYMMETRIC=spec.symmetric,
+        CENTRED=spec.centred,
+        HALF=half_steps(spec),
         PITCH=pitch(1) if spaced else 32,
         ROWS=config.rows,
         CHUNKS=config.width,
@@ -94,7 +106,7 @@ def one_token(
 def few_tokens(x: Tensor, packed: Packed, spec: MatrixSpec, config: Config, out_dtype: torch.dtype) -> Tensor:
     """Dense integers for which :func:`span` is not 0; 2 to MOST_TOKENS tokens."""
     out = torch.empty(x.shape[0], spec.rows, dtype=out_dtype, device=x.device)
-    values, zeros = elements(packed, spec), packed["scales" if spec.symmetric else "zeros"].contiguous()
+    values, zeros = elements(packed, spec), _zeros(packed)
     few_tokens_kernel[(parts(spec.rows, config.rows),)](
         x,
         values,
@@ -109,7 +121,8 @@ def few_tokens(x: Tensor, packed: Packed, spec: MatrixSpec, config: Config, out_
         x.shape[0],
         BITS=spec.bits,
         GROUP=0 if spec.groups == 1 else spec.group,
-        SYMMETRIC=spec.symmetric,
+        CENTRED=spec.centred,
+        HALF=half_steps(spec),
         SIGNED=values.dtype == torch.int8,
         TOKENS=max(16, padded(x.shape[0])),
         ROWS=config.rows,
@@ -123,7 +136,7 @@ def few_tokens(x: Tensor, packed: Packed, spec: MatrixSpec, config: Config, out_
 
 def expand_integers(packed: Packed, spec: MatrixSpec, dtype: torch.dtype, config: Config) -> Tensor:
     """Unpack dense integers to (rows, columns) in `dtype`."""
-    values, zeros = packed["values"].contiguous(), packed["scales" if spec.symmetric else "zeros"].contiguous()
+    values, zeros = packed["values"].contiguous(), _zeros(packed)
     out = torch.empty(spec.rows, spec.columns, dtype=dtype, device=values.device)
     per = 32 // spec.bits if values.dtype == torch.int32 else 1
     run = min(8, per) if per > 1 else 8
@@ -142,7 +155,8 @@ def expand_integers(packed: Packed, spec: MatrixSpec, dtype: torch.dtype, config
         zeros.stride(0),
         BITS=spec.bits,
         GROUP=0 if spec.groups == 1 else spec.group,
-        SYMMETRIC=spec.symmetric,
+        CENTRED=spec.centred,
+        HALF=half_steps(spec),
         PER=per,
         RUN=run,
         ROWS=config.rows,

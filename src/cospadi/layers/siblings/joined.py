@@ -28,9 +28,9 @@ class JoinedCodes:
         self._pending = True
 
     def device(self) -> torch.device | None:
-        """The device of the dictionary and all codes; None if there are several, or if joining does not pay there."""
+        """The device of the dictionary and all codes; None if there are several, or if joining is no use there."""
         where = self._members[0].dictionary_device()
-        if where.type not in JOINED_ON:
+        if where.type not in JOINED_ON or not self._members[0].group.stacked:
             return None
         apart = any(member.code_tensor("values").device != where for member in self._members)
         return None if apart else where
@@ -46,9 +46,12 @@ class JoinedCodes:
         """Move the members' codes into one storage; each parameter becomes a view of its rows.
 
         Returns:
-            False if the members lie on different devices or hold no data; nothing is changed then.
+            False if the members lie on different devices or hold no data, or if their rows do not make one stored
+            matrix; nothing is changed then.
         """
         owner = self._members[0]
+        if not owner.group.stacked:
+            return False
         packed = [member.packed_codes() for member in self._members]
         if len({tensor.device for part in packed for tensor in part.values()} | {owner.dictionary_device()}) > 1:
             return False
@@ -57,7 +60,7 @@ class JoinedCodes:
         with torch.inference_mode(False), torch.no_grad():
             matrix = {role: torch.cat([part[role].detach() for part in packed]) for role in packed[0]}
             for role, tensor in matrix.items():
-                rows = torch.split(tensor, list(owner.group.d_out))
+                rows = torch.split(tensor, owner.group.lengths(role))
                 for part, view in zip(packed, rows, strict=True):
                     part[role].data = view
         self._matrix = matrix
@@ -80,7 +83,7 @@ class JoinedCodes:
                 if part.data_ptr() != address or part.dtype != tensor.dtype or part.device != where:
                     self._matrix = None  # moved or replaced; this also frees the storage
                     return None
-                address += member.out_features * step
+                address += part.shape[0] * step
         return self._matrix
 
     def drop(self) -> None:

@@ -22,16 +22,16 @@ FEW_TOKENS = 16
 
 
 def own_product(owner: FactorTensors, x: Tensor) -> Tensor:
-    """The coordinates x D (…, atoms) of a layer that holds the dictionary, x on the dictionary's device."""
-    dictionary = owner.own_dictionary()
+    """The coordinates z D (…, atoms) of a layer that holds dictionary and rotation, x on their device."""
+    dictionary, z = owner.own_dictionary(), owner.rotated(x)
     if dictionary is None or owner.dictionary_spec is None:
-        return x
-    return factored_linear(x, None, None, dictionary, owner.dictionary_spec)
+        return z
+    return factored_linear(z, None, None, dictionary, owner.dictionary_spec)
 
 
 def coordinates(owner: FactorTensors, x: Tensor) -> Tensor:
-    """The same on the device of x, wherever the dictionary lies; x itself for an identity dictionary."""
-    if owner.dictionary_spec is None:
+    """The same on the device of x, wherever the dictionary lies; x itself where the codes read it."""
+    if owner.reads_x:
         return x
     where = owner.dictionary_device()
     if where == x.device:
@@ -131,12 +131,13 @@ class Memo:
             self._joined.prepare()
             matrix = self._joined.matrix() if few_tokens(x) else None
         if matrix is not None and matrix["values"].device == x.device:
-            together = factored_linear(x, owner.own_dictionary(), owner.dictionary_spec, matrix, owner.group.codes)
+            z = owner.rotated(x)
+            together = factored_linear(z, owner.own_dictionary(), owner.dictionary_spec, matrix, owner.group.codes)
             outputs = torch.split(together, list(owner.group.d_out), -1)
             codes = tuple(member.codes_state() for member in self._members)
             return _Shared(x, ambient, owner.dictionary_state(), None, outputs, codes, waiting)
         hidden = coordinates(owner, x)
-        if hidden is x:  # identity dictionary: nothing to remember
+        if hidden is x:  # the codes read it: nothing to remember
             return _Shared(x, ambient, None, x, (), (), set())
         # the state after the product: the owner's hooks may only now have brought its dictionary
         return _Shared(x, ambient, owner.dictionary_state(), hidden, (), (), waiting)

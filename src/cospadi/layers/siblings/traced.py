@@ -72,7 +72,8 @@ class Traced:
             finished = joinable and few_tokens(x)
             if finished:
                 codes = [member.packed_codes() for member in members]
-                result = factored_group(x, owner.own_dictionary(), owner.dictionary_spec, codes, owner.group.codes)
+                z = owner.rotated(x)
+                result = factored_group(z, owner.own_dictionary(), owner.dictionary_spec, codes, owner.group.codes)
             else:
                 result = coordinates(owner, x)
             held = _Shared(x, cast, result, finished, set(range(len(members))))
