@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from measuring import measured, stream
 from torch import Tensor
 
 from cospadi.calibration import Texts, read_texts, token_blocks
-from cospadi.calibration.blocks import encode, join
 from cospadi.calibration.statistics import Accumulator
 from cospadi.engine.plan.plan import make_plan
 from cospadi.engine.tune.streams import Moments, anchored_target
@@ -324,28 +324,6 @@ class Ablation:
         return {
             m: anchored_target(self.original[m].T, moments, ridge=1e-2, blend=blend).T.float() for m in group.modules
         }
-
-
-def stream(texts: Texts, tokenizer: object, most: int | None, seq_len: int) -> Tensor:
-    """Blocks (count, seq_len) that do not overlap."""
-    ids = join(encode(texts, tokenizer), tokenizer.eos_token_id)
-    count = min(len(ids) // seq_len, most or len(ids))
-    return torch.from_numpy(ids[: count * seq_len].reshape(count, seq_len))
-
-
-@torch.no_grad()
-def measured(model: torch.nn.Module, dense: torch.nn.Module, blocks: Tensor, device: torch.device) -> dict[str, float]:
-    """Perplexity, and KL to the dense model in nats a token."""
-    loss = kl = torch.zeros((), dtype=torch.float64, device=device)
-    count = 0
-    for part in torch.split(blocks, 4):
-        ids = part.to(device)
-        found = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float().log_softmax(-1)
-        wanted = dense(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float().log_softmax(-1)
-        loss = loss - found.gather(1, ids[:, 1:].reshape(-1, 1)).sum(dtype=torch.float64)
-        kl = kl + (wanted.exp() * (wanted - found)).sum(-1).sum(dtype=torch.float64)
-        count += found.shape[0]
-    return {"perplexity": float((loss / count).exp()), "kl": float(kl / count)}
 
 
 def arguments() -> argparse.Namespace:

@@ -14,7 +14,13 @@ import pytest
     reason="there is no Triton for this machine; its interpreter runs the kernels here",
 )
 @pytest.mark.parametrize(
-    "name", ["kernels/interpreted.py", "solvers/interpreted_feedback.py", "solvers/interpreted_trellis.py"]
+    "name",
+    [
+        "kernels/interpreted.py",
+        "kernels/interpreted_trellis.py",
+        "solvers/interpreted_feedback.py",
+        "solvers/interpreted_trellis.py",
+    ],
 )
 def test_kernels_in_the_interpreter(name):
     tests = Path(__file__).parent / name
