@@ -35,7 +35,8 @@ def by_spectra(context: RunContext, recipe: Recipe, plan: Plan, *, rule: str) ->
         context.progress("plan", number, len(groups), group.spec.name)
         weight = torch.cat([context.view.weight(name).to(context.device).double() for name in group.spec.modules], 1)
         if rule == "truncation":
-            gram = context.store.load(group.source).mean_gram.to(context.device)
+            found = context.read(group.source)
+            gram = context.gram(group.spec.modules, found.mean_gram, found.loss)
             weight = cholesky_whitening(gram).apply(weight)
         spectra.append(torch.linalg.svdvals(weight).cpu().numpy())
     context.progress("plan", len(groups), len(groups))
