@@ -248,3 +248,18 @@ def test_the_blend_keeps_the_trace():
         torch.testing.assert_close(found, (1 - blend) * share + blend * plain)
     assert blended(plain, loss, 1.0) is plain and blended(plain, None, 0.2) is plain
     assert blended(plain, torch.zeros_like(loss), 0.2) is plain
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_streams_the_layers_of_a_model_on_the_host(tmp_path):
+    model, ids = tiny_model("gemma3_text"), token_ids(5, 24)
+    view = discover(model)
+    first = token_weights(view, ids, tmp_path / "1", seed=7, device="cuda").of(view.module_names)
+    second = token_weights(view, ids, tmp_path / "2", seed=7, device="cuda").of(view.module_names)
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    expected = reference(model.to("cuda"), view, ids.to("cuda"), 7)
+    for name, item in first.items():
+        assert torch.equal(item.values, second[name].values)
+        raw = expected[name].flatten().cpu()
+        torch.testing.assert_close(item.values.double(), raw / raw.mean(), rtol=2e-2, atol=1e-2)
