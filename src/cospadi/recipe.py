@@ -141,6 +141,12 @@ class Recipe(_Strict):
         description="Take each layer's statistics after the layers before it are compressed; left out: what the method "
         "publishes.",
     )
+    gram: Literal["plain", "loss"] | None = Field(
+        None,
+        description="Tokens count alike in a layer's Gram, or by how much the loss minds errors there; left out: what "
+        "the method publishes.",
+    )
+    gram_blend: float = Field(0.2, ge=0, le=1, description="Share of the plain Gram that `gram: loss` mixes in.")
     anchor: bool = Field(
         False, description="Fit each layer to the original outputs, given inputs from the already compressed layers."
     )

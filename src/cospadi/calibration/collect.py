@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from cospadi.errors import CalibrationError
 from cospadi.model_view import LayerReplay, LinearGroup, ModelView
 from cospadi.progress import PhaseProgress
 from cospadi.runtime.memory import guard_memory
+
+if TYPE_CHECKING:
+    from cospadi.calibration.token_weights import TokenWeights
 
 BATCH_TOKENS = 16_384
 REMEDY = "give fewer --samples or a smaller --seq-len, or use --device cpu"
@@ -30,6 +34,7 @@ def collect(
     device: torch.device | str = "cpu",
     store: StatisticsStore,
     batch: int | None = None,
+    weights: "TokenWeights | None" = None,
     progress: PhaseProgress | None = None,
 ) -> None:
     """Stream calibration text through the model layer by layer and store one Gram per group's input.
@@ -43,6 +48,7 @@ def collect(
         device: where the layers run.
         store: where the statistics go, as soon as a layer is done.
         batch: sequences at a time; None: as many as stay within 16k tokens.
+        weights: of the tokens; with them, also one loss-weighted Gram for every linear layer.
         progress: called as progress(layers done, layers, name of the layer).
 
     Warns:
@@ -63,19 +69,23 @@ def collect(
             stacklevel=2,
         )
     layers = range(len(view.layers))
-    missing = [index for index in layers if index not in store]
+
+    def done(index: int) -> bool:
+        return index in store and (weights is None or store.has_loss(index))
+
+    missing = [index for index in layers if not done(index)]
     if not missing:
         return
-    store.require_space(group for group in view.groups if group.layer in set(missing))
+    store.require_space((group for group in view.groups if group.layer in set(missing)), loss=weights is not None)
     size = batch or sequences_per_batch(ids.shape[1])
     with LayerReplay(view, device) as replay:
         with guard_memory("embedding the calibration text", REMEDY):
             hidden = [replay.embed(part).cpu() for part in torch.split(ids, size)]
         for index in layers[: missing[-1] + 1]:
-            if index in store:
+            if done(index):
                 _advance(replay, index, hidden)
             else:
-                _collect_layer(replay, index, hidden, store)
+                _collect_layer(replay, index, hidden, store, weights)
             if progress:
                 progress(index + 1, len(layers), f"{view.layers_name}.{index}")
 
@@ -87,15 +97,22 @@ def _advance(replay: LayerReplay, index: int, hidden: list[Tensor]) -> None:
             hidden[number] = replay.layer(index, part).cpu()
 
 
-def _collect_layer(replay: LayerReplay, index: int, hidden: list[Tensor], store: StatisticsStore) -> None:
+def _collect_layer(
+    replay: LayerReplay, index: int, hidden: list[Tensor], store: StatisticsStore, weights: "TokenWeights | None"
+) -> None:
     groups = replay.view.of_layer(index)
     with guard_memory(f"collecting statistics of decoder layer {index}", REMEDY):
-        sums = {group: Accumulator(group.name, group.d_in, replay.device) for group in groups}
+        sums = {
+            group: Accumulator(
+                group.name, group.d_in, replay.device, weights.of(group.modules) if weights is not None else None
+            )
+            for group in groups
+        }
         with ExitStack() as stack:
             for hook in _hooks(replay.view, sums.items()):
                 stack.callback(hook.remove)
             _advance(replay, index, hidden)
-        store.save(index, {group: item.finish() for group, item in sums.items()})
+        store.save(index, {group: item.finish() for group, item in sums.items()}, loss=weights is not None)
 
 
 def _hooks(

@@ -3,13 +3,14 @@
 They are sums over tokens, so statistics may be collected in pieces and in any order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from cospadi.calibration.loss_gram import LossGram, Weights
 from cospadi.errors import NumericalError
 
 CHUNK_TOKENS = 512
@@ -23,14 +24,16 @@ class Statistics:
         gram: Σ x xᵀ, float64 (d, d), symmetric.
         abs_sum: Σ |x|, float64 (d,).
         tokens: their number.
+        loss: loss-weighted Grams by the name of the layer that reads the input, as far as they were asked for.
     """
 
     gram: Tensor
     abs_sum: Tensor
     tokens: int
+    loss: Mapping[str, LossGram] = field(default_factory=dict)
 
     def __add__(self, other: "Statistics") -> "Statistics":
-        """The statistics of both texts together."""
+        """The statistics of both texts together, without loss-weighted Grams: a weight is relative to its own text."""
         if not isinstance(other, Statistics):
             return NotImplemented
         return Statistics(self.gram + other.gram, self.abs_sum + other.abs_sum, self.tokens + other.tokens)
@@ -56,10 +59,21 @@ class Accumulator:
         name: of the layer, for messages.
         size: d, the number of input channels.
         device: on which to accumulate.
+        weights: of the tokens, by the name of the layer that reads the input; tokens are then added in their order,
+            without a mask.
     """
 
-    def __init__(self, name: str, size: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        device: torch.device | str = "cpu",
+        weights: Mapping[str, Weights] | None = None,
+    ) -> None:
         self.name = name
+        self.weights = dict(weights or {})
+        self.roots = {key: item.values.sqrt().to(device) for key, item in self.weights.items()}
+        self.weighted = {key: torch.zeros(size, size, dtype=torch.float64, device=device) for key in self.weights}
         self.gram = torch.zeros(size, size, dtype=torch.float64, device=device)
         self.abs_sum = torch.zeros(size, dtype=torch.float64, device=device)
         self.tokens = 0
@@ -80,7 +94,10 @@ class Accumulator:
                 wide = part.to(self.gram.device, torch.float64 if part.dtype == torch.float64 else torch.float32)
                 self.gram += wide.T @ wide
                 self.abs_sum += wide.abs().sum(0, dtype=torch.float64)
-        self.tokens += rows.shape[0]
+                for key, root in self.roots.items():
+                    own = wide * root[self.tokens : self.tokens + len(part), None]
+                    self.weighted[key] += own.T @ own
+                self.tokens += len(part)
 
     def finish(self) -> Statistics:
         """The sums so far, on the CPU, with an exactly symmetric Gram.
@@ -96,13 +113,19 @@ class Accumulator:
                 f"{self.name}: NaN or Inf in {int(channels.sum())} of {len(channels)} input channels (first: {first}); "
                 "the model overflows on this text (try bfloat16 or float32 weights) or is damaged"
             )
-        gram = self.gram.cpu()
-        for start in range(0, len(gram), 1024):  # in blocks, to avoid a second full copy
-            stop = start + 1024
-            corner = gram[start:stop, start:stop].triu()
-            gram[start:stop, start:stop] = corner + corner.triu(1).T
-            gram[stop:, start:stop] = gram[start:stop, stop:].T
-        return Statistics(gram, self.abs_sum.cpu(), self.tokens)
+        loss = {key: LossGram(_symmetric(gram), self.weights[key].energy) for key, gram in self.weighted.items()}
+        return Statistics(_symmetric(self.gram), self.abs_sum.cpu(), self.tokens, loss)
+
+
+def _symmetric(gram: Tensor) -> Tensor:
+    """The upper triangle of a matrix (d, d) on both sides, on the CPU."""
+    gram = gram.cpu()
+    for start in range(0, len(gram), 1024):  # in blocks, to avoid a second full copy
+        stop = start + 1024
+        corner = gram[start:stop, start:stop].triu()
+        gram[start:stop, start:stop] = corner + corner.triu(1).T
+        gram[stop:, start:stop] = gram[start:stop, stop:].T
+    return gram
 
 
 def accumulate(x: Tensor, mask: Tensor | None = None, *, name: str = "activations") -> Statistics:

@@ -5,7 +5,9 @@ Grams are symmetric, so only the part of each row from the diagonal block on is 
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from cospadi.calibration.loss_gram import LossGram
 from cospadi.calibration.statistics import Statistics
 from cospadi.errors import OutputError
 from cospadi.io import UNFINISHED, disk_errors, write_durably
@@ -55,12 +58,30 @@ class StatisticsStore:
         """Whether the statistics of a decoder layer are there."""
         return self._path(layer).is_file()
 
-    def save(self, layer: int, statistics: Mapping[LinearGroup, Statistics]) -> None:
+    def has_loss(self, layer: int) -> bool:
+        """Whether the loss-weighted Grams of a decoder layer are there."""
+        return self._loss_path(layer).is_file()
+
+    def save(self, layer: int, statistics: Mapping[LinearGroup, Statistics], *, loss: bool = False) -> None:
         """Write the statistics of one decoder layer.
+
+        Args:
+            layer: its index.
+            statistics: of all of its inputs.
+            loss: also the loss-weighted Grams; of layers that have none, the plain Gram will stand in.
 
         Raises:
             OutputError: if the disk is full or not writable.
         """
+        if loss:
+            weighted = {"layer": torch.tensor([layer])}
+            for item in statistics.values():
+                for name, found in item.loss.items():
+                    weighted[f"{name}.gram"] = pack_symmetric(found.gram)
+                    weighted[f"{name}.energy"] = torch.tensor([found.energy], dtype=torch.float64)
+            write_durably(self._loss_path(layer), save(weighted))
+            if layer in self:
+                return
         tensors: dict[str, Tensor] = {}
         for group, item in statistics.items():
             key = group.modules[0]
@@ -69,33 +90,60 @@ class StatisticsStore:
             tensors[f"{key}.tokens"] = torch.tensor([item.tokens], dtype=torch.int64)
         write_durably(self._path(layer), save(tensors))
 
-    def load(self, group: LinearGroup) -> Statistics:
+    def load(self, group: LinearGroup, loss: Collection[str] = ()) -> Statistics:
         """Read the statistics of one group.
+
+        Args:
+            group: which.
+            loss: names of its layers whose loss-weighted Grams are wanted, too, where they have one.
 
         Raises:
             OutputError: if they are missing or damaged.
         """
-        path, key = self._path(group.layer), group.modules[0]
+        key = group.modules[0]
+        with self._opened(self._path(group.layer), group.layer) as file:
+            gram = unpack_symmetric(file.get_tensor(f"{key}.gram"), group.d_in)
+            found = Statistics(gram, file.get_tensor(f"{key}.abs_sum"), int(file.get_tensor(f"{key}.tokens")))
+        if not loss:
+            return found
+        with self._opened(self._loss_path(group.layer), group.layer) as file:
+            stored = {*file.keys()}
+            weighted = {
+                name: LossGram(
+                    unpack_symmetric(file.get_tensor(f"{name}.gram"), group.d_in),
+                    float(file.get_tensor(f"{name}.energy")),
+                )
+                for name in loss
+                if f"{name}.gram" in stored
+            }
+        return replace(found, loss=weighted)
+
+    @contextmanager
+    def _opened(self, path: Path, layer: int) -> Iterator[Any]:
         try:
             with safe_open(path, framework="pt") as file:
-                gram = unpack_symmetric(file.get_tensor(f"{key}.gram"), group.d_in)
-                return Statistics(gram, file.get_tensor(f"{key}.abs_sum"), int(file.get_tensor(f"{key}.tokens")))
+                yield file
         except FileNotFoundError:
-            raise OutputError(f"{self.directory}: no statistics of decoder layer {group.layer}") from None
+            raise OutputError(f"{self.directory}: no statistics of decoder layer {layer}") from None
         except (SafetensorError, ValueError, OSError) as error:
             raise OutputError(f"{path} is damaged ({error}): delete it, or use --fresh") from None
 
     def discard(self, layer: int) -> None:
         """Delete the statistics of one decoder layer once they are no longer needed."""
         self._path(layer).unlink(missing_ok=True)
+        self._loss_path(layer).unlink(missing_ok=True)
 
-    def require_space(self, groups: Iterable[LinearGroup]) -> None:
+    def require_space(self, groups: Iterable[LinearGroup], *, loss: bool = False) -> None:
         """Check that the disk has room for the statistics of these groups.
+
+        Args:
+            groups: whose statistics are still to be written.
+            loss: with a loss-weighted Gram for each of their layers.
 
         Raises:
             OutputError: if it does not (names what is needed and what is free).
         """
-        need = sum(8 * (packed_size(group.d_in) + group.d_in) for group in groups)
+        need = sum(8 * (packed_size(group.d_in) * (1 + loss * len(group.modules)) + group.d_in) for group in groups)
         free = shutil.disk_usage(self.directory).free
         if need > free:
             raise OutputError(
@@ -105,6 +153,9 @@ class StatisticsStore:
 
     def _path(self, layer: int) -> Path:
         return self.directory / f"layer-{layer:05d}.safetensors"
+
+    def _loss_path(self, layer: int) -> Path:
+        return self.directory / f"loss-{layer:05d}.safetensors"
 
     def _compare(self, found: Any) -> None:
         if not isinstance(found, dict):

@@ -134,6 +134,13 @@ SequentialOption = Annotated[
         show_default="the method's",
     ),
 ]
+GramOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Tokens count alike in a layer's statistics (plain), or by how much the loss minds errors there (loss).",
+        show_default="the method's",
+    ),
+]
 AnchorOption = Annotated[
     bool | None,
     typer.Option(

@@ -23,7 +23,7 @@ from cospadi.engine.factorise import factorise_group
 from cospadi.engine.inputs import Inputs
 from cospadi.engine.journal import Journal, check_complete, check_output
 from cospadi.engine.outputs import Checkpoint, environment, write_report
-from cospadi.engine.plan.order import order_of
+from cospadi.engine.plan.order import order_of, plain_share
 from cospadi.engine.plan.plan import Plan, make_plan
 from cospadi.engine.plan.pruning import check_section, prune_first
 from cospadi.engine.plan.selection import chosen_modules, restricted
@@ -201,14 +201,18 @@ class CompressRun:
 
     def _context(self, view: ModelView, blocks: TokenBlocks, device: torch.device, journal: Journal) -> RunContext:
         """Statistics of every group's input, and whatever else the method needs."""
-        gradients = {}
+        gradients, weights, plain = {}, None, plain_share(self.recipe)
         with self._timed("calibrate"):
-            store = self.inputs.statistics(view, blocks, device, journal.statistics, whole=not self.pruned)
+            place = (view, blocks, device, journal.statistics)
+            if plain < 1:
+                weights = self.inputs.token_weights(*place, whole=not self.pruned)
+            store = self.inputs.statistics(*place, whole=not self.pruned, weights=weights)
             if "fisher" in get_method(self.recipe.method).needs:
                 reporting = partial(self.progress, "calibrate")
                 gradients = fisher(view, blocks.ids, device=device, progress=reporting)
         dtype = storage_dtype(view.model)
-        return RunContext(view, store, blocks.ids, device, dtype, self.recipe.seed, self.progress, gradients)
+        run = (view, store, blocks.ids, device, dtype, self.recipe.seed, self.progress)
+        return RunContext(*run, fisher=gradients, weights=weights, plain_share=plain)
 
     def _factorise(self, context: RunContext, plan: Plan, journal: Journal) -> Outcome:
         """Factors of every group, each durable before the next is begun."""
@@ -240,7 +244,7 @@ class CompressRun:
     def _report(self, context: RunContext, plan: Plan, found: Outcome, blocks: TokenBlocks) -> dict[str, Any]:
         """The content of ``report.json``, as plain data."""
         model = context.view.model
-        report = {
+        report: dict[str, Any] = {
             "cospadi_version": versions()["cospadi"],
             "created": datetime.now(UTC).replace(microsecond=0).isoformat(),
             "command": self.command,
@@ -261,6 +265,9 @@ class CompressRun:
             "groups": [group.row() | info for group, info in zip(plan.groups, found.groups, strict=True)],
         }
         report |= environment(context.device) | self.outputs.facts()
+        if context.weights is not None:
+            report["gram"] = {"kind": "loss", "blend": context.plain_share}
+            report["gram"] |= {"lacking": context.weights.lacking} if context.weights.lacking else {}
         report |= {"layers": found.layers} if found.layers else {}
         report |= {"predictions": found.predictions} if found.predictions else {}
         return report | self._of_the_whole(plan)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cospadi.engine.context import RunContext
+from cospadi.engine.context import RunContext, shares_nothing
 from cospadi.engine.plan.plan import PlannedGroup
 from cospadi.errors import NumericalError
 from cospadi.format import PackedGroup, Spec
@@ -69,7 +69,12 @@ def factorise_group(context: RunContext, group: PlannedGroup) -> tuple[PackedGro
         packed tensors on the CPU; ``{"error", "missed", "energy", "seconds"}`` where `error` is ‖X(W−Ŵ)‖² / ‖XW‖².
     """
     begun = time.perf_counter()
-    problem = context.problem(group.spec.modules, group.sources, group.spec.name)
-    packed = solve(group.spec, group.options, problem)
-    info = measure(problem.weights, packed, group.spec, problem.grams)
+    spec = group.spec
+    statistics = context.statistics(spec.modules, group.sources)
+    problem = context.problem_of(spec.modules, statistics, spec.name)
+    plain = problem.grams if context.weights is None else tuple(s.mean_gram.to(context.device) for s in statistics)
+    if len(statistics) == 1 and shares_nothing(spec):
+        problem = context.apart(problem, spec.modules, plain[0], statistics[0].loss)
+    packed = solve(spec, group.options, problem)
+    info = measure(problem.weights, packed, spec, plain)
     return {key: tensor.cpu() for key, tensor in packed.items()}, info | {"seconds": time.perf_counter() - begun}

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cospadi.calibration import StatisticsStore, Texts, TokenBlocks, collect, read_texts, token_blocks
+from cospadi.calibration import (
+    StatisticsStore,
+    Texts,
+    TokenBlocks,
+    TokenWeights,
+    collect,
+    read_texts,
+    token_blocks,
+    token_weights,
+)
 from cospadi.checkpoint import is_compressed
 from cospadi.errors import CalibrationError, ModelError
 from cospadi.model_view import ModelView, check_length, model_name, open_model
@@ -75,8 +84,31 @@ class Inputs:
             self.documents, tokenizer, samples=options.samples, seq_len=options.seq_len, seed=self.recipe.seed
         )
 
-    def statistics(
+    def token_weights(
         self, view: ModelView, blocks: TokenBlocks, device: torch.device, folder: Path, *, whole: bool
+    ) -> TokenWeights:
+        """How much the loss minds errors at every token, computed where that is missing.
+
+        Args:
+            view: of the model.
+            blocks: the calibration text.
+            device: where layers run.
+            folder: of the statistics.
+            whole: whether the model is the one that was read, and not one that was pruned first.
+        """
+        reporting, seed = partial(self.progress, "calibrate"), self.recipe.seed
+        with widened(view.model, device):
+            return token_weights(view, blocks.ids, folder / "gradients", seed=seed, device=device, progress=reporting)
+
+    def statistics(
+        self,
+        view: ModelView,
+        blocks: TokenBlocks,
+        device: torch.device,
+        folder: Path,
+        *,
+        whole: bool,
+        weights: TokenWeights | None = None,
     ) -> StatisticsStore:
         """The statistics of every group's input, collected where they are missing.
 
@@ -86,10 +118,12 @@ class Inputs:
             device: where layers run.
             folder: where they are kept.
             whole: whether the model is the one that was read, and not one that was pruned first.
+            weights: of the tokens, where loss-weighted Grams are wanted, too.
         """
         store = StatisticsStore(folder, {"tokens": blocks.sha256, "model": self.name})
         with widened(view.model, device):
-            collect(view, blocks.ids, device=device, store=store, progress=partial(self.progress, "calibrate"))
+            reporting = partial(self.progress, "calibrate")
+            collect(view, blocks.ids, device=device, store=store, weights=weights, progress=reporting)
         return store
 
     def evidence(self, view: ModelView, blocks: TokenBlocks, device: torch.device) -> Evidence:

@@ -159,7 +159,7 @@ class Journal:
         write_durably(marker, json.dumps(fingerprint, indent=1, sort_keys=True).encode())
 
     def _worth_keeping(self) -> bool:
-        return any(self.statistics.glob("*.safetensors")) or bool(self.groups)
+        return any(self.statistics.rglob("*.safetensors")) or bool(self.groups)
 
     def _take_lock(self) -> None:
         self._lock = (self.folder / "lock").open("w")

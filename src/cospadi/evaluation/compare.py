@@ -192,7 +192,9 @@ def _shared(
         view=view,
         blocks=blocks,
         device=resolve_device(base.device),
-        statistics=out / FOLDER / f"statistics-{_digest(fingerprint | {'of': view.module_names})[:12]}",
+        statistics=out
+        / FOLDER
+        / f"statistics-{_digest(fingerprint | {'of': view.module_names, 'seed': base.seed})[:12]}",
         fingerprint=fingerprint,
         seconds={"read": time.perf_counter() - begun},
     )

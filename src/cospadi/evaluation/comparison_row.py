@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cospadi.calibration import StatisticsStore, TokenBlocks, collect
+from cospadi.calibration import StatisticsStore, TokenBlocks, TokenWeights, collect, token_weights
 from cospadi.checkpoint import load
 from cospadi.engine.compress import CompressRun
 from cospadi.engine.inputs import Inputs
@@ -74,14 +74,21 @@ class Shared:
         self.pruning.progress = progress
         return self.pruning
 
-    def store(self, progress: Progress) -> StatisticsStore:
+    def token_weights(self, seed: int, progress: Progress) -> TokenWeights:
+        """How much the loss minds errors at every token; computed when it is first asked for."""
+        begun, folder, reporting = time.perf_counter(), self.statistics / "gradients", partial(progress, "calibrate")
+        with widened(self.model, self.device):
+            found = token_weights(self.view, self.blocks.ids, folder, seed=seed, device=self.device, progress=reporting)
+        self.seconds["calibrate"] = self.seconds.get("calibrate", 0.0) + time.perf_counter() - begun
+        return found
+
+    def store(self, progress: Progress, weights: TokenWeights | None = None) -> StatisticsStore:
         """The statistics; collected when they are first asked for."""
         begun = time.perf_counter()
         store = StatisticsStore(self.statistics, self.fingerprint)
         with widened(self.model, self.device):  # as a run by itself does: its rows are the same to the bit
-            collect(
-                self.view, self.blocks.ids, device=self.device, store=store, progress=partial(progress, "calibrate")
-            )
+            reporting = partial(progress, "calibrate")
+            collect(self.view, self.blocks.ids, device=self.device, store=store, weights=weights, progress=reporting)
         self.seconds["calibrate"] = self.seconds.get("calibrate", 0.0) + time.perf_counter() - begun
         return store
 
@@ -111,13 +118,28 @@ class LentInputs(Inputs):
         """The shared text."""
         return self.shared.blocks
 
-    def statistics(
+    def token_weights(
         self, view: ModelView, blocks: TokenBlocks, device: torch.device, folder: Path, *, whole: bool
+    ) -> TokenWeights:
+        """The shared weights of the tokens, or those of a model that was pruned first."""
+        if whole:
+            return self.shared.token_weights(self.recipe.seed, self.progress)
+        return super().token_weights(view, blocks, device, folder, whole=whole)
+
+    def statistics(
+        self,
+        view: ModelView,
+        blocks: TokenBlocks,
+        device: torch.device,
+        folder: Path,
+        *,
+        whole: bool,
+        weights: TokenWeights | None = None,
     ) -> StatisticsStore:
         """The shared statistics, or those of a model that was pruned first."""
         if whole:
-            return self.shared.store(self.progress)
-        return super().statistics(view, blocks, device, folder, whole=whole)
+            return self.shared.store(self.progress, weights)
+        return super().statistics(view, blocks, device, folder, whole=whole, weights=weights)
 
     def evidence(self, view: ModelView, blocks: TokenBlocks, device: torch.device) -> Evidence:
         """The evidence that all pruning rows share."""

@@ -45,8 +45,9 @@ class Problem:
     Attributes:
         name: the group's name, for messages.
         weights: W of each module, (d_in, d_out), float32 or float64.
-        grams: XᵀX / tokens, (d_in, d_in) float64: one where all modules share their input, else one per module.
-        dense_grams: the same of the original model, where `grams` are those of compressed layers' outputs; else empty.
+        grams: XᵀX / tokens, (d_in, d_in) float64: one where all modules share it, else one per module. Tokens may be
+            weighted; then modules that share nothing have a Gram each, even with one input.
+        dense_grams: one of the original model's, where `grams` are those of compressed layers' outputs; else empty.
         mean_abs: mean |x| per input channel (d_in,), aligned with `grams`; empty if not collected.
         fisher: mean squared gradient of the loss per weight, shaped as `weights`; empty if not collected.
         seed: for every random choice.
@@ -90,6 +91,7 @@ class Method:
     covers: Literal["all", "attention"]
     decides: frozenset[str]
     sequential: bool | str
+    gram: Literal["plain", "loss"]
     cost: Cost | None
     memory: Memory
     offers: Callable[[Mapping[str, Any]], list[Any]] | None
@@ -161,6 +163,7 @@ def method(
     covers: Literal["all", "attention"] = "all",
     decides: Iterable[str] = (),
     sequential: bool | str = False,
+    gram: Literal["plain", "loss"] = "plain",
     cost: Cost | None = None,
     memory: Memory = factored_memory,
     offers: Callable[[Mapping[str, Any]], list[Any]] | None = None,
@@ -181,6 +184,8 @@ def method(
         decides: fields of the recipe that it decides itself and that users therefore must not set.
         sequential: whether each layer's statistics are taken after the layers before it are compressed, unless the
             recipe says otherwise; or the name of the option that asks for it.
+        gram: whether tokens count alike in the Grams, or by how much the loss minds errors at them, unless the recipe
+            says otherwise.
         cost: ``cost(spec, options) -> Work`` of one solve; None: no honest guess.
         memory: ``memory(spec) -> bytes`` that one solve holds on the device.
         offers: ``offers(options) -> representations`` that an allocation may choose from; None: the method itself.
@@ -206,6 +211,7 @@ def method(
                 covers=covers,
                 decides=frozenset(decides),
                 sequential=sequential,
+                gram=gram,
                 cost=cost,
                 memory=memory,
                 offers=offers,

@@ -99,13 +99,13 @@ class LayerReplay:
         result: Tensor = out if self.view.extra_outputs is None else out[0]
         return result
 
-    @torch.no_grad()
-    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+    def logits(self, ids: Tensor, hidden: Tensor, *, grad: bool = False) -> Tensor:
         """The model's logits for an output of the last layer: final norm, head and everything else after the layers.
 
         Args:
             ids: token ids (batch, length); only their shape matters.
             hidden: output of the last decoder layer (batch, length, width).
+            grad: whether to record the operations for a backward pass.
 
         Returns:
             logits (batch, length, vocabulary), on the device of the head.
@@ -115,7 +115,7 @@ class LayerReplay:
         def stub(index: int) -> Callable[..., Any]:
             return lambda x, *_, **__: self._wrap(hidden.to(x.device) if index == last else x)
 
-        with self._stubbed(stub):
+        with self._stubbed(stub), torch.set_grad_enabled(grad):
             logits: Tensor = self.view.model(input_ids=self._at_embedding(ids), use_cache=False).logits
             return logits
 

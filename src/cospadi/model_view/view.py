@@ -1,5 +1,6 @@
 """A model as the rest of the package sees it: decoder layers and groups of linear layers."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -67,6 +68,14 @@ class ModelView:
     def module_names(self) -> tuple[str, ...]:
         """Names of the linear layers of all groups, in order."""
         return tuple(name for group in self.groups for name in group.modules)
+
+    def outside(self) -> Iterator[nn.Module]:
+        """Modules with parameters or buffers of their own that belong to no decoder layer."""
+        inside = self.layers_name + "."
+        for name, module in self.model.named_modules():
+            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            if own and not name.startswith(inside) and not list(module.children()):
+                yield module
 
     def of_layer(self, index: int) -> tuple[LinearGroup, ...]:
         """The groups of one decoder layer."""

@@ -70,10 +70,10 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(tmp_path, monkeypatch):
 
     save = StatisticsStore.save
 
-    def failing(self, layer, statistics):
+    def failing(self, layer, statistics, **more):
         if layer == 1:
             raise KeyboardInterrupt
-        save(self, layer, statistics)
+        save(self, layer, statistics, **more)
 
     monkeypatch.setattr(StatisticsStore, "save", failing)
     with pytest.raises(KeyboardInterrupt):

@@ -32,8 +32,9 @@ def by_atoms(context: RunContext, recipe: Recipe, plan: Plan) -> Callable[[int],
     options = MasaOptions(**get_method(recipe.method).check(recipe.options))
 
     def data(part: GroupShape) -> Layers:
-        sources = {source: context.store.load(source).mean_gram.to(device) for source in sources_of(view, part.modules)}
-        grams = [sources[sources_of(view, [name])[0]] for name in part.modules]
+        inputs = {source: context.read(source) for source in sources_of(view, part.modules)}
+        of_each = [(name, inputs[sources_of(view, [name])[0]]) for name in part.modules]
+        grams = [context.gram([name], found.mean_gram, found.loss) for name, found in of_each]
         return [view.weight(name).to(device).double() for name in part.modules], grams
 
     def choose(budget: int) -> Plan:

@@ -15,6 +15,8 @@ from math import exp, inf, log
 import torch
 from torch import Tensor
 
+from cospadi.calibration import Statistics
+from cospadi.engine.context import RunContext, shares_nothing
 from cospadi.engine.factorise import solve
 from cospadi.format import Spec
 from cospadi.methods import Problem
@@ -53,21 +55,48 @@ class Task:
         problem: weights and Gram.
         weight: all weights side by side, (d_in, n) float64.
         widths: columns of each piece of the group.
+        apart: the problem for what its layers do not share, where each has a Gram of its own.
     """
 
     problem: Problem
     weight: Tensor
     widths: tuple[int, ...]
+    apart: Problem
 
     @classmethod
-    def of(cls, problem: Problem, widths: Sequence[int]) -> Task:
+    def of(cls, problem: Problem, widths: Sequence[int], apart: Problem | None = None) -> Task:
         """A problem whose weights lie side by side.
 
         Args:
             problem: of one group with one input.
             widths: columns of each piece.
+            apart: see above; None: the same problem.
         """
-        return cls(problem, torch.cat(problem.weights, 1).double(), tuple(widths))
+        return cls(problem, torch.cat(problem.weights, 1).double(), tuple(widths), apart or problem)
+
+    def missed(self, miss: Tensor) -> Tensor:
+        """Squared output error per token of every column, each piece under its own Gram.
+
+        Args:
+            miss: error of the weights (d_in, n) float64.
+        """
+        if len(self.apart.grams) != len(self.widths) or len(self.widths) == 1:
+            return (miss * (self.problem.grams[0] @ miss)).sum(0)
+        parts = zip(torch.split(miss, list(self.widths), 1), self.apart.grams, strict=True)
+        return torch.cat([(part * (gram @ part)).sum(0) for part, gram in parts])
+
+
+def task_of(context: RunContext, spec: Spec, inputs: Statistics, widths: Sequence[int]) -> Task:
+    """A group with one input as a task.
+
+    Args:
+        context: of the run.
+        spec: any of the group.
+        inputs: what is known of its input.
+        widths: columns of each piece.
+    """
+    problem = context.problem_of(spec.modules, [inputs], spec.name)
+    return Task.of(problem, widths, context.apart(problem, spec.modules, inputs.mean_gram, inputs.loss))
 
 
 def solve_trial(task: Task, representation: Representation, spec: Spec) -> tuple[Trial, Tensor]:
@@ -81,10 +110,10 @@ def solve_trial(task: Task, representation: Representation, spec: Spec) -> tuple
     Returns:
         the trial, and Ŵ (d_in, n) float32 on the CPU, as packed and read back.
     """
-    found = spec.weight(solve(spec, representation.hurried, task.problem))
+    problem = task.apart if shares_nothing(spec) else task.problem
+    found = spec.weight(solve(spec, representation.hurried, problem))
     miss = task.weight - found
-    columns = (miss * (task.problem.grams[0] @ miss)).sum(0)
-    missed = tuple(float(part.sum()) for part in torch.split(columns, list(task.widths)))
+    missed = tuple(float(part.sum()) for part in torch.split(task.missed(miss), list(task.widths)))
     relative = float(miss.norm() / task.weight.norm().clamp_min(TINY))
     return Trial(spec, missed, relative), found.float().cpu()
 

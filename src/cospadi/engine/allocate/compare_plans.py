@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cospadi.calibration import Statistics
-from cospadi.engine.allocate.candidates import Task, solve_trial
+from cospadi.engine.allocate.candidates import solve_trial, task_of
 from cospadi.engine.allocate.sensitivity import SensitivityMeter, probe_ids
 from cospadi.engine.context import RunContext
 from cospadi.engine.plan.plan import Plan, PlannedGroup
@@ -55,9 +55,8 @@ def _layer_weights(context: RunContext, layer: int, plans: Sequence[Plan]) -> li
         spec = group.spec
         if spec not in solved:
             if group.source not in read:
-                read[group.source] = context.store.load(group.source)
-            problem = context.problem_of(spec.modules, [read[group.source]], spec.name)
-            task = Task.of(problem, spec.shape.d_out)
+                read[group.source] = context.read(group.source)
+            task = task_of(context, spec, read[group.source], spec.shape.d_out)
             _, found = solve_trial(task, Representation(spec.method, group.options), spec)
             solved[spec] = dict(zip(spec.modules, torch.split(found, list(spec.shape.d_out), 1), strict=True))
         return solved[spec]

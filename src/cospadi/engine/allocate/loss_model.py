@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cospadi.calibration import Statistics
-from cospadi.engine.allocate.candidates import Curve, Task, Trial, error_curve, loss_curve
+from cospadi.engine.allocate.candidates import Curve, Task, Trial, error_curve, loss_curve, task_of
 from cospadi.engine.allocate.sensitivity import SensitivityMeter, probe_ids
 from cospadi.engine.allocate.trials import Trier
 from cospadi.engine.context import RunContext
@@ -193,10 +193,9 @@ def profile(
                     continue
                 context.progress("plan", done, len(groups), group.spec.name)
                 if group.source not in loaded:
-                    loaded = {group.source: context.store.load(group.source)}
-                item = found[index]
-                problem = context.problem_of(group.spec.modules, [loaded[group.source]], group.spec.name)
-                task = Task.of(problem, [sum(piece.d_out) for piece in item.pieces])
+                    loaded = {group.source: context.read(group.source)}
+                item, inputs = found[index], loaded[group.source]
+                task = task_of(context, group.spec, inputs, [sum(piece.d_out) for piece in item.pieces])
                 item.offered, item.seen, solved = trier.trials(item.shape, task)
                 if meter is not None:
                     item.losses = [[] for _ in item.pieces]

@@ -7,11 +7,13 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from cospadi.calibration import Statistics
 from cospadi.engine.context import RunContext
 from cospadi.engine.plan.grouping import Together, merged
 from cospadi.engine.plan.plan import Plan, PlannedGroup, sources_of, uniform_specs
 from cospadi.format import GroupShape
 from cospadi.methods import get_method
+from cospadi.model_view import LinearGroup
 from cospadi.recipe import Recipe
 from cospadi.runtime.memory import guard_memory
 from cospadi.solvers.matching import best_pairs, pair_distances
@@ -53,11 +55,13 @@ def matched(context: RunContext, plan: Plan) -> list[Together]:
 
 
 def _whitened(context: RunContext, members: list[Together]) -> list[Tensor]:
-    whitened, last, whitening = [], None, None
+    whitened = []
+    seen: tuple[LinearGroup, Statistics] | None = None
     for item in members:
-        if whitening is None or item.sources != last:
-            last = item.sources
-            whitening = cholesky_whitening(context.store.load(last[0]).mean_gram.to(context.device))
+        if seen is None or item.sources[0] != seen[0]:
+            seen = item.sources[0], context.read(item.sources[0])
+        gram = context.gram(item.shape.modules, seen[1].mean_gram, seen[1].loss)
+        whitening = cholesky_whitening(gram)
         weight = context.view.weight(item.shape.modules[0]).to(context.device).double()
         whitened.append(whitening.apply(weight).float())
     return whitened

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cospadi.model_view import LayerReplay, ModelView
 from cospadi.runtime.devices import placed
@@ -60,7 +60,7 @@ class SensitivityMeter:
         with guard_memory("measuring sensitivity", REMEDY):
             # Small errors drown in the rounding of 16-bit activations.
             self._stack.enter_context(placed(self.view.model, "cpu", torch.float32))
-            for part in _outside(self.view):
+            for part in self.view.outside():
                 self._stack.enter_context(placed(part, self.device))
             self.replay = self._stack.enter_context(LayerReplay(self.view, self.device))
             self.original = self.replay.embed(self.ids).cpu()
@@ -105,15 +105,6 @@ class SensitivityMeter:
     def _log_probabilities(self, hidden: Tensor, at: int) -> Tensor:
         logits = self.replay.logits(self.ids[at : at + 1], hidden[at : at + 1].to(self.device))
         return logits.float().log_softmax(-1)
-
-
-def _outside(view: ModelView) -> Iterator[nn.Module]:
-    """Modules with parameters or buffers of their own that belong to no decoder layer."""
-    inside = view.layers_name + "."
-    for name, module in view.model.named_modules():
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if own and not name.startswith(inside) and not list(module.children()):
-            yield module
 
 
 @contextmanager

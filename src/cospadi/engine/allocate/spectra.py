@@ -35,8 +35,10 @@ def by_spectra(context: RunContext, recipe: Recipe, plan: Plan, *, rule: str) ->
         context.progress("plan", number, len(groups), group.spec.name)
         weight = torch.cat([context.view.weight(name).to(context.device).double() for name in group.spec.modules], 1)
         if rule == "truncation":
+            found = context.read(group.source)
+            gram = context.gram(group.spec.modules, found.mean_gram, found.loss)
             # the published loss is a norm over all calibration tokens, not a mean
-            weight = cholesky_whitening(context.store.load(group.source).gram.to(context.device)).apply(weight)
+            weight = cholesky_whitening(gram * found.tokens).apply(weight)
         spectra.append(torch.linalg.svdvals(weight).cpu().numpy())
     context.progress("plan", len(groups), len(groups))
     sizes = [group.spec.dense_bytes for group in groups]

@@ -17,11 +17,12 @@ import torch
 
 from cospadi.calibration import sequences_per_batch
 from cospadi.calibration.statistics import CHUNK_TOKENS
+from cospadi.calibration.token_weights import LOGITS, PART_TOKENS
 from cospadi.engine.allocate.rules import allocation_rule
-from cospadi.engine.estimate.planning_work import parts, planning_work
+from cospadi.engine.estimate.planning_work import SOFTMAX, parts, planning_work
 from cospadi.engine.estimate.solver_work import solver_work
 from cospadi.engine.estimate.speed import START, measure_speed
-from cospadi.engine.plan.order import order_of
+from cospadi.engine.plan.order import order_of, plain_share
 from cospadi.engine.plan.plan import Plan, make_plan
 from cospadi.engine.plan.pruning import check_section, prune_skeleton
 from cospadi.engine.tune.tuner import EVALUATIONS
@@ -218,9 +219,34 @@ def calibration_work(view: ModelView, plan: Plan, recipe: Recipe) -> Work:
         recipe: calibration text and method.
     """
     once = forward_work(view, _tokens(recipe), recipe.calibration.seq_len)
-    grams = sum((gram_work(g.d_in, _tokens(recipe)) for g in _sources(view, plan)), Work())
     gradients = 3 * once if "fisher" in get_method(recipe.method).needs else Work()
-    return once + grams + gradients
+    if plain_share(recipe) < 1:
+        gradients = gradients + weights_work(view, recipe)
+    return once + grams_work(view, plan, recipe) + gradients
+
+
+def grams_work(view: ModelView, plan: Plan, recipe: Recipe) -> Work:
+    """A Gram for every input that a compressed layer reads; weighted ones for each of these layers.
+
+    Args:
+        view: of a real or a meta model.
+        plan: what will be stored.
+        recipe: calibration text and kind of Gram.
+    """
+    sizes = [g.d_in for g in _sources(view, plan) for _ in range(_grams_of(g, recipe))]
+    return sum((gram_work(size, _tokens(recipe)) for size in sizes), Work())
+
+
+def weights_work(view: ModelView, recipe: Recipe) -> Work:
+    """Token weights: every layer forward twice and backward once, without gradients of weights; the head both ways.
+
+    Args:
+        view: of a real or a meta model.
+        recipe: the calibration text.
+    """
+    logits = _tokens(recipe) * float(getattr(view.model.config.get_text_config(), "vocab_size", 0))
+    head = Work(forward=4.0 * logits * view.hidden_width, moved=SOFTMAX * logits)
+    return 3 * forward_work(view, _tokens(recipe), recipe.calibration.seq_len) + head
 
 
 def streams_work(view: ModelView, plan: Plan, recipe: Recipe) -> Work:
@@ -237,11 +263,12 @@ def streams_work(view: ModelView, plan: Plan, recipe: Recipe) -> Work:
     once = forward_work(view, _tokens(recipe), recipe.calibration.seq_len)
     if not order_of(recipe, plan).compressed:
         return 3 * once
-    sources = _sources(view, plan)
+    sources, grams = _sources(view, plan), grams_work(view, plan, recipe)
     if not recipe.anchor:
-        return 4 * once + sum((gram_work(g.d_in, _tokens(recipe)) for g in sources), Work())
+        return 4 * once + grams
     twice = len(sources) / max(1, len(view.layers))  # both streams, on average through half of the layer
-    return (3 + twice) * once + sum((2 * gram_work(g.d_in, _tokens(recipe)) for g in sources), Work())
+    cross = sum((gram_work(g.d_in, _tokens(recipe)) for g in sources), Work())
+    return (3 + twice) * once + grams + cross
 
 
 def refine_work(view: ModelView, plan: Plan, recipe: Recipe, options: Refine) -> Work:
@@ -289,7 +316,7 @@ def host_memory(view: ModelView, plan: Plan, recipe: Recipe, device: torch.devic
     else:
         states *= item
     layers = {g.layer for g in view.groups}
-    grams = max(sum(8 * g.d_in**2 for g in view.groups if g.layer == layer) for layer in layers)
+    grams = max(sum(8 * g.d_in**2 * _grams_of(g, recipe) for g in view.groups if g.layer == layer) for layer in layers)
     length = recipe.calibration.seq_len
     batch = length * min(recipe.calibration.samples, sequences_per_batch(length))
     widest = max(sum(g.d_out) for g in view.groups)
@@ -297,12 +324,23 @@ def host_memory(view: ModelView, plan: Plan, recipe: Recipe, device: torch.devic
     solve = int(max(get_method(g.spec.method).memory(g.spec) for g in plan.groups))
     square = 24 * max(g.d_in for g in view.groups) ** 2
     working = 2 * grams if device.type == "cuda" else max(activations + 2 * grams, solve + square)
+    if plain_share(recipe) < 1:  # the inputs of all layers for a part of the text, and logits with their gradients
+        part = length * min(recipe.calibration.samples, sequences_per_batch(length, PART_TOKENS))
+        states = max(states, part * view.hidden_width * item * (1 + len(view.layers)))
+        vocabulary = int(getattr(view.model.config.get_text_config(), "vocab_size", 0))
+        logits = min(max(LOGITS, length * vocabulary), part * vocabulary)
+        working = max(working, 0 if device.type == "cuda" else 12 * logits)
     return {
         "process": PROCESS_BYTES[device.type],
         "model": weights * (3 if wide and view.model.dtype.itemsize == 2 else 1) + plan.bytes_after,
         "hidden_states": states,
         "working": working,
     }
+
+
+def _grams_of(group: LinearGroup, recipe: Recipe) -> int:
+    """Grams of one input: the plain one, and a weighted one for every layer that reads it."""
+    return 1 + len(group.modules) * (plain_share(recipe) < 1)
 
 
 def _tokens(recipe: Recipe) -> int:

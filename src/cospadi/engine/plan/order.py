@@ -1,4 +1,4 @@
-"""In what order a plan is carried out: group by group, or layer by layer on what the layers before have become."""
+"""In what order a plan is carried out, and on which Grams: by group or layer by layer, tokens weighted or not."""
 
 from __future__ import annotations
 
@@ -33,3 +33,8 @@ def order_of(recipe: Recipe, plan: Plan) -> Order:
     if recipe.sequential is None and get_method(recipe.method).wants_sequential(recipe.options):
         compressed = compressed or all(isinstance(g.spec, GroupSpec) and g.own_input for g in plan.groups)
     return Order(compressed or recipe.refine is not None, compressed)
+
+
+def plain_share(recipe: Recipe) -> float:
+    """Share of the plain Gram in those that solves get: 1 unless the recipe, or its method, wants weighted ones."""
+    return recipe.gram_blend if (recipe.gram or get_method(recipe.method).gram) == "loss" else 1.0

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from cospadi.engine.tune.streams import REMEDY, Streams
 from cospadi.engine.tune.tunable import Knob, TunableGroup, knob, straight_through
-from cospadi.engine.tune.tuner import Schedule, Tuner, deterministic, split_sequences
+from cospadi.engine.tune.tuner import Schedule, Tuner, split_sequences
 from cospadi.format import GroupSpec
 from cospadi.recipe import Refine
+from cospadi.runtime.devices import deterministic
 from cospadi.runtime.memory import guard_memory
 
 FIRST_RATE = 3e-3

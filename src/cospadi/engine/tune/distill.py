@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.func import functional_call
 
 from cospadi.engine.tune.tunable import Knob, TunableGroup
-from cospadi.engine.tune.tuner import Schedule, Tuner, deterministic, split_sequences
+from cospadi.engine.tune.tuner import Schedule, Tuner, split_sequences
 from cospadi.format import GroupSpec
 from cospadi.model_view import LayerReplay, ModelView
 from cospadi.progress import Progress
 from cospadi.recipe import Refine
-from cospadi.runtime.devices import placed
+from cospadi.runtime.devices import deterministic, placed
 from cospadi.runtime.memory import guard_memory
 
 FIRST_RATE = 1e-3

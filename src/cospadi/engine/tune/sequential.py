@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cospadi.calibration import Statistics
-from cospadi.engine.context import RunContext
+from cospadi.engine.context import RunContext, shares_nothing
 from cospadi.engine.factorise import measure, solve
 from cospadi.engine.journal import Journal
 from cospadi.engine.plan.order import order_of
@@ -115,7 +115,7 @@ class Sequential:
         # what the original layers make of the text is known only as long as it has been followed through all of them
         pending = predictions and not self.journal.predictions.has(0)
         last = count - 1 if pending else max(unfinished, default=-1)
-        streams = Streams(self.view, self.context.ids, self.device) if last >= 0 else None
+        streams = Streams(self.view, self.context.ids, self.device, self.context.weights) if last >= 0 else None
         for index in range(count):
             layer = _Layer(index, {i: g for i, g in enumerate(self.plan.groups) if g.layer == index})
             targets = None
@@ -233,21 +233,26 @@ class Sequential:
         self, group: PlannedGroup, moments: Moments | None, collected: Statistics | None
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         begun = time.perf_counter()
-        statistics = collected or self.context.store.load(group.source)
-        problem = self.context.problem_of(group.spec.modules, [statistics], group.spec.name)
+        modules = group.spec.modules
+        statistics = collected or self.context.statistics(modules, group.sources)[0]
+        problem = self.context.problem_of(modules, [statistics], group.spec.name)
+        plain, loss = statistics.mean_gram, statistics.loss
         if collected is not None or moments is not None:
-            dense = self.context.store.load(group.source).mean_gram
-            problem = replace(problem, dense_grams=(dense.to(self.device),))
+            dense = self.context.statistics(modules, group.sources)[0]
+            problem = replace(problem, dense_grams=(self.context.gram(modules, dense.mean_gram, dense.loss),))
         if moments is not None:
+            plain, loss = moments.gram, moments.loss
             targets = (
                 anchored_target(w, moments, ridge=ANCHOR_RIDGE, blend=self.recipe.anchor_share) for w in problem.weights
             )
             problem = replace(
                 problem,
                 weights=tuple(target.float() for target in targets),
-                grams=(moments.gram,),
+                grams=(self.context.gram(modules, plain, loss),),
                 mean_abs=(moments.mean_abs,),
             )
+        if shares_nothing(group.spec):
+            problem = self.context.apart(problem, modules, plain, loss)
         packed = solve(group.spec, group.options, problem)
         tensors = {key: tensor.cpu() for key, tensor in packed.items()}
         return tensors, self._measure(group, tensors, moments) | {"seconds": time.perf_counter() - begun}

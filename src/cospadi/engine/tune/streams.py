@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cospadi.calibration import Statistics, sequences_per_batch
+from cospadi.calibration import LossGram, Statistics, TokenWeights, sequences_per_batch
 from cospadi.calibration.statistics import CHUNK_TOKENS, Accumulator, full_precision
 from cospadi.model_view import LayerReplay, LinearGroup, ModelView
 from cospadi.runtime.memory import guard_memory
@@ -62,11 +62,13 @@ class Moments:
         gram: X'ᵀX' (d, d) of the compressed stream.
         cross: X'ᵀX (d, d), X the input in the original stream.
         mean_abs: mean |x'| per channel (d,).
+        loss: loss-weighted Grams of the compressed stream, by the name of the layer that reads the input.
     """
 
     gram: Tensor
     cross: Tensor
     mean_abs: Tensor
+    loss: Mapping[str, LossGram] = field(default_factory=dict)
 
 
 class Streams:
@@ -76,10 +78,11 @@ class Streams:
         view: of the real model; its layers up to the one at work hold compressed weights, the others their own.
         ids: int64 (sequences, length).
         device: where layers run.
+        weights: of the tokens, from the original model; with them, statistics have loss-weighted Grams, too.
     """
 
-    def __init__(self, view: ModelView, ids: Tensor, device: torch.device) -> None:
-        self.view, self.ids = view, ids
+    def __init__(self, view: ModelView, ids: Tensor, device: torch.device, weights: TokenWeights | None = None) -> None:
+        self.view, self.ids, self.weights = view, ids, weights
         self.replay = OverriddenReplay(view, device)
         self.batch = sequences_per_batch(ids.shape[1])
         with guard_memory("embedding the calibration text", REMEDY):
@@ -108,7 +111,7 @@ class Streams:
             index: of the decoder layer, which runs with the weights it holds.
             groups: of that layer.
         """
-        sums = {group: Accumulator(group.name, group.d_in, self.device) for group in groups}
+        sums = {group: self._sums(group) for group in groups}
         with guard_memory(f"collecting statistics of decoder layer {index}", REMEDY), ExitStack() as stack:
             for group, item in sums.items():
 
@@ -129,7 +132,7 @@ class Streams:
             tensors: compressed weights of groups before this one in the layer, by name within the layer.
         """
         device = self.device
-        sums = Accumulator(group.name, group.d_in, device)
+        sums = self._sums(group)
         cross = torch.zeros(group.d_in, group.d_in, dtype=torch.float64, device=device)
         with guard_memory(f"collecting statistics of {group.name}", REMEDY):
             pairs = zip(torch.split(self.original, self.batch), torch.split(self.compressed, self.batch), strict=True)
@@ -139,7 +142,11 @@ class Streams:
                 sums.add(after)
                 _add_product(cross, after, before)
             found = sums.finish()
-        return Moments(found.mean_gram.to(device), cross / found.tokens, found.mean_abs.to(device))
+        return Moments(found.mean_gram.to(device), cross / found.tokens, found.mean_abs.to(device), found.loss)
+
+    def _sums(self, group: LinearGroup) -> Accumulator:
+        weights = None if self.weights is None else self.weights.of(group.modules)
+        return Accumulator(group.name, group.d_in, self.device, weights)
 
     def _input(self, index: int, group: LinearGroup, hidden: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """What a group reads (batch, length, d_in); the rest of the layer is not run."""

@@ -7,15 +7,12 @@ model (`predictions`).
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cospadi.engine.tune.tunable import Knob
 
@@ -189,19 +186,3 @@ class Tuner:
     def _restore(self, state: Sequence[Tensor]) -> None:
         for k, tensor in zip(self.knobs, state, strict=True):
             k.tensor.copy_(tensor)
-
-
-@contextmanager
-def deterministic(device: torch.device) -> Iterator[None]:
-    """The same gradients in every run: of the attention kernels, only those whose backward pass adds up in order."""
-    if device.type != "cuda":
-        yield
-        return
-    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    with warnings.catch_warnings(), sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
-        warnings.filterwarnings("ignore", message=".*deterministic.*")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(before, warn_only=warned)
