@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from cospadi.calibration import Texts, read_texts, token_blocks
-from cospadi.calibration.blocks import encode, join
+from cospadi.calibration.blocks import cut
 from cospadi.calibration.statistics import Accumulator
 from cospadi.engine.plan.plan import make_plan
 from cospadi.engine.tune.streams import Moments, anchored_target
@@ -326,23 +326,25 @@ class Ablation:
         }
 
 
-def stream(texts: Texts, tokenizer: object, most: int | None, seq_len: int) -> Tensor:
-    """Blocks (count, seq_len) that do not overlap."""
-    ids = join(encode(texts, tokenizer), tokenizer.eos_token_id)
-    count = min(len(ids) // seq_len, most or len(ids))
-    return torch.from_numpy(ids[: count * seq_len].reshape(count, seq_len))
+def stream(texts: Texts, tokenizer: object, most: int | None, seq_len: int) -> tuple[Tensor, int]:
+    """Blocks (count, seq_len) that do not overlap, and the number of tokens before their text."""
+    found = cut(texts, tokenizer, seq_len)
+    return torch.from_numpy(found.blocks(range(min(found.available, most or found.available)))), len(found.begin)
 
 
 @torch.no_grad()
-def measured(model: torch.nn.Module, dense: torch.nn.Module, blocks: Tensor, device: torch.device) -> dict[str, float]:
+def measured(
+    model: torch.nn.Module, dense: torch.nn.Module, text: tuple[Tensor, int], device: torch.device
+) -> dict[str, float]:
     """Perplexity, and KL to the dense model in nats a token."""
     loss = kl = torch.zeros((), dtype=torch.float64, device=device)
     count = 0
+    blocks, begin = text
     for part in torch.split(blocks, 4):
         ids = part.to(device)
-        found = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float().log_softmax(-1)
-        wanted = dense(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float().log_softmax(-1)
-        loss = loss - found.gather(1, ids[:, 1:].reshape(-1, 1)).sum(dtype=torch.float64)
+        found = model(input_ids=ids, use_cache=False).logits[:, begin:-1].flatten(0, 1).float().log_softmax(-1)
+        wanted = dense(input_ids=ids, use_cache=False).logits[:, begin:-1].flatten(0, 1).float().log_softmax(-1)
+        loss = loss - found.gather(1, ids[:, begin + 1 :].reshape(-1, 1)).sum(dtype=torch.float64)
         kl = kl + (wanted.exp() * (wanted - found)).sum(-1).sum(dtype=torch.float64)
         count += found.shape[0]
     return {"perplexity": float((loss / count).exp()), "kl": float(kl / count)}
@@ -394,7 +396,7 @@ def main() -> None:
         "versions": versions(),
         "seed": options.seed,
         "calibration": blocks.report,
-        "blocks": {name: len(ids) for name, ids in texts.items()},
+        "blocks": {name: len(ids) for name, (ids, _) in texts.items()},
         "dense": {name: measured(dense, dense, ids, device) for name, ids in texts.items()},
         "rows": [],
     }

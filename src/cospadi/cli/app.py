@@ -12,6 +12,7 @@ from cospadi.cli.benchmark import register as register_benchmark
 from cospadi.cli.common import (
     AllocationOption,
     AnchorOption,
+    BosOption,
     CalibrationOption,
     DeviceOption,
     DirArgument,
@@ -99,6 +100,7 @@ def compress(
     calibration: CalibrationOption = None,
     samples: SamplesOption = None,
     seq_len: LengthOption = None,
+    bos: BosOption = None,
     device: DeviceOption = None,
     seed: SeedOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and exit.")] = False,
@@ -112,6 +114,7 @@ def compress(
         calibration=calibration,
         samples=samples,
         seq_len=seq_len,
+        bos=bos,
         keep=keep,
         target_size=target_size,
         method=method,
@@ -243,6 +246,7 @@ def evaluate(
     batch: Annotated[int | None, typer.Option(min=1, help="Blocks per batch.", show_default="by size")] = None,
     tasks: TasksOption = None,
     limit: LimitOption = None,
+    bos: BosOption = None,
     device: DeviceOption = None,
     json_: JsonOption = False,
 ) -> None:
@@ -268,6 +272,7 @@ def evaluate(
             max_blocks=max_blocks,
             batch=batch,
             device=device or "auto",
+            bos=bos or "auto",
             progress=display.update,
         )
     if json_:
@@ -290,6 +295,7 @@ def generate(
         float, typer.Option(min=0.0, help="Sampling temperature; 0 always takes the most likely token.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    bos: BosOption = None,
     device: DeviceOption = None,
     json_: JsonOption = False,
 ) -> None:
@@ -299,7 +305,13 @@ def generate(
     quiet_transformers()
     stdout, stderr = consoles()
     data = run(
-        directory, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, device=device or "auto"
+        directory,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        device=device or "auto",
+        bos=bos or "auto",
     )
     if json_:
         print_json(data)

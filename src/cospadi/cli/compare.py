@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cospadi.cli.common import (
+    BosOption,
     CalibrationOption,
     DeviceOption,
     JsonOption,
@@ -18,6 +19,7 @@ from cospadi.cli.common import (
     SamplesOption,
     SeedOption,
     UsageError,
+    calibration_section,
     command_line,
     consoles,
     expand_home,
@@ -153,6 +155,7 @@ def compare(
     calibration: CalibrationOption = None,
     samples: SamplesOption = None,
     seq_len: LengthOption = None,
+    bos: BosOption = None,
     device: DeviceOption = None,
     seed: SeedOption = None,
     eval_seq_len: Annotated[int, typer.Option(min=2, help="Tokens per block when measuring perplexity.")] = 1024,
@@ -185,8 +188,7 @@ def compare(
     if not shares and (names or not all(of_row.keep for of_row in named.values())):
         raise UsageError("no size given: pass --keep, for example --keep 0.8,0.6")
     options = _options(set_ or [], names)
-    section = {"source": calibration, "samples": samples, "seq_len": seq_len}
-    section = {key: value for key, value in section.items() if value is not None}
+    section = calibration_section(calibration, samples, seq_len, bos)
     flags = {"device": device, "seed": seed, "only": only, "calibration": section}
     changes = {key: value for key, value in flags.items() if value is not None}
     merged = (common or Recipe()).merged(changes, source="command line")

@@ -141,7 +141,7 @@ class CompressRun:
             model, tokenizer = self.inputs.open("compress")
             view = self._view(model)
             plan = self._planned(view) if self.recipe.prune is None else None
-            blocks = self.inputs.tokens(tokenizer)
+            blocks = self.inputs.tokens(model, tokenizer)
             self.progress("read", 1, 1)
             fingerprint = self.inputs.fingerprint(model, blocks, device, self.recipe)
             with Journal(out, fingerprint, fresh=fresh) as journal:

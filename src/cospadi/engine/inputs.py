@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cospadi.calibration import StatisticsStore, Texts, TokenBlocks, collect, read_texts, token_blocks
 from cospadi.checkpoint import is_compressed
 from cospadi.errors import CalibrationError, ModelError
-from cospadi.model_view import ModelView, check_length, model_name, open_model
+from cospadi.model_view import ModelView, check_ids, check_length, model_name, open_model
 from cospadi.progress import Progress
 from cospadi.pruning import Evidence, Tokens
 from cospadi.recipe import Recipe
@@ -68,12 +68,24 @@ class Inputs:
         check_length(model, self.recipe.calibration.seq_len)
         return model, tokenizer
 
-    def tokens(self, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
-        """The calibration text in blocks of tokens."""
+    def tokens(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
+        """The calibration text in blocks of tokens.
+
+        Raises:
+            CalibrationError: if the text does not fill a block.
+            ModelError: if the model has no embedding for one of its tokens.
+        """
         options = self.recipe.calibration
-        return token_blocks(
-            self.documents, tokenizer, samples=options.samples, seq_len=options.seq_len, seed=self.recipe.seed
+        blocks = token_blocks(
+            self.documents,
+            tokenizer,
+            samples=options.samples,
+            seq_len=options.seq_len,
+            seed=self.recipe.seed,
+            bos=options.bos,
         )
+        check_ids(model, tokenizer, blocks.ids)
+        return blocks
 
     def statistics(
         self, view: ModelView, blocks: TokenBlocks, device: torch.device, folder: Path, *, whole: bool
@@ -101,10 +113,12 @@ class Inputs:
     ) -> dict[str, Any]:
         """What a run is: model, recipe, text, device, versions.
 
-        The text is known by its tokens; where its file lies does not matter, nor how the device was named.
+        The text is known by its tokens; where its file lies and how it is read do not matter, nor how the device was
+        named.
         """
         settings = recipe.model_dump(mode="json")
-        settings["calibration"].pop("source")
+        for key in ("source", "bos"):
+            settings["calibration"].pop(key)
         settings.pop("device")
         found = versions()
         return {

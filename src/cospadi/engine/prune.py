@@ -158,7 +158,7 @@ class PruneRun:
             model, tokenizer = self.inputs.open("prune")
             view = discover_layers(model)
             check_matrices(view)
-            blocks = self.inputs.tokens(tokenizer)
+            blocks = self.inputs.tokens(model, tokenizer)
             self.progress("read", 1, 1)
             fingerprint = self.inputs.fingerprint(model, blocks, device, self.recipe) | {"prune": True}
             with Journal(out, fingerprint, fresh=fresh) as journal:

@@ -43,6 +43,7 @@ from cospadi.evaluation.yardstick import ARITHMETIC, Yardstick
 from cospadi.io import disk_errors
 from cospadi.model_view import (
     LinearGroup,
+    check_ids,
     check_length,
     check_weights,
     discover,
@@ -93,7 +94,8 @@ def compare(
         keeps: shares of the linear layers' 16-bit bytes.
         text: to measure perplexity on: a file, a list of documents, or several of these by name.
         calibration: text file, hub dataset, or a list of documents; left out: the recipe's.
-        recipe: what holds for all rows: calibration, device, seed and whatever else the methods share.
+        recipe: what holds for all rows: calibration (its ``bos`` also for measuring), device, seed and whatever else
+            the methods share.
         options: options by method.
         recipes: further rows by name, each with the method and options of a recipe (and its keep, if it has one);
             their calibration, device and seed are those of `recipe`. One whose section ``prune`` has no size only
@@ -136,6 +138,7 @@ def compare(
         tasks=tuple(tasks),
         limit=limit,
         seed=base.seed,
+        bos=base.calibration.bos,
     )
     if not yardstick.texts:
         raise CalibrationError("nothing to measure on: pass --text")
@@ -182,7 +185,10 @@ def _shared(
     view = restricted(view, {name for entry in entries for name in chosen_modules(view, entry.recipe)})
     wanted = base.calibration
     texts = read_texts(calibration if isinstance(calibration, list) else str(wanted.source), field=wanted.field)
-    blocks = token_blocks(texts, tokenizer, samples=wanted.samples, seq_len=wanted.seq_len, seed=base.seed)
+    blocks = token_blocks(
+        texts, tokenizer, samples=wanted.samples, seq_len=wanted.seq_len, seed=base.seed, bos=wanted.bos
+    )
+    check_ids(model, tokenizer, blocks.ids)
     progress("read", 1, 1)
     fingerprint = {"tokens": blocks.sha256, "model": weights_sha256(model)}
     return Shared(

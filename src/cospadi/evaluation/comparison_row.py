@@ -107,7 +107,7 @@ class LentInputs(Inputs):
         reset_peak(self.shared.device)
         return copy.deepcopy(self.shared.model), self.shared.tokenizer
 
-    def tokens(self, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
+    def tokens(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
         """The shared text."""
         return self.shared.blocks
 

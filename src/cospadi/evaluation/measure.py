@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cospadi.aliases import canonical_bos
 from cospadi.calibration import read_texts
 from cospadi.errors import CalibrationError
 from cospadi.evaluation.models import load, stored_bytes
@@ -32,6 +33,7 @@ def evaluate(
     max_blocks: int | None = None,
     batch: int | None = None,
     device: str = "auto",
+    bos: str = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure perplexity and task scores of a checkpoint and, optionally, of a second one.
@@ -46,11 +48,13 @@ def evaluate(
         max_blocks: evaluate at most this many blocks from the start.
         batch: blocks per batch.
         device: where the models run.
+        bos: whether blocks and examples begin with the BOS: ``"auto"`` (where the tokenizer adds it), ``"on"`` or
+            ``"off"``.
         progress: called with (phase, done, total).
 
     Returns:
-        with a text ``perplexity, tokens, bits_per_byte, word_perplexity``; with tasks ``tasks`` and ``harness``;
-        ``bytes`` (of the weight files); and, with `against`, the same keys prefixed by ``dense_``.
+        ``bos``; with a text ``perplexity, tokens, bits_per_byte, word_perplexity, begins_with``; with tasks ``tasks``
+        and ``harness``; ``bytes`` (of the weight files); and, with `against`, the same keys prefixed by ``dense_``.
 
     Raises:
         CalibrationError: if there is no usable text or task.
@@ -61,7 +65,7 @@ def evaluate(
     if tasks:
         find_tasks(tasks, limit)
         require_lm_eval()
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = {"bos": canonical_bos(bos)}
     if text is not None:
         read_texts(text)  # fail before the models are loaded
         result["text"] = Path(text).name if isinstance(text, (str, Path)) else "a list of texts"
@@ -70,10 +74,10 @@ def evaluate(
             continue
         model, tokenizer = load(which, device=device)
         with memory_errors("use a smaller --batch"):
-            found = _figures(model, tokenizer, text, seq_len, max_blocks, batch, progress)
+            found = _figures(model, tokenizer, text, seq_len, max_blocks, batch, bos, progress)
             if tasks:
                 report = partial(progress or silent, "tasks")
-                found |= run_tasks(model, tokenizer, tasks, limit=limit, progress=report)
+                found |= run_tasks(model, tokenizer, tasks, limit=limit, bos=bos, progress=report)
         found |= {"model": model_name(which), "bytes": stored_bytes(which, model)}
         shared = {key: found.pop(key) for key in ("blocks", "seq_len", "harness") if key in found}
         result |= shared | {f"{prefix}{key}": value for key, value in found.items()}
@@ -87,6 +91,7 @@ def _figures(
     seq_len: int,
     max_blocks: int | None,
     batch: int | None,
+    bos: str,
     progress: Progress | None,
 ) -> dict[str, Any]:
     """Perplexity and related numbers; empty without a text."""
@@ -99,6 +104,7 @@ def _figures(
         seq_len=seq_len,
         max_blocks=max_blocks,
         batch=batch,
+        bos=bos,
         device=str(model.device),
         progress=partial(progress or silent, "evaluate"),
     )
@@ -108,5 +114,6 @@ def _figures(
         "word_perplexity": measured.word_perplexity,
         "tokens": measured.tokens,
         "blocks": measured.blocks,
+        "begins_with": measured.begins_with,
         "seq_len": seq_len,
     }

@@ -335,6 +335,7 @@ def calibration_facts(report: Mapping[str, Any]) -> list[Fact]:
             Fact("Text", str(facts.get("source") or "")),
             Fact("Documents", integer_text(facts.get("documents"))),
             Fact("Samples", integer_text(facts.get("samples_used", facts.get("samples"))), of),
+            Fact("Samples begin with", str(facts.get("begins_with") or "")),
             Fact("Tokens", integer_text(facts.get("tokens_used", facts.get("tokens")))),
             Fact("Tokens not used", integer_text(facts.get("truncated_tokens"))),
             Fact("Longest document", integer_text(longest), "tokens"),
