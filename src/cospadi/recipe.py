@@ -48,11 +48,15 @@ class Calibration(_Strict):
     """The text from which layer statistics are collected."""
 
     source: str | None = Field(
-        None, description="A .txt, .json, .jsonl or .parquet file, or the name of a hub dataset."
+        None, description="A file or directory of text, - for standard input, or the name of a hub dataset."
     )
     samples: int = Field(256, ge=1, description="Number of sequences.")
     seq_len: int = Field(1024, ge=8, description="Tokens per sequence.")
-    field: str = Field("text", description="Name of the text field in structured files.")
+    field: str | None = Field(
+        None,
+        description="Field of records that holds the text or messages; left out: text, messages, or prompt and "
+        "completion.",
+    )
     bos: Literal["auto", "on", "off"] = Field(
         "auto", description="Whether sequences begin with the BOS token; auto: where the tokenizer adds it."
     )

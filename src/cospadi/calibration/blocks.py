@@ -3,7 +3,6 @@
 import hashlib
 import warnings
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cospadi.aliases import canonical_bos
 from cospadi.calibration.begin import begin_ids, begin_text
-from cospadi.calibration.texts import Texts, read_texts
+from cospadi.calibration.texts import Texts, TextSource, read_texts, rendered
 from cospadi.errors import CalibrationError
 from cospadi.progress import PhaseProgress
 
@@ -29,7 +28,9 @@ class TokenBlocks:
         sha256: of the ids and their shape.
         report: documents, tokens_available, tokens_used, longest_document (tokens), truncated_tokens (the
             stream's tail, which does not fill a block), samples_asked, samples_used, seq_len, seed, source, notes,
-            bos (the option), begins_with (the tokens before the text of every block; empty if none).
+            bos (the option), begins_with (the tokens before the text of every block; empty if none), fields (that the
+            text was read from), chat_template (digest of the one that conversations were rendered through; empty if
+            there were none).
     """
 
     ids: Tensor
@@ -51,7 +52,7 @@ def encode(texts: Texts, tokenizer: PreTrainedTokenizerBase, progress: PhaseProg
     out: list[np.ndarray] = []
     batch: list[str] = []
     waiting = 0
-    for number, document in enumerate(texts.documents, 1):
+    for number, document in enumerate(texts.plain, 1):
         batch.append(document)
         waiting += len(document)
         if waiting >= _CHUNK_CHARACTERS or number == len(texts):
@@ -89,6 +90,7 @@ class Cut:
         begin: what stands before the text of every block.
         begins_with: the same as text.
         seq_len: tokens per block, `begin` among them.
+        template: digest of the chat template that conversations were rendered through; empty without any.
     """
 
     texts: Texts
@@ -98,6 +100,7 @@ class Cut:
     begin: tuple[int, ...]
     begins_with: str
     seq_len: int
+    template: str
 
     @property
     def step(self) -> int:
@@ -125,7 +128,8 @@ def cut(
 ) -> Cut:
     """Encode a text for blocks of `seq_len` tokens.
 
-    Documents are joined by the end token. One that begins with the BOS itself loses it where blocks begin with it.
+    Conversations are rendered through the model's chat template. Documents are joined by the end token. One that begins
+    with the BOS itself loses it where blocks begin with it.
 
     Args:
         texts: the documents.
@@ -135,16 +139,17 @@ def cut(
         progress: called as progress(documents done, documents, source of the text).
 
     Raises:
-        CalibrationError: if the text does not fill a single block.
+        CalibrationError: if the text does not fill a single block, or has conversations and the model no template.
         RecipeError: if `bos` is unknown.
     """
     begin = begin_ids(tokenizer, bos)
     written = begin_text(tokenizer, begin)
+    texts, template = rendered(texts, tokenizer)
     if written:
-        texts = replace(texts, documents=tuple(text.removeprefix(written) for text in texts.documents))
+        texts = replace(texts, documents=tuple(text.removeprefix(written) for text in texts.plain))
     documents = encode(texts, tokenizer, progress)
     end = tokenizer.eos_token_id
-    found = Cut(texts, documents, end, join(documents, end), begin, written, seq_len)
+    found = Cut(texts, documents, end, join(documents, end), begin, written, seq_len, template)
     if found.step < 1 or found.available < 1:
         raise CalibrationError(
             f"{texts.source}: its {len(found.stream)} tokens do not fill one sequence of {seq_len}; "
@@ -154,7 +159,7 @@ def cut(
 
 
 def token_blocks(
-    texts: "Texts | str | Path | list[str]",
+    texts: TextSource,
     tokenizer: PreTrainedTokenizerBase,
     *,
     samples: int = 256,
@@ -212,6 +217,8 @@ def token_blocks(
         "seed": seed,
         "bos": canonical_bos(bos),
         "begins_with": found.begins_with,
+        "fields": list(texts.fields),
+        "chat_template": found.template,
         "notes": notes,
     }
     return TokenBlocks(torch.from_numpy(ids), digest(ids), report)

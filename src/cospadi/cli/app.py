@@ -10,6 +10,7 @@ from rich.text import Text
 
 from cospadi.cli.benchmark import register as register_benchmark
 from cospadi.cli.common import (
+    TEXT_HELP,
     AllocationOption,
     AnchorOption,
     BosOption,
@@ -31,6 +32,7 @@ from cospadi.cli.common import (
     SequentialOption,
     SetOption,
     SizeOption,
+    TextFieldOption,
     UsageError,
     check_new_directory,
     command_line,
@@ -58,7 +60,7 @@ FloatName = Literal["auto", "bfloat16", "float16", "float32"]
 TextOption = Annotated[
     str | None,
     typer.Option(
-        help="Text to measure perplexity on: a .txt, .json, .jsonl or .parquet file, or a hub dataset.",
+        help=f"Text to measure perplexity on: {TEXT_HELP}",
         show_default=False,
         callback=expand_home,
     ),
@@ -98,6 +100,7 @@ def compress(
     anchor: AnchorOption = None,
     refine: RefineOption = None,
     calibration: CalibrationOption = None,
+    text_field: TextFieldOption = None,
     samples: SamplesOption = None,
     seq_len: LengthOption = None,
     bos: BosOption = None,
@@ -112,6 +115,7 @@ def compress(
         recipe,
         settings=set_,
         calibration=calibration,
+        text_field=text_field,
         samples=samples,
         seq_len=seq_len,
         bos=bos,
@@ -230,6 +234,7 @@ def inspect(
 def evaluate(
     directory: DirArgument,
     text: TextOption = None,
+    text_field: TextFieldOption = None,
     against: Annotated[
         str | None,
         typer.Option(
@@ -265,6 +270,7 @@ def evaluate(
         data = run(
             directory,
             text=text,
+            text_field=text_field,
             tasks=split(tasks),
             limit=limit,
             against=against,

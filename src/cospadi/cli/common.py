@@ -153,12 +153,24 @@ OnlyOption = Annotated[
         show_default="all; masa: attention",
     ),
 ]
+TEXT_HELP = (
+    "a file or directory (.txt, .md, .jsonl, .json, .csv, .parquet, each also .gz or .zst), - for standard input, or a "
+    "hub dataset."
+)
 CalibrationOption = Annotated[
     str | None,
     typer.Option(
-        help="Calibration text: a .txt, .json, .jsonl or .parquet file, or a hub dataset.",
+        help=f"Calibration text: {TEXT_HELP}",
         show_default=False,
         callback=expand_home,
+    ),
+]
+TextFieldOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Field of the records that holds the text or messages.",
+        show_default="text, messages, or prompt and completion",
     ),
 ]
 SamplesOption = Annotated[int | None, typer.Option(help="Number of calibration sequences.", show_default="256")]
@@ -207,10 +219,10 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
 
 
 def calibration_section(
-    source: str | None, samples: int | None, seq_len: int | None, bos: str | None
+    source: str | None, samples: int | None, seq_len: int | None, bos: str | None, text_field: str | None
 ) -> dict[str, Any]:
     """A recipe's section ``calibration`` from the flags that are given (not None)."""
-    section = {"source": source, "samples": samples, "seq_len": seq_len, "bos": bos}
+    section = {"source": source, "samples": samples, "seq_len": seq_len, "bos": bos, "field": text_field}
     return {key: value for key, value in section.items() if value is not None}
 
 
@@ -222,6 +234,7 @@ def make_recipe(
     samples: int | None = None,
     seq_len: int | None = None,
     bos: str | None = None,
+    text_field: str | None = None,
     **fields: Any,
 ) -> Recipe:
     """The recipe of a file, overridden by the flags that are given (not None).
@@ -236,7 +249,7 @@ def make_recipe(
     changes: dict[str, Any] = {key: value for key, value in fields.items() if value is not None}
     if "keep" in changes and "target_size" in changes:
         raise UsageError("--keep and --target-size are both given: pass only one")
-    section = calibration_section(calibration, samples, seq_len, bos)
+    section = calibration_section(calibration, samples, seq_len, bos, text_field)
     if section:
         changes["calibration"] = section
     options = parse_settings(settings)

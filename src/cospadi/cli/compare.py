@@ -18,6 +18,7 @@ from cospadi.cli.common import (
     OnlyOption,
     SamplesOption,
     SeedOption,
+    TextFieldOption,
     UsageError,
     calibration_section,
     command_line,
@@ -122,7 +123,7 @@ def compare(
     text: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text to measure perplexity on; repeatable, rows are ranked by the first.",
+            help="Text to measure perplexity on, as for --calibration; repeatable, rows are ranked by the first.",
             show_default=False,
             callback=expand_home,
         ),
@@ -153,6 +154,7 @@ def compare(
     ] = "rtn",
     only: OnlyOption = None,
     calibration: CalibrationOption = None,
+    text_field: TextFieldOption = None,
     samples: SamplesOption = None,
     seq_len: LengthOption = None,
     bos: BosOption = None,
@@ -182,13 +184,15 @@ def compare(
         raise UsageError("nothing to compare: pass --methods, for example --methods svd,pursuit")
     if not text:
         raise UsageError("no text to measure on: pass --text FILE")
+    if [*text, calibration].count("-") > 1:
+        raise UsageError("standard input can be read only once: pass - to one of --text and --calibration")
     if out is None:
         raise UsageError("no output directory given: pass --out DIR")
     shares = _shares(keep)
     if not shares and (names or not all(of_row.keep for of_row in named.values())):
         raise UsageError("no size given: pass --keep, for example --keep 0.8,0.6")
     options = _options(set_ or [], names)
-    section = calibration_section(calibration, samples, seq_len, bos)
+    section = calibration_section(calibration, samples, seq_len, bos, text_field)
     flags = {"device": device, "seed": seed, "only": only, "calibration": section}
     changes = {key: value for key, value in flags.items() if value is not None}
     merged = (common or Recipe()).merged(changes, source="command line")

@@ -22,6 +22,7 @@ from cospadi.cli.common import (
     SamplesOption,
     SeedOption,
     SetOption,
+    TextFieldOption,
     UsageError,
     calibration_section,
     command_line,
@@ -54,6 +55,7 @@ def prune(
     recipe: RecipeOption = None,
     set_: SetOption = None,
     calibration: CalibrationOption = None,
+    text_field: TextFieldOption = None,
     samples: SamplesOption = None,
     seq_len: LengthOption = None,
     bos: BosOption = None,
@@ -66,7 +68,7 @@ def prune(
     """Remove whole decoder layers (depth) or part of their width. Depth methods write stock checkpoints."""
     if blocks is not None and keep_blocks is not None:
         raise UsageError("--blocks and --keep-blocks exclude each other: give one of them")
-    section = calibration_section(calibration, samples, seq_len, bos)
+    section = calibration_section(calibration, samples, seq_len, bos, text_field)
     flags = {"device": device, "seed": seed, "calibration": section or None}
     changes = {key: value for key, value in flags.items() if value is not None}
     merged = _recipe(recipe, changes, method, blocks, keep_blocks, parse_settings(set_))

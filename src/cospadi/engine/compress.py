@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from cospadi.calibration import TokenBlocks, fisher
+from cospadi.calibration import TextSource, TokenBlocks, described, fisher
 from cospadi.checkpoint import storage_dtype
 from cospadi.engine.allocate.rules import final_plan
 from cospadi.engine.context import RunContext
@@ -67,7 +67,7 @@ def compress(
     *,
     keep: float | None = None,
     method: str | None = None,
-    calibration: str | Path | list[str] | tuple[str, ...] | None = None,
+    calibration: TextSource | None = None,
     recipe: Recipe | dict[str, Any] | str | Path | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
@@ -83,7 +83,8 @@ def compress(
         out: output directory: new, empty, or of the same run.
         keep: share of the linear layers' 16-bit bytes to keep, in (0, 1).
         method: name of a method; left out: the recipe's, else the default.
-        calibration: text file, hub dataset name, or a list of texts.
+        calibration: whatever :func:`~cospadi.calibration.read_texts` takes: a file, a directory, a hub data set, or
+            documents in memory such as a list, a generator or a ``Dataset``.
         recipe: a recipe, its keys and values, or the path of one; the other arguments override it.
         fresh: forget an earlier run in `out`.
         progress: called with (phase, done, total, detail, error so far).
@@ -97,10 +98,9 @@ def compress(
         CospadiError: see `cospadi.errors`; the message names cause and remedy.
     """
     base = Recipe.of(recipe)
-    texts = list(calibration) if isinstance(calibration, (list, tuple)) else None
+    texts = None if isinstance(calibration, (str, Path)) else calibration
     if calibration is not None:
-        section = {"source": "a list of texts" if texts is not None else str(calibration)}
-        changes["calibration"] = section | dict(changes.get("calibration", {}))
+        changes["calibration"] = {"source": described(calibration)} | dict(changes.get("calibration", {}))
     if keep is not None:
         changes |= {"keep": keep, "target_size": changes.get("target_size")}
     if method is not None:

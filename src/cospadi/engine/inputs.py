@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cospadi.calibration import StatisticsStore, Texts, TokenBlocks, collect, read_texts, token_blocks
+from cospadi.calibration import (
+    ACCEPTED,
+    StatisticsStore,
+    Texts,
+    TextSource,
+    TokenBlocks,
+    collect,
+    read_texts,
+    token_blocks,
+)
 from cospadi.checkpoint import is_compressed
 from cospadi.errors import CalibrationError, ModelError
 from cospadi.model_view import ModelView, check_ids, check_length, model_name, open_model
@@ -26,11 +35,11 @@ class Inputs:
     Args:
         source: of the model: local directory or hub id.
         recipe: of the run: calibration text and seed.
-        texts: calibration documents, where they are not to be read from the recipe's source.
+        texts: calibration documents in memory, where they are not to be read from the recipe's source.
         progress: called as progress(phase, done, total, detail, error).
     """
 
-    def __init__(self, source: str, recipe: Recipe, texts: list[str] | None, progress: Progress) -> None:
+    def __init__(self, source: str, recipe: Recipe, texts: TextSource | None, progress: Progress) -> None:
         self.source, self.recipe, self.texts, self.progress = source, recipe, texts, progress
         self.name = model_name(source)
 
@@ -41,9 +50,7 @@ class Inputs:
             CalibrationError: if it does not.
         """
         if self.recipe.calibration.source is None:
-            raise CalibrationError(
-                "no calibration text: name a .txt, .json, .jsonl or .parquet file, or a hub dataset, with --calibration"
-            )
+            raise CalibrationError(f"no calibration text: name {ACCEPTED}, with --calibration")
 
     @cached_property
     def documents(self) -> Texts:
@@ -117,7 +124,7 @@ class Inputs:
         named.
         """
         settings = recipe.model_dump(mode="json")
-        for key in ("source", "bos"):
+        for key in ("source", "field", "bos"):
             settings["calibration"].pop(key)
         settings.pop("device")
         found = versions()

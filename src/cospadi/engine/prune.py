@@ -13,7 +13,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cospadi.calibration import TokenBlocks
+from cospadi.calibration import TextSource, TokenBlocks, described
 from cospadi.checkpoint import is_compressed
 from cospadi.checkpoint.headers import read_directory
 from cospadi.engine.inputs import Inputs
@@ -65,7 +65,7 @@ def prune(
     blocks: int | None = None,
     keep_blocks: float | None = None,
     options: dict[str, Any] | None = None,
-    calibration: str | Path | list[str] | None = None,
+    calibration: TextSource | None = None,
     recipe: Recipe | dict[str, Any] | str | Path | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
@@ -84,7 +84,8 @@ def prune(
         blocks: how many go.
         keep_blocks: instead: share of the blocks' 16-bit bytes that stays, in (0, 1).
         options: of the method.
-        calibration: text file, hub dataset name, or a list of texts.
+        calibration: whatever :func:`~cospadi.calibration.read_texts` takes: a file, a directory, a hub data set, or
+            documents in memory such as a list, a generator or a ``Dataset``.
         recipe: a recipe, its keys and values, or the path of one, with a section ``prune``; the other arguments
             override it.
         fresh: forget an earlier run in `out`.
@@ -99,11 +100,9 @@ def prune(
         CospadiError: see `cospadi.errors`; the message names cause and remedy.
     """
     base = Recipe.of(recipe)
-    texts = list(calibration) if isinstance(calibration, (list, tuple)) else None
+    texts = None if isinstance(calibration, (str, Path)) else calibration
     if calibration is not None:
-        changes["calibration"] = {"source": "a list of texts" if texts is not None else str(calibration)} | dict(
-            changes.get("calibration", {})
-        )
+        changes["calibration"] = {"source": described(calibration)} | dict(changes.get("calibration", {}))
     merged, progress = with_prune(base.merged(changes), method, blocks, keep_blocks, options), progress or silent
     inputs = Inputs(source_name(model), merged, texts, progress)
     with memory_errors():

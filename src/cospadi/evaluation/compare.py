@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from cospadi.calibration import read_texts, token_blocks
+from cospadi.calibration import ACCEPTED, TextSource, described, read_texts, short_name, token_blocks
 from cospadi.checkpoint import is_compressed
 from cospadi.engine.journal import FOLDER, ROWS, check_output
 from cospadi.engine.plan.plan import other_bytes
@@ -67,8 +67,8 @@ def compare(
     *,
     methods: Sequence[str] = (),
     keeps: Sequence[float],
-    text: str | Path | list[str] | Mapping[str, str | Path | list[str]],
-    calibration: str | Path | list[str] | None = None,
+    text: TextSource | Mapping[str, TextSource],
+    calibration: TextSource | None = None,
     recipe: Recipe | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     recipes: Mapping[str, Recipe] | None = None,
@@ -92,10 +92,10 @@ def compare(
         methods: names of methods, and of pruning methods: these remove the fewest blocks (or the least width) within
             each keep.
         keeps: shares of the linear layers' 16-bit bytes.
-        text: to measure perplexity on: a file, a list of documents, or several of these by name.
-        calibration: text file, hub dataset, or a list of documents; left out: the recipe's.
-        recipe: what holds for all rows: calibration (its ``bos`` also for measuring), device, seed and whatever else
-            the methods share.
+        text: to measure perplexity on: whatever :func:`~cospadi.calibration.read_texts` takes, or several by name.
+        calibration: the same; left out: the recipe's.
+        recipe: what holds for all rows: calibration (its ``bos`` and ``field`` also for measuring), device, seed and
+            whatever else the methods share.
         options: options by method.
         recipes: further rows by name, each with the method and options of a recipe (and its keep, if it has one);
             their calibration, device and seed are those of `recipe`. One whose section ``prune`` has no size only
@@ -123,14 +123,13 @@ def compare(
     Raises:
         CospadiError: see `cospadi.errors`; what befalls a single row is told in its ``reason`` instead.
     """
-    calibration = list(calibration) if isinstance(calibration, tuple) else calibration
     base = _base(recipe or Recipe(), calibration)
     entries = make_entries(base, methods, keeps, options or {}, recipes or {}, references)
     if arithmetic not in ARITHMETIC:
         raise RecipeError(f"arithmetic {arithmetic!r} is unknown; use {' or '.join(ARITHMETIC)}")
-    named = text if isinstance(text, Mapping) else {_name(text): text}
+    named = text if isinstance(text, Mapping) else {short_name(text): text}
     yardstick = Yardstick(
-        texts={name: read_texts(source) for name, source in named.items()},
+        texts={name: read_texts(source, field=base.calibration.field) for name, source in named.items()},
         seq_len=seq_len,
         max_blocks=max_blocks,
         batch=batch,
@@ -151,18 +150,11 @@ def compare(
         return comparison.go(shared, base, entries)
 
 
-def _name(text: str | Path | list[str]) -> str:
-    return "a list of texts" if isinstance(text, (list, tuple)) else Path(text).name
-
-
-def _base(recipe: Recipe, calibration: str | Path | list[str] | None) -> Recipe:
+def _base(recipe: Recipe, calibration: TextSource | None) -> Recipe:
     if calibration is not None:
-        source = "a list of texts" if isinstance(calibration, list) else str(calibration)
-        recipe = recipe.merged({"calibration": {"source": source}})
+        recipe = recipe.merged({"calibration": {"source": described(calibration)}})
     if recipe.calibration.source is None:
-        raise CalibrationError(
-            "no calibration text: name a .txt, .json, .jsonl or .parquet file, or a hub dataset, with --calibration"
-        )
+        raise CalibrationError(f"no calibration text: name {ACCEPTED}, with --calibration")
     return recipe
 
 
@@ -170,7 +162,7 @@ def _shared(
     source: str,
     base: Recipe,
     entries: Sequence[Entry],
-    calibration: str | Path | list[str] | None,
+    calibration: TextSource | None,
     out: Path,
     progress: Progress,
 ) -> Shared:
@@ -184,7 +176,7 @@ def _shared(
     check_weights(view)
     view = restricted(view, {name for entry in entries for name in chosen_modules(view, entry.recipe)})
     wanted = base.calibration
-    texts = read_texts(calibration if isinstance(calibration, list) else str(wanted.source), field=wanted.field)
+    texts = read_texts(calibration if calibration is not None else str(wanted.source), field=wanted.field)
     blocks = token_blocks(
         texts, tokenizer, samples=wanted.samples, seq_len=wanted.seq_len, seed=base.seed, bos=wanted.bos
     )

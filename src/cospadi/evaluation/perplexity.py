@@ -9,7 +9,6 @@ that every predicted token has text before it either way.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cospadi.calibration.blocks import Cut, cut
-from cospadi.calibration.texts import Texts, read_texts
+from cospadi.calibration.texts import TextSource, read_texts
 from cospadi.errors import CalibrationError, NumericalError
 from cospadi.model_view import check_ids, check_length, embedding_weight, where_not_finite
 from cospadi.progress import PhaseProgress
@@ -53,7 +52,7 @@ class Perplexity:
 def perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    source: "str | Path | list[str] | Texts",
+    source: TextSource,
     *,
     seq_len: int = 1024,
     max_blocks: int | None = None,
@@ -144,7 +143,7 @@ def _loss(model: PreTrainedModel, ids: Tensor, begin: int) -> float:
 
 def _covered(found: Cut, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Iterator[str]:
     """The text covered by the first `tokens` tokens of the stream, document by document."""
-    for text, ids in zip(found.texts.documents, found.documents, strict=True):
+    for text, ids in zip(found.texts.plain, found.documents, strict=True):
         if tokens >= len(ids):
             yield text
         else:

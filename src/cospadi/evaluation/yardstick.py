@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -64,7 +63,7 @@ class Yardstick:
         """Everything a measurement depends on besides the model."""
         files, names = find_tasks(self.tasks, self.limit)
         return {
-            "texts": {name: _sha256(text) for name, text in self.texts.items()},
+            "texts": {name: text.sha256 for name, text in self.texts.items()},
             "seq_len": self.seq_len,
             "max_blocks": self.max_blocks,
             "arithmetic": self.arithmetic,
@@ -130,14 +129,6 @@ class Yardstick:
                     progress=partial(progress, "tasks"),
                 )
         return found
-
-
-def _sha256(text: Texts) -> str:
-    digest = hashlib.sha256()
-    for document in text.documents:
-        data = document.encode()
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()
 
 
 def reset_peak(device: torch.device) -> None:

@@ -50,6 +50,8 @@ def test_report():
         "seed": 0,
         "bos": "auto",
         "begins_with": "",
+        "fields": [],
+        "chat_template": "",
         "notes": [],
     }
 
