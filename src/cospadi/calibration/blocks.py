@@ -3,7 +3,7 @@
 import hashlib
 import warnings
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -39,6 +39,11 @@ class TokenBlocks:
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
+
+    @classmethod
+    def none(cls) -> Self:
+        """No blocks, of a run without calibration text."""
+        return cls(torch.zeros(0, 0, dtype=torch.int64), "")
 
 
 def encode(texts: Texts, tokenizer: PreTrainedTokenizerBase, progress: PhaseProgress | None = None) -> list[np.ndarray]:

@@ -27,6 +27,7 @@ from cospadi.engine.plan.order import order_of
 from cospadi.engine.plan.plan import Plan, make_plan
 from cospadi.engine.plan.pruning import check_section, prune_first
 from cospadi.engine.plan.selection import chosen_modules, restricted
+from cospadi.engine.plan.text import needs_text
 from cospadi.engine.tune.sequential import Outcome, Sequential, require_layers
 from cospadi.methods import get_method
 from cospadi.model_view import ModelView, check_weights, discover, source_name
@@ -173,7 +174,8 @@ class CompressRun:
         if self.recipe.prune is not None:
             check_section(self.recipe.prune)
         check_output(self.outputs.out)
-        self.inputs.require_text()
+        if needs_text(self.recipe):
+            self.inputs.require_text()
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -257,7 +259,7 @@ class CompressRun:
             "seconds": {key: round(value, 3) for key, value in self.seconds.items()},
             "seed": self.recipe.seed,
             "recipe": self.recipe.model_dump(mode="json", exclude_none=True),
-            "calibration": blocks.report | {"sha256": blocks.sha256},
+            "calibration": blocks.report | {"sha256": blocks.sha256} if len(blocks) else None,
             "groups": [group.row() | info for group, info in zip(plan.groups, found.groups, strict=True)],
         }
         report |= environment(context.device) | self.outputs.facts()

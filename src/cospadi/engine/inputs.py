@@ -43,13 +43,18 @@ class Inputs:
         self.source, self.recipe, self.texts, self.progress = source, recipe, texts, progress
         self.name = model_name(source)
 
+    @property
+    def has_text(self) -> bool:
+        """Whether there is a calibration text."""
+        return self.recipe.calibration.source is not None
+
     def require_text(self) -> None:
         """Check that the recipe names a calibration text.
 
         Raises:
             CalibrationError: if it does not.
         """
-        if self.recipe.calibration.source is None:
+        if not self.has_text:
             raise CalibrationError(f"no calibration text: name {ACCEPTED}, with --calibration")
 
     @cached_property
@@ -68,20 +73,24 @@ class Inputs:
             ModelError: if the model cannot be read, or is compressed already.
             CalibrationError: if the text cannot be read, or the model has no positions for its sequences.
         """
-        self.documents  # noqa: B018 - read first: that is quick, and it is where most mistakes are
+        if self.has_text:
+            self.documents  # noqa: B018 - read first: that is quick, and it is where most mistakes are
         model, tokenizer = open_model(self.source)
         if is_compressed(model.config):
             raise ModelError(f"{self.source} is already compressed by cospadi: {verb} the dense model instead")
-        check_length(model, self.recipe.calibration.seq_len)
+        if self.has_text:
+            check_length(model, self.recipe.calibration.seq_len)
         return model, tokenizer
 
     def tokens(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
-        """The calibration text in blocks of tokens.
+        """The calibration text in blocks of tokens; no blocks if there is none.
 
         Raises:
             CalibrationError: if the text does not fill a block.
             ModelError: if the model has no embedding for one of its tokens.
         """
+        if not self.has_text:
+            return TokenBlocks.none()
         options = self.recipe.calibration
         blocks = token_blocks(
             self.documents,
@@ -97,7 +106,7 @@ class Inputs:
     def statistics(
         self, view: ModelView, blocks: TokenBlocks, device: torch.device, folder: Path, *, whole: bool
     ) -> StatisticsStore:
-        """The statistics of every group's input, collected where they are missing.
+        """The statistics of every group's input, collected where they are missing; none without a text.
 
         Args:
             view: of the model.
@@ -107,6 +116,8 @@ class Inputs:
             whole: whether the model is the one that was read, and not one that was pruned first.
         """
         store = StatisticsStore(folder, {"tokens": blocks.sha256, "model": self.name})
+        if not len(blocks):
+            return store
         with widened(view.model, device):
             collect(view, blocks.ids, device=device, store=store, progress=partial(self.progress, "calibrate"))
         return store
