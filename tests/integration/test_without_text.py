@@ -88,3 +88,18 @@ def test_what_follows_the_text_still_asks_for_it(tmp_path, flags):
     done = command("compress", "model", tmp_path / "out", *RTN, *flags)
     assert done.code == 1 and done.error.startswith("no calibration text: name a file (.txt, .md, .jsonl")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["magnitude", "random"])
+def test_pruning_by_weights_or_chance(tmp_path, method):
+    flags = ("--blocks", "1", "--method", method, "--device", "cpu", "--json")
+    without = command("prune", "model", tmp_path / "a", *flags).json
+    calibrated = command("prune", "model", tmp_path / "b", *flags, *TEXT).json
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    assert without["calibration"] is None and without["distances"] is None
+    assert calibrated["distances"]["cosine"] and calibrated["calibration"]["samples_used"] == 4
+    recipe = {"method": "rtn", "keep": 0.3, "device": "cpu", "prune": {"method": method, "blocks": 1}}
+    both = cospadi.compress("model", tmp_path / "c", recipe=recipe).report
+    assert both["calibration"] is None and both["prune"]["removed"] == without["prune"]["removed"]
+    done = command("prune", "model", tmp_path / "d", "--blocks", "1", "--method", "shortgpt")
+    assert done.code == 1 and done.error.startswith("no calibration text")

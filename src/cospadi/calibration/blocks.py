@@ -40,6 +40,11 @@ class TokenBlocks:
     def __len__(self) -> int:
         return int(self.ids.shape[0])
 
+    @property
+    def facts(self) -> dict[str, Any] | None:
+        """What a run's report says of them; None if there are none."""
+        return self.report | {"sha256": self.sha256} if len(self) else None
+
     @classmethod
     def none(cls) -> Self:
         """No blocks, of a run without calibration text."""

@@ -259,7 +259,7 @@ class CompressRun:
             "seconds": {key: round(value, 3) for key, value in self.seconds.items()},
             "seed": self.recipe.seed,
             "recipe": self.recipe.model_dump(mode="json", exclude_none=True),
-            "calibration": blocks.report | {"sha256": blocks.sha256} if len(blocks) else None,
+            "calibration": blocks.facts,
             "groups": [group.row() | info for group, info in zip(plan.groups, found.groups, strict=True)],
         }
         report |= environment(context.device) | self.outputs.facts()

@@ -23,7 +23,7 @@ from cospadi.engine.plan.pruning import check_section, decide
 from cospadi.errors import CheckpointError, NumericalError, OutputError
 from cospadi.model_view import ModelView, discover_layers, source_name
 from cospadi.progress import Progress, silent
-from cospadi.pruning import block_bytes
+from cospadi.pruning import block_bytes, get_pruning_method
 from cospadi.recipe import Recipe, with_prune
 from cospadi.runtime.devices import resolve_device, widened
 from cospadi.runtime.fingerprints import versions
@@ -150,7 +150,8 @@ class PruneRun:
         check_section(self.section)
         check_output(out)
         device = resolve_device(self.recipe.device)
-        self.inputs.require_text()
+        if get_pruning_method(self.section.method).text:
+            self.inputs.require_text()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             self.progress("read", 0, 1, "text and model")
@@ -185,7 +186,7 @@ class PruneRun:
         with widened(evidence.view.model, device):
             # The decision comes first: what cannot be is refused before any text is run.
             edit = decide(self.section, evidence)
-            pairs = evidence.pairs
+            pairs = evidence.pairs if len(blocks) else None
         self.seconds["calibrate"] = evidence.seconds_since(begun)
         model = edit.apply(view)
         self.seconds["prune"] = time.perf_counter() - begun - self.seconds["calibrate"]
@@ -196,7 +197,7 @@ class PruneRun:
         return self._report(model, before, after, blocks) | {
             "blocks_after": before["blocks"] - len(edit.facts()["removed"]),
             "prune": edit.facts(),
-            "distances": {"cosine": _rounded(pairs.cosine), "angular": _rounded(pairs.angular)},
+            "distances": pairs and {"cosine": _rounded(pairs.cosine), "angular": _rounded(pairs.angular)},
             **environment(device),
             **self.outputs.facts(),
         }
@@ -224,7 +225,7 @@ class PruneRun:
             "other_bytes": after["file_bytes"] - after["block_bytes"],
             "seed": self.recipe.seed,
             "recipe": self.recipe.model_dump(mode="json", exclude_none=True, include=_RECIPE_KEYS),
-            "calibration": blocks.report | {"sha256": blocks.sha256},
+            "calibration": blocks.facts,
         }
 
 

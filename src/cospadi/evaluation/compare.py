@@ -254,7 +254,7 @@ class _Comparison:
             "text": next(iter(self.yardstick.texts)),
             "seq_len": self.yardstick.seq_len,
             "max_blocks": self.yardstick.max_blocks,
-            "calibration": shared.blocks.report | {"sha256": shared.blocks.sha256},
+            "calibration": shared.blocks.facts,
             "seed": base.seed,
             "seconds": {phase: round(value, 3) for phase, value in shared.seconds.items()},
             "device": device_name(shared.device),

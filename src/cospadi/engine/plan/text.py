@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from cospadi.methods import get_method
+from cospadi.pruning import get_pruning_method
 from cospadi.recipe import Recipe
 
 
 def needs_text(recipe: Recipe) -> bool:
     """Whether a recipe cannot be carried out without calibration text.
 
-    A method may need none; whatever follows the hidden states, weighs layers or pairs by them, or removes blocks does.
+    A method may need none; whatever follows the hidden states, or weighs layers, pairs or blocks by them, does.
     """
     method = get_method(recipe.method)
     return (
@@ -19,7 +20,7 @@ def needs_text(recipe: Recipe) -> bool:
         or bool(recipe.sequential)
         or recipe.anchor
         or recipe.refine is not None
-        or recipe.prune is not None
+        or (recipe.prune is not None and get_pruning_method(recipe.prune.method).text)
     )
 
 
