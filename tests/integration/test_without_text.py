@@ -103,3 +103,15 @@ def test_pruning_by_weights_or_chance(tmp_path, method):
     assert both["calibration"] is None and both["prune"]["removed"] == without["prune"]["removed"]
     done = command("prune", "model", tmp_path / "d", "--blocks", "1", "--method", "shortgpt")
     assert done.code == 1 and done.error.startswith("no calibration text")
+
+
+def test_a_comparison_asks_for_text_only_where_a_row_needs_it(tmp_path):
+    flags = ("--keep", "0.4", "--references", "none", "--text", "text.txt", "--eval-seq-len", 32, "--device", "cpu")
+    done = command("compare", "model", "--methods", "rtn,random", *flags, "--out", tmp_path / "a", "--json")
+    assert done.json["calibration"] is None and all(row["perplexity"] > 1 for row in done.json["rows"])
+    single = command("compress", "model", tmp_path / "c", *RTN).json
+    assert done.json["rows"][0]["bytes"] == single["bytes_after"] and done.json["rows"][0]["error"] > 0
+    page = (tmp_path / "a" / "comparison.html").read_text(encoding="utf-8")
+    assert "relative error of the weights" in page
+    other = command("compare", "model", "--methods", "rtn,gptq", *flags, "--out", tmp_path / "b")
+    assert other.code == 1 and other.error.startswith("no calibration text")

@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 
-from cospadi.calibration import ACCEPTED, TextSource, described, read_texts, short_name, token_blocks
+from cospadi.calibration import ACCEPTED, TextSource, TokenBlocks, described, read_texts, short_name, token_blocks
 from cospadi.checkpoint import is_compressed
 from cospadi.engine.journal import FOLDER, ROWS, check_output
 from cospadi.engine.plan.plan import other_bytes
 from cospadi.engine.plan.selection import chosen_modules, narrowed, restricted
+from cospadi.engine.plan.text import needs_text
 from cospadi.errors import (
     BudgetError,
     CalibrationError,
@@ -52,6 +53,7 @@ from cospadi.model_view import (
     source_name,
 )
 from cospadi.progress import Progress, labelled, silent
+from cospadi.pruning import get_pruning_method
 from cospadi.recipe import Recipe
 from cospadi.runtime.devices import device_name, resolve_device
 from cospadi.runtime.fingerprints import versions, weights_sha256
@@ -93,7 +95,7 @@ def compare(
             each keep.
         keeps: shares of the linear layers' 16-bit bytes.
         text: to measure perplexity on: whatever :func:`~cospadi.calibration.read_texts` takes, or several by name.
-        calibration: the same; left out: the recipe's.
+        calibration: the same; left out: the recipe's. Not needed where no row needs it.
         recipe: what holds for all rows: calibration (its ``bos`` and ``field`` also for measuring), device, seed and
             whatever else the methods share.
         options: options by method.
@@ -125,6 +127,8 @@ def compare(
     """
     base = _base(recipe or Recipe(), calibration)
     entries = make_entries(base, methods, keeps, options or {}, recipes or {}, references)
+    if base.calibration.source is None and any(map(_needs_text, entries)):
+        raise CalibrationError(f"no calibration text: name {ACCEPTED}, with --calibration")
     if arithmetic not in ARITHMETIC:
         raise RecipeError(f"arithmetic {arithmetic!r} is unknown; use {' or '.join(ARITHMETIC)}")
     named = text if isinstance(text, Mapping) else {short_name(text): text}
@@ -152,10 +156,14 @@ def compare(
 
 def _base(recipe: Recipe, calibration: TextSource | None) -> Recipe:
     if calibration is not None:
-        recipe = recipe.merged({"calibration": {"source": described(calibration)}})
-    if recipe.calibration.source is None:
-        raise CalibrationError(f"no calibration text: name {ACCEPTED}, with --calibration")
+        return recipe.merged({"calibration": {"source": described(calibration)}})
     return recipe
+
+
+def _needs_text(entry: Entry) -> bool:
+    if entry.only_prunes and entry.recipe.prune is not None:
+        return get_pruning_method(entry.recipe.prune.method).text
+    return needs_text(entry.recipe)
 
 
 def _shared(
@@ -171,15 +179,18 @@ def _shared(
     model, tokenizer = open_model(source)
     if is_compressed(model.config):
         raise ModelError(f"{source} is already compressed by cospadi: compare on the dense model")
-    check_length(model, base.calibration.seq_len)
+    wanted = base.calibration
+    if wanted.source is not None:
+        check_length(model, wanted.seq_len)
     view = discover(model)
     check_weights(view)
     view = restricted(view, {name for entry in entries for name in chosen_modules(view, entry.recipe)})
-    wanted = base.calibration
-    texts = read_texts(calibration if calibration is not None else str(wanted.source), field=wanted.field)
-    blocks = token_blocks(
-        texts, tokenizer, samples=wanted.samples, seq_len=wanted.seq_len, seed=base.seed, bos=wanted.bos
-    )
+    blocks = TokenBlocks.none()
+    if wanted.source is not None:
+        texts = read_texts(calibration if calibration is not None else wanted.source, field=wanted.field)
+        blocks = token_blocks(
+            texts, tokenizer, samples=wanted.samples, seq_len=wanted.seq_len, seed=base.seed, bos=wanted.bos
+        )
     check_ids(model, tokenizer, blocks.ids)
     progress("read", 1, 1)
     fingerprint = {"tokens": blocks.sha256, "model": weights_sha256(model)}
