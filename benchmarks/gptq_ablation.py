@@ -372,7 +372,7 @@ def main() -> None:
         "versions": versions(),
         "seed": options.seed,
         "calibration": blocks.report,
-        "blocks": {name: len(ids) for name, ids in texts.items()},
+        "blocks": {name: len(ids) for name, (ids, _) in texts.items()},
         "dense": {name: measured(dense, dense, ids, device) for name, ids in texts.items()},
         "rows": [],
     }

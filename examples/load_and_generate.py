@@ -13,7 +13,7 @@ recipe = cospadi.Recipe(method="svd_llm", keep=0.9, calibration={"samples": 16, 
 cospadi.compress(model_path(), out, recipe=recipe, calibration=stdlib_texts("calibration")[:4])
 
 model, tokenizer = cospadi.load(out, dtype=torch.bfloat16)
-prompt = tokenizer("def main():\n", return_tensors="pt", add_special_tokens=False)
+prompt = tokenizer("def main():\n", return_tensors="pt")
 tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
 print(tokenizer.decode(tokens[0]))
 

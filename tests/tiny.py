@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
+BOS = "<bos>"
 VOCABULARY = 257
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 """Covered everywhere: plain, sliding window, biases on q/k/v, norms on q/k."""
@@ -88,6 +89,18 @@ def byte_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
     return fast
 
 
+def bos_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
+    """The same with ``<bos>`` = 257, which it puts before every text, as Gemma and Llama do."""
+    fast = byte_tokenizer(**options)
+    fast.add_special_tokens({"bos_token": BOS})
+    backend: Any = fast.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, VOCABULARY)]
+    )
+    assert fast("a").input_ids == [VOCABULARY, 97] and fast.bos_token_id == VOCABULARY
+    return fast
+
+
 def save_tiny(
     directory: str | Path,
     architecture: str = "llama",
@@ -95,13 +108,14 @@ def save_tiny(
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     max_shard_size: str = "50KB",
+    tokenizer: PreTrainedTokenizerFast | None = None,
     **overrides: Any,
 ) -> Path:
-    """Write a tiny model and its tokenizer as a (sharded) checkpoint directory."""
+    """Write a tiny model and its tokenizer (by default `byte_tokenizer`) as a (sharded) checkpoint directory."""
     tiny_model(architecture, seed=seed, dtype=dtype, **overrides).save_pretrained(
         directory, max_shard_size=max_shard_size
     )
-    byte_tokenizer().save_pretrained(directory)
+    (tokenizer or byte_tokenizer()).save_pretrained(directory)
     return Path(directory)
 
 

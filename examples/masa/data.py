@@ -7,7 +7,7 @@ import lzma
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from cospadi.calibration.texts import read_texts
+from cospadi.calibration.begin import begin_ids
+from cospadi.calibration.texts import read_texts, rendered
 from cospadi.embedded import stdlib_texts
 from cospadi.errors import CalibrationError, RecipeError
 
@@ -34,14 +35,17 @@ class Tokens:
         path: the file, raw integers.
         dtype: of the integers.
         count: how many.
+        begin: what the tokenizer puts before every text (its BOS), and so before every block.
     """
 
     path: Path
     dtype: str
     count: int
+    begin: tuple[int, ...] = ()
 
     def blocks(self, length: int) -> np.ndarray:
-        """All whole blocks (blocks, length), memory-mapped."""
+        """The text of all whole blocks (blocks, length less `begin`), memory-mapped."""
+        length -= len(self.begin)
         stream = np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.count,))
         whole = self.count // length
         if not whole:
@@ -51,11 +55,12 @@ class Tokens:
         return stream[: whole * length].reshape(whole, length)
 
 
-def documents(source: str, characters: int) -> Iterator[str]:
-    """Documents of a text file, a ``.jsonl`` file (each also ``.xz``), a hub data set, or the standard library.
+def documents(source: str, characters: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Documents of any text that cospadi reads, of a ``.jsonl.xz`` or ``.txt.xz`` file, or of the standard library.
 
     Args:
         source: path, hub name, or `STDLIB`.
+        tokenizer: whose chat template turns conversations into text.
         characters: how much to take of a hub data set.
 
     Raises:
@@ -66,7 +71,7 @@ def documents(source: str, characters: int) -> Iterator[str]:
         return
     path = Path(source)
     if path.suffix != ".xz":
-        yield from read_texts(source, hub_characters=characters).documents
+        yield from rendered(read_texts(source, characters=characters), tokenizer)[0].plain
         return
     inner = Path(path.stem).suffix
     if inner not in (".jsonl", ".txt"):
@@ -123,19 +128,19 @@ def prepare(
         "limit": limit,
         "validation": validation,
     }
-    index = folder / "tokens.json"
+    index, begin = folder / "tokens.json", begin_ids(tokenizer)
     if index.exists():
         found = json.loads(index.read_text())
         if found["wanted"] != wanted:
             raise RecipeError(
                 f"{folder}: holds the tokens of {found['wanted']}, not {wanted}; choose another directory"
             )
-        train, held = (Tokens(folder / part["path"], part["dtype"], part["count"]) for part in found["parts"])
+        train, held = (Tokens(folder / part["path"], part["dtype"], part["count"], begin) for part in found["parts"])
         return train, held
     folder.mkdir(parents=True, exist_ok=True)
     dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
     names, counts, limits = ("train.bin", "validation.bin"), [0, 0], (limit, validation)
-    texts = documents(source, 8 * (limit + validation))
+    texts = documents(source, 8 * (limit + validation), tokenizer)
     number = 0
     with (folder / names[0]).open("wb") as train_file, (folder / names[1]).open("wb") as held_file:
         while counts[0] < limit and (some := list(islice(texts, DOCUMENTS_AT_A_TIME))):
@@ -146,8 +151,8 @@ def prepare(
                 stream.tofile(held_file if part else train_file)
                 counts[part] += len(stream)
                 number += 1
-    parts = [Tokens(folder / name, dtype, count) for name, count in zip(names, counts, strict=True)]
-    stored = [asdict(part) | {"path": part.path.name} for part in parts]
+    parts = [Tokens(folder / name, dtype, count, begin) for name, count in zip(names, counts, strict=True)]
+    stored = [{"path": part.path.name, "dtype": part.dtype, "count": part.count} for part in parts]
     replace_text(index, json.dumps({"wanted": wanted, "parts": stored}, indent=1))
     return parts[0], parts[1]
 
@@ -178,6 +183,12 @@ def alone(path: Path, *, wait: bool) -> Iterator[None]:
         yield
 
 
+def begun(text: np.ndarray, begin: tuple[int, ...]) -> torch.Tensor:
+    """Blocks of text (blocks, length) with the same tokens before each, int64."""
+    before = np.tile(np.asarray(begin, dtype=np.int64), (len(text), 1))
+    return torch.from_numpy(np.concatenate([before, text.astype(np.int64)], axis=1))
+
+
 class Batches:
     """Batches of blocks in a random order that a seed decides; any step can be the first, so that runs resume.
 
@@ -186,12 +197,15 @@ class Batches:
         size: blocks in a batch, of all processes together.
         seed: of the order.
         share: (rank, processes): which blocks of a batch are this process's.
+        begin: token ids before the text of every block.
     """
 
-    def __init__(self, blocks: np.ndarray, size: int, seed: int, share: tuple[int, int] = (0, 1)) -> None:
+    def __init__(
+        self, blocks: np.ndarray, size: int, seed: int, share: tuple[int, int] = (0, 1), begin: tuple[int, ...] = ()
+    ) -> None:
         if size > len(blocks):
             raise CalibrationError(f"{len(blocks)} blocks of text do not fill a batch of {size}; give more text")
-        self.blocks, self.size, self.seed, self.share = blocks, size, seed, share
+        self.blocks, self.size, self.seed, self.share, self.begin = blocks, size, seed, share, begin
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def __call__(self, step: int) -> torch.Tensor:
@@ -201,4 +215,4 @@ class Batches:
             self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.blocks))
         rank, processes = self.share
         chosen = self._order[within * self.size : (within + 1) * self.size][rank::processes]
-        return torch.from_numpy(self.blocks[np.sort(chosen)].astype(np.int64))
+        return begun(self.blocks[np.sort(chosen)], self.begin)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from data import STDLIB, Batches, Tokens, alone, prepare, replace_text
+from data import STDLIB, Batches, Tokens, alone, begun, prepare, replace_text
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional
@@ -162,16 +162,16 @@ def synchronise(device: torch.device) -> None:
 
 @torch.no_grad()
 def validation_perplexity(model: Any, tokens: Tokens, settings: Settings, accelerator: Accelerator) -> float:
-    """Exp of the mean loss per predicted token, over blocks that do not overlap; the sum in float64."""
-    blocks = tokens.blocks(settings.sequence)
+    """Exp of the mean loss per predicted token of text, over blocks that do not overlap; the sum in float64."""
+    blocks, begin = tokens.blocks(settings.sequence), len(tokens.begin)
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     for start in range(0, len(blocks), settings.batch):
-        ids = torch.from_numpy(blocks[start : start + settings.batch].astype("int64")).to(accelerator.device)
+        ids = begun(blocks[start : start + settings.batch], tokens.begin).to(accelerator.device)
         with accelerator.autocast():
-            logits = model(ids).logits[:, :-1]
-        loss = functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            logits = model(ids).logits[:, begin:-1]
+        loss = functional.cross_entropy(logits.float().flatten(0, 1), ids[:, begin + 1 :].flatten(), reduction="none")
         total += loss.double().sum()
-    return math.exp(total.item() / (len(blocks) * (settings.sequence - 1)))
+    return math.exp(total.item() / (len(blocks) * (settings.sequence - begin - 1)))
 
 
 def train(
@@ -213,7 +213,7 @@ def train(
     if state.exists():
         step, before = load_state(state, model, optimizer, device)
     share = (accelerator.process_index, accelerator.num_processes)
-    batches = Batches(parts[0].blocks(settings.sequence), settings.batch, seed, share)
+    batches = Batches(parts[0].blocks(settings.sequence), settings.batch, seed, share, parts[0].begin)
     wrapped = accelerator.prepare_model(model)
     forward = torch.compile(wrapped) if settings.compiled else wrapped
     first, began, saved = step, time.perf_counter(), time.perf_counter()

@@ -35,3 +35,19 @@ def canonical(options: Mapping[str, Any], known: Collection[str] = ()) -> dict[s
             raise RecipeError(f"the options {both} are the same: give only one")
         found[name] = value
     return found
+
+
+BOS = ("auto", "on", "off")
+"""Whether sequences begin with the BOS token: as the tokenizer does it, always, never."""
+
+
+def canonical_bos(value: object) -> str:
+    """One of `BOS`; YAML reads a bare ``on`` and ``off`` as true and false.
+
+    Raises:
+        RecipeError: if it is something else.
+    """
+    word = {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+    if isinstance(word, str) and word in BOS:
+        return word
+    raise RecipeError(f"bos must be auto, on or off, not {value!r}")

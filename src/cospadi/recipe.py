@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from cospadi.aliases import canonical
+from cospadi.aliases import canonical, canonical_bos
 from cospadi.errors import BudgetError, RecipeError
 from cospadi.quantities import parse_share, parse_size
 
@@ -48,11 +48,23 @@ class Calibration(_Strict):
     """The text from which layer statistics are collected."""
 
     source: str | None = Field(
-        None, description="A .txt, .json, .jsonl or .parquet file, or the name of a hub dataset."
+        None, description="A file or directory of text, - for standard input, or the name of a hub dataset."
     )
     samples: int = Field(256, ge=1, description="Number of sequences.")
     seq_len: int = Field(1024, ge=8, description="Tokens per sequence.")
-    field: str = Field("text", description="Name of the text field in structured files.")
+    field: str | None = Field(
+        None,
+        description="Field of records that holds the text or messages; left out: text, messages, or prompt and "
+        "completion.",
+    )
+    bos: Literal["auto", "on", "off"] = Field(
+        "auto", description="Whether sequences begin with the BOS token; auto: where the tokenizer adds it."
+    )
+
+    @field_validator("bos", mode="before")
+    @classmethod
+    def _bos_as_yaml_reads_it(cls, bos: Any) -> Any:
+        return canonical_bos(bos) if isinstance(bos, bool) else bos
 
 
 class Refine(_Strict):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from cospadi.errors import CalibrationError, CheckpointError, RecipeError
 from cospadi.masa import MasaConfig, MasaForCausalLM
-from tiny import byte_tokenizer, tiny_text, token_ids
+from tiny import bos_tokenizer, byte_tokenizer, tiny_text, token_ids
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "masa"
 QUICK = ["--tiny", "--tokens", "640", "--sequence", "16", "--batch", "4", "--validation", "300", "--hidden", "24"]
@@ -325,18 +325,30 @@ def test_tokens_are_those_of_the_documents(text, tmp_path):
         train.blocks(5000)
 
 
+def test_blocks_begin_as_the_tokenizer_begins(text, tmp_path):
+    from data import Batches, prepare
+
+    train, _ = prepare(text[1], bos_tokenizer(), tmp_path, limit=2000, validation=100)
+    blocks = train.blocks(30)
+    assert train.begin == (257,) and blocks.shape == (2000 // 29, 29)
+    batch = Batches(blocks, 8, seed=1, begin=train.begin)(0)
+    assert batch.shape == (8, 30) and (batch[:, 0] == 257).all() and (batch[:, 1:] != 257).all()
+    again, _ = prepare(text[1], bos_tokenizer(), tmp_path, limit=2000, validation=100)
+    assert again == train
+
+
 def test_unreadable_data(tmp_path):
     from data import documents
 
     (tmp_path / "a.jsonl.xz").write_bytes(b"no xz")
     with pytest.raises(CalibrationError, match="cannot be read"):
-        list(documents(str(tmp_path / "a.jsonl.xz"), 10))
+        list(documents(str(tmp_path / "a.jsonl.xz"), 10, byte_tokenizer()))
     with pytest.raises(CalibrationError, match="are read compressed"):
-        list(documents(str(tmp_path / "a.csv.xz"), 10))
+        list(documents(str(tmp_path / "a.csv.xz"), 10, byte_tokenizer()))
     with lzma.open(tmp_path / "b.jsonl.xz", "wt") as file:
         file.write('{"text": "x"}\n{"other": 1}\n')
     with pytest.raises(CalibrationError, match="line 2 has no field 'text'"):
-        list(documents(str(tmp_path / "b.jsonl.xz"), 10))
+        list(documents(str(tmp_path / "b.jsonl.xz"), 10, byte_tokenizer()))
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():

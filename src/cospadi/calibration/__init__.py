@@ -6,14 +6,16 @@ from cospadi.calibration.fisher import fisher
 from cospadi.calibration.loss_gram import LossGram, Weights, averaged, blended
 from cospadi.calibration.statistics import Accumulator, Statistics, accumulate
 from cospadi.calibration.store import StatisticsStore
-from cospadi.calibration.texts import Texts, read_texts
+from cospadi.calibration.texts import ACCEPTED, Texts, TextSource, described, read_texts, short_name
 from cospadi.calibration.token_weights import TokenWeights, token_weights
 
 __all__ = [
+    "ACCEPTED",
     "Accumulator",
     "LossGram",
     "Statistics",
     "StatisticsStore",
+    "TextSource",
     "Texts",
     "TokenBlocks",
     "TokenWeights",
@@ -22,10 +24,12 @@ __all__ = [
     "averaged",
     "blended",
     "collect",
+    "described",
     "encode",
     "fisher",
     "read_texts",
     "sequences_per_batch",
+    "short_name",
     "token_blocks",
     "token_weights",
 ]

@@ -10,8 +10,10 @@ from rich.text import Text
 
 from cospadi.cli.benchmark import register as register_benchmark
 from cospadi.cli.common import (
+    TEXT_HELP,
     AllocationOption,
     AnchorOption,
+    BosOption,
     CalibrationOption,
     DeviceOption,
     DirArgument,
@@ -31,6 +33,7 @@ from cospadi.cli.common import (
     SequentialOption,
     SetOption,
     SizeOption,
+    TextFieldOption,
     UsageError,
     check_new_directory,
     command_line,
@@ -58,7 +61,7 @@ FloatName = Literal["auto", "bfloat16", "float16", "float32"]
 TextOption = Annotated[
     str | None,
     typer.Option(
-        help="Text to measure perplexity on: a .txt, .json, .jsonl or .parquet file, or a hub dataset.",
+        help=f"Text to measure perplexity on: {TEXT_HELP}",
         show_default=False,
         callback=expand_home,
     ),
@@ -99,8 +102,10 @@ def compress(
     anchor: AnchorOption = None,
     refine: RefineOption = None,
     calibration: CalibrationOption = None,
+    text_field: TextFieldOption = None,
     samples: SamplesOption = None,
     seq_len: LengthOption = None,
+    bos: BosOption = None,
     device: DeviceOption = None,
     seed: SeedOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and exit.")] = False,
@@ -112,8 +117,10 @@ def compress(
         recipe,
         settings=set_,
         calibration=calibration,
+        text_field=text_field,
         samples=samples,
         seq_len=seq_len,
+        bos=bos,
         keep=keep,
         target_size=target_size,
         method=method,
@@ -232,6 +239,7 @@ def inspect(
 def evaluate(
     directory: DirArgument,
     text: TextOption = None,
+    text_field: TextFieldOption = None,
     against: Annotated[
         str | None,
         typer.Option(
@@ -248,6 +256,7 @@ def evaluate(
     batch: Annotated[int | None, typer.Option(min=1, help="Blocks per batch.", show_default="by size")] = None,
     tasks: TasksOption = None,
     limit: LimitOption = None,
+    bos: BosOption = None,
     device: DeviceOption = None,
     json_: JsonOption = False,
 ) -> None:
@@ -266,6 +275,7 @@ def evaluate(
         data = run(
             directory,
             text=text,
+            text_field=text_field,
             tasks=split(tasks),
             limit=limit,
             against=against,
@@ -273,6 +283,7 @@ def evaluate(
             max_blocks=max_blocks,
             batch=batch,
             device=device or "auto",
+            bos=bos or "auto",
             progress=display.update,
         )
     if json_:
@@ -295,6 +306,7 @@ def generate(
         float, typer.Option(min=0.0, help="Sampling temperature; 0 always takes the most likely token.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    bos: BosOption = None,
     device: DeviceOption = None,
     json_: JsonOption = False,
 ) -> None:
@@ -304,7 +316,13 @@ def generate(
     quiet_transformers()
     stdout, stderr = consoles()
     data = run(
-        directory, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, device=device or "auto"
+        directory,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        device=device or "auto",
+        bos=bos or "auto",
     )
     if json_:
         print_json(data)

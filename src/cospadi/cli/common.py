@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 import yaml
@@ -160,16 +160,32 @@ OnlyOption = Annotated[
         show_default="all; masa: attention",
     ),
 ]
+TEXT_HELP = (
+    "a file or directory (.txt, .md, .jsonl, .json, .csv, .parquet, each also .gz or .zst), - for standard input, or a "
+    "hub dataset."
+)
 CalibrationOption = Annotated[
     str | None,
     typer.Option(
-        help="Calibration text: a .txt, .json, .jsonl or .parquet file, or a hub dataset.",
+        help=f"Calibration text: {TEXT_HELP}",
         show_default=False,
         callback=expand_home,
     ),
 ]
+TextFieldOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Field of the records that holds the text or messages.",
+        show_default="text, messages, or prompt and completion",
+    ),
+]
 SamplesOption = Annotated[int | None, typer.Option(help="Number of calibration sequences.", show_default="256")]
 LengthOption = Annotated[int | None, typer.Option(help="Tokens per calibration sequence.", show_default="1024")]
+BosOption = Annotated[
+    Literal["auto", "on", "off"] | None,
+    typer.Option(help="Begin sequences with the BOS token; auto: where the tokenizer adds it.", show_default="auto"),
+]
 DeviceOption = Annotated[
     str | None, typer.Option(help="Where to compute: auto, cpu, cuda or cuda:N.", show_default="auto")
 ]
@@ -209,6 +225,14 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
     return out
 
 
+def calibration_section(
+    source: str | None, samples: int | None, seq_len: int | None, bos: str | None, text_field: str | None
+) -> dict[str, Any]:
+    """A recipe's section ``calibration`` from the flags that are given (not None)."""
+    section = {"source": source, "samples": samples, "seq_len": seq_len, "bos": bos, "field": text_field}
+    return {key: value for key, value in section.items() if value is not None}
+
+
 def make_recipe(
     recipe: Path | None,
     *,
@@ -216,6 +240,8 @@ def make_recipe(
     calibration: str | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
+    bos: str | None = None,
+    text_field: str | None = None,
     **fields: Any,
 ) -> Recipe:
     """The recipe of a file, overridden by the flags that are given (not None).
@@ -230,8 +256,7 @@ def make_recipe(
     changes: dict[str, Any] = {key: value for key, value in fields.items() if value is not None}
     if "keep" in changes and "target_size" in changes:
         raise UsageError("--keep and --target-size are both given: pass only one")
-    section = {"source": calibration, "samples": samples, "seq_len": seq_len}
-    section = {key: value for key, value in section.items() if value is not None}
+    section = calibration_section(calibration, samples, seq_len, bos, text_field)
     if section:
         changes["calibration"] = section
     options = parse_settings(settings)

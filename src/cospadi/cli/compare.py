@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cospadi.cli.common import (
+    BosOption,
     CalibrationOption,
     DeviceOption,
     JsonOption,
@@ -17,7 +18,9 @@ from cospadi.cli.common import (
     OnlyOption,
     SamplesOption,
     SeedOption,
+    TextFieldOption,
     UsageError,
+    calibration_section,
     command_line,
     consoles,
     expand_home,
@@ -120,7 +123,7 @@ def compare(
     text: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text to measure perplexity on; repeatable, rows are ranked by the first.",
+            help="Text to measure perplexity on, as for --calibration; repeatable, rows are ranked by the first.",
             show_default=False,
             callback=expand_home,
         ),
@@ -151,8 +154,10 @@ def compare(
     ] = "rtn",
     only: OnlyOption = None,
     calibration: CalibrationOption = None,
+    text_field: TextFieldOption = None,
     samples: SamplesOption = None,
     seq_len: LengthOption = None,
+    bos: BosOption = None,
     device: DeviceOption = None,
     seed: SeedOption = None,
     eval_seq_len: Annotated[int, typer.Option(min=2, help="Tokens per block when measuring perplexity.")] = 1024,
@@ -179,14 +184,15 @@ def compare(
         raise UsageError("nothing to compare: pass --methods, for example --methods svd,pursuit")
     if not text:
         raise UsageError("no text to measure on: pass --text FILE")
+    if [*text, calibration].count("-") > 1:
+        raise UsageError("standard input can be read only once: pass - to one of --text and --calibration")
     if out is None:
         raise UsageError("no output directory given: pass --out DIR")
     shares = _shares(keep)
     if not shares and (names or not all(of_row.keep for of_row in named.values())):
         raise UsageError("no size given: pass --keep, for example --keep 0.8,0.6")
     options = _options(set_ or [], names)
-    section = {"source": calibration, "samples": samples, "seq_len": seq_len}
-    section = {key: value for key, value in section.items() if value is not None}
+    section = calibration_section(calibration, samples, seq_len, bos, text_field)
     flags = {"device": device, "seed": seed, "only": only, "calibration": section}
     changes = {key: value for key, value in flags.items() if value is not None}
     merged = (common or Recipe()).merged(changes, source="command line")

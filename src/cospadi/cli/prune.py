@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cospadi.cli.common import (
+    BosOption,
     CalibrationOption,
     DeviceOption,
     JsonOption,
@@ -21,7 +22,9 @@ from cospadi.cli.common import (
     SamplesOption,
     SeedOption,
     SetOption,
+    TextFieldOption,
     UsageError,
+    calibration_section,
     command_line,
     consoles,
     pages_written,
@@ -52,8 +55,10 @@ def prune(
     recipe: RecipeOption = None,
     set_: SetOption = None,
     calibration: CalibrationOption = None,
+    text_field: TextFieldOption = None,
     samples: SamplesOption = None,
     seq_len: LengthOption = None,
+    bos: BosOption = None,
     device: DeviceOption = None,
     seed: SeedOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resulting sizes and stop.")] = False,
@@ -63,8 +68,7 @@ def prune(
     """Remove whole decoder layers (depth) or part of their width. Depth methods write stock checkpoints."""
     if blocks is not None and keep_blocks is not None:
         raise UsageError("--blocks and --keep-blocks exclude each other: give one of them")
-    section = {"source": calibration, "samples": samples, "seq_len": seq_len}
-    section = {key: value for key, value in section.items() if value is not None}
+    section = calibration_section(calibration, samples, seq_len, bos, text_field)
     flags = {"device": device, "seed": seed, "calibration": section or None}
     changes = {key: value for key, value in flags.items() if value is not None}
     merged = _recipe(recipe, changes, method, blocks, keep_blocks, parse_settings(set_))

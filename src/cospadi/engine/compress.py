@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from cospadi.calibration import TokenBlocks, fisher
+from cospadi.calibration import TextSource, TokenBlocks, described, fisher
 from cospadi.checkpoint import storage_dtype
 from cospadi.engine.allocate.rules import final_plan
 from cospadi.engine.context import RunContext
@@ -27,6 +27,7 @@ from cospadi.engine.plan.order import order_of, plain_share
 from cospadi.engine.plan.plan import Plan, make_plan
 from cospadi.engine.plan.pruning import check_section, prune_first
 from cospadi.engine.plan.selection import chosen_modules, restricted
+from cospadi.engine.plan.text import needs_text
 from cospadi.engine.tune.sequential import Outcome, Sequential, require_layers
 from cospadi.methods import get_method
 from cospadi.model_view import ModelView, check_weights, discover, source_name
@@ -67,7 +68,7 @@ def compress(
     *,
     keep: float | None = None,
     method: str | None = None,
-    calibration: str | Path | list[str] | tuple[str, ...] | None = None,
+    calibration: TextSource | None = None,
     recipe: Recipe | dict[str, Any] | str | Path | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
@@ -83,7 +84,8 @@ def compress(
         out: output directory: new, empty, or of the same run.
         keep: share of the linear layers' 16-bit bytes to keep, in (0, 1).
         method: name of a method; left out: the recipe's, else the default.
-        calibration: text file, hub dataset name, or a list of texts.
+        calibration: whatever :func:`~cospadi.calibration.read_texts` takes: a file, a directory, a hub data set, or
+            documents in memory such as a list, a generator or a ``Dataset``.
         recipe: a recipe, its keys and values, or the path of one; the other arguments override it.
         fresh: forget an earlier run in `out`.
         progress: called with (phase, done, total, detail, error so far).
@@ -97,10 +99,9 @@ def compress(
         CospadiError: see `cospadi.errors`; the message names cause and remedy.
     """
     base = Recipe.of(recipe)
-    texts = list(calibration) if isinstance(calibration, (list, tuple)) else None
+    texts = None if isinstance(calibration, (str, Path)) else calibration
     if calibration is not None:
-        section = {"source": "a list of texts" if texts is not None else str(calibration)}
-        changes["calibration"] = section | dict(changes.get("calibration", {}))
+        changes["calibration"] = {"source": described(calibration)} | dict(changes.get("calibration", {}))
     if keep is not None:
         changes |= {"keep": keep, "target_size": changes.get("target_size")}
     if method is not None:
@@ -141,7 +142,7 @@ class CompressRun:
             model, tokenizer = self.inputs.open("compress")
             view = self._view(model)
             plan = self._planned(view) if self.recipe.prune is None else None
-            blocks = self.inputs.tokens(tokenizer)
+            blocks = self.inputs.tokens(model, tokenizer)
             self.progress("read", 1, 1)
             fingerprint = self.inputs.fingerprint(model, blocks, device, self.recipe)
             with Journal(out, fingerprint, fresh=fresh) as journal:
@@ -173,7 +174,8 @@ class CompressRun:
         if self.recipe.prune is not None:
             check_section(self.recipe.prune)
         check_output(self.outputs.out)
-        self.inputs.require_text()
+        if needs_text(self.recipe):
+            self.inputs.require_text()
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -261,7 +263,7 @@ class CompressRun:
             "seconds": {key: round(value, 3) for key, value in self.seconds.items()},
             "seed": self.recipe.seed,
             "recipe": self.recipe.model_dump(mode="json", exclude_none=True),
-            "calibration": blocks.report | {"sha256": blocks.sha256},
+            "calibration": blocks.facts,
             "groups": [group.row() | info for group, info in zip(plan.groups, found.groups, strict=True)],
         }
         report |= environment(context.device) | self.outputs.facts()

@@ -23,7 +23,7 @@ class RunContext:
     Attributes:
         view: of the real model.
         store: statistics of every layer's input.
-        ids: calibration tokens, int64 (sequences, length).
+        ids: calibration tokens, int64 (sequences, length); none of a run without text.
         device: where to compute.
         dtype: 16-bit float of the stored tensors.
         seed: of the run.
@@ -80,7 +80,8 @@ class RunContext:
             sources: the layers that read the same input: one set for all modules, or one for each.
             name: of the group; the seed of its random choices derives from it.
         """
-        return self.problem_of(modules, self.statistics(modules, sources), name)
+        known = self.statistics(modules, sources) if len(self.ids) else []
+        return self.problem_of(modules, known, name)
 
     def problem_of(self, modules: Sequence[str], statistics: Sequence[Statistics], name: str) -> Problem:
         """The same from statistics that were read before."""

@@ -49,12 +49,17 @@ def measure(weights: Sequence[Tensor], packed: PackedGroup, spec: Spec, grams: S
         weights: W (d_in, d_out) of every module.
         packed: tensors, on the device of the weights.
         spec: of the group.
-        grams: of the input in the original model (d_in, d_in): one for all modules, or one for each.
+        grams: of the input in the original model (d_in, d_in): one for all modules, or one for each; none without
+            calibration text.
 
     Returns:
-        ``missed`` and ``energy``: squared output error and output energy per token; ``error``: their quotient.
+        ``missed`` and ``energy``: squared output error and output energy per token, or without Grams those of the
+        weights themselves; ``error``: their quotient.
     """
-    if len(grams) == 1:
+    if not grams:
+        original, stored = torch.cat(list(weights), 1).double(), torch.cat(list(spec.rebuild(packed)), 1).double()
+        missed, energy = float((original - stored).square().sum()), float(original.square().sum())
+    elif len(grams) == 1:
         missed, energy = output_error(torch.cat(list(weights), 1), spec.weight(packed), grams[0])
     else:
         errors = [output_error(*part) for part in zip(weights, spec.rebuild(packed), grams, strict=True)]

@@ -10,8 +10,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cospadi.calibration import (
+    ACCEPTED,
     StatisticsStore,
     Texts,
+    TextSource,
     TokenBlocks,
     TokenWeights,
     collect,
@@ -21,7 +23,7 @@ from cospadi.calibration import (
 )
 from cospadi.checkpoint import is_compressed
 from cospadi.errors import CalibrationError, ModelError
-from cospadi.model_view import ModelView, check_length, model_name, open_model
+from cospadi.model_view import ModelView, check_ids, check_length, model_name, open_model
 from cospadi.progress import Progress
 from cospadi.pruning import Evidence, Tokens
 from cospadi.recipe import Recipe
@@ -35,13 +37,18 @@ class Inputs:
     Args:
         source: of the model: local directory or hub id.
         recipe: of the run: calibration text and seed.
-        texts: calibration documents, where they are not to be read from the recipe's source.
+        texts: calibration documents in memory, where they are not to be read from the recipe's source.
         progress: called as progress(phase, done, total, detail, error).
     """
 
-    def __init__(self, source: str, recipe: Recipe, texts: list[str] | None, progress: Progress) -> None:
+    def __init__(self, source: str, recipe: Recipe, texts: TextSource | None, progress: Progress) -> None:
         self.source, self.recipe, self.texts, self.progress = source, recipe, texts, progress
         self.name = model_name(source)
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there is a calibration text."""
+        return self.recipe.calibration.source is not None
 
     def require_text(self) -> None:
         """Check that the recipe names a calibration text.
@@ -49,10 +56,8 @@ class Inputs:
         Raises:
             CalibrationError: if it does not.
         """
-        if self.recipe.calibration.source is None:
-            raise CalibrationError(
-                "no calibration text: name a .txt, .json, .jsonl or .parquet file, or a hub dataset, with --calibration"
-            )
+        if not self.has_text:
+            raise CalibrationError(f"no calibration text: name {ACCEPTED}, with --calibration")
 
     @cached_property
     def documents(self) -> Texts:
@@ -70,19 +75,35 @@ class Inputs:
             ModelError: if the model cannot be read, or is compressed already.
             CalibrationError: if the text cannot be read, or the model has no positions for its sequences.
         """
-        self.documents  # noqa: B018 - read first: that is quick, and it is where most mistakes are
+        if self.has_text:
+            self.documents  # noqa: B018 - read first: that is quick, and it is where most mistakes are
         model, tokenizer = open_model(self.source)
         if is_compressed(model.config):
             raise ModelError(f"{self.source} is already compressed by cospadi: {verb} the dense model instead")
-        check_length(model, self.recipe.calibration.seq_len)
+        if self.has_text:
+            check_length(model, self.recipe.calibration.seq_len)
         return model, tokenizer
 
-    def tokens(self, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
-        """The calibration text in blocks of tokens."""
+    def tokens(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
+        """The calibration text in blocks of tokens; no blocks if there is none.
+
+        Raises:
+            CalibrationError: if the text does not fill a block.
+            ModelError: if the model has no embedding for one of its tokens.
+        """
+        if not self.has_text:
+            return TokenBlocks.none()
         options = self.recipe.calibration
-        return token_blocks(
-            self.documents, tokenizer, samples=options.samples, seq_len=options.seq_len, seed=self.recipe.seed
+        blocks = token_blocks(
+            self.documents,
+            tokenizer,
+            samples=options.samples,
+            seq_len=options.seq_len,
+            seed=self.recipe.seed,
+            bos=options.bos,
         )
+        check_ids(model, tokenizer, blocks.ids)
+        return blocks
 
     def token_weights(
         self, view: ModelView, blocks: TokenBlocks, device: torch.device, folder: Path, *, whole: bool
@@ -110,7 +131,7 @@ class Inputs:
         whole: bool,
         weights: TokenWeights | None = None,
     ) -> StatisticsStore:
-        """The statistics of every group's input, collected where they are missing.
+        """The statistics of every group's input, collected where they are missing; none without a text.
 
         Args:
             view: of the model.
@@ -121,6 +142,8 @@ class Inputs:
             weights: of the tokens, where loss-weighted Grams are wanted, too.
         """
         store = StatisticsStore(folder, {"tokens": blocks.sha256, "model": self.name})
+        if not len(blocks):
+            return store
         with widened(view.model, device):
             reporting = partial(self.progress, "calibrate")
             collect(view, blocks.ids, device=device, store=store, weights=weights, progress=reporting)
@@ -135,10 +158,12 @@ class Inputs:
     ) -> dict[str, Any]:
         """What a run is: model, recipe, text, device, versions.
 
-        The text is known by its tokens; where its file lies does not matter, nor how the device was named.
+        The text is known by its tokens; where its file lies and how it is read do not matter, nor how the device was
+        named.
         """
         settings = recipe.model_dump(mode="json")
-        settings["calibration"].pop("source")
+        for key in ("source", "field", "bos"):
+            settings["calibration"].pop(key)
         settings.pop("device")
         found = versions()
         return {

@@ -13,7 +13,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cospadi.calibration import TokenBlocks
+from cospadi.calibration import TextSource, TokenBlocks, described
 from cospadi.checkpoint import is_compressed
 from cospadi.checkpoint.headers import read_directory
 from cospadi.engine.inputs import Inputs
@@ -23,7 +23,7 @@ from cospadi.engine.plan.pruning import check_section, decide
 from cospadi.errors import CheckpointError, NumericalError, OutputError
 from cospadi.model_view import ModelView, discover_layers, source_name
 from cospadi.progress import Progress, silent
-from cospadi.pruning import block_bytes
+from cospadi.pruning import block_bytes, get_pruning_method
 from cospadi.recipe import Recipe, with_prune
 from cospadi.runtime.devices import resolve_device, widened
 from cospadi.runtime.fingerprints import versions
@@ -65,7 +65,7 @@ def prune(
     blocks: int | None = None,
     keep_blocks: float | None = None,
     options: dict[str, Any] | None = None,
-    calibration: str | Path | list[str] | None = None,
+    calibration: TextSource | None = None,
     recipe: Recipe | dict[str, Any] | str | Path | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
@@ -84,7 +84,8 @@ def prune(
         blocks: how many go.
         keep_blocks: instead: share of the blocks' 16-bit bytes that stays, in (0, 1).
         options: of the method.
-        calibration: text file, hub dataset name, or a list of texts.
+        calibration: whatever :func:`~cospadi.calibration.read_texts` takes: a file, a directory, a hub data set, or
+            documents in memory such as a list, a generator or a ``Dataset``.
         recipe: a recipe, its keys and values, or the path of one, with a section ``prune``; the other arguments
             override it.
         fresh: forget an earlier run in `out`.
@@ -99,11 +100,9 @@ def prune(
         CospadiError: see `cospadi.errors`; the message names cause and remedy.
     """
     base = Recipe.of(recipe)
-    texts = list(calibration) if isinstance(calibration, (list, tuple)) else None
+    texts = None if isinstance(calibration, (str, Path)) else calibration
     if calibration is not None:
-        changes["calibration"] = {"source": "a list of texts" if texts is not None else str(calibration)} | dict(
-            changes.get("calibration", {})
-        )
+        changes["calibration"] = {"source": described(calibration)} | dict(changes.get("calibration", {}))
     merged, progress = with_prune(base.merged(changes), method, blocks, keep_blocks, options), progress or silent
     inputs = Inputs(source_name(model), merged, texts, progress)
     with memory_errors():
@@ -151,14 +150,15 @@ class PruneRun:
         check_section(self.section)
         check_output(out)
         device = resolve_device(self.recipe.device)
-        self.inputs.require_text()
+        if get_pruning_method(self.section.method).text:
+            self.inputs.require_text()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             self.progress("read", 0, 1, "text and model")
             model, tokenizer = self.inputs.open("prune")
             view = discover_layers(model)
             check_matrices(view)
-            blocks = self.inputs.tokens(tokenizer)
+            blocks = self.inputs.tokens(model, tokenizer)
             self.progress("read", 1, 1)
             fingerprint = self.inputs.fingerprint(model, blocks, device, self.recipe) | {"prune": True}
             with Journal(out, fingerprint, fresh=fresh) as journal:
@@ -186,7 +186,7 @@ class PruneRun:
         with widened(evidence.view.model, device):
             # The decision comes first: what cannot be is refused before any text is run.
             edit = decide(self.section, evidence)
-            pairs = evidence.pairs
+            pairs = evidence.pairs if len(blocks) else None
         self.seconds["calibrate"] = evidence.seconds_since(begun)
         model = edit.apply(view)
         self.seconds["prune"] = time.perf_counter() - begun - self.seconds["calibrate"]
@@ -197,7 +197,7 @@ class PruneRun:
         return self._report(model, before, after, blocks) | {
             "blocks_after": before["blocks"] - len(edit.facts()["removed"]),
             "prune": edit.facts(),
-            "distances": {"cosine": _rounded(pairs.cosine), "angular": _rounded(pairs.angular)},
+            "distances": pairs and {"cosine": _rounded(pairs.cosine), "angular": _rounded(pairs.angular)},
             **environment(device),
             **self.outputs.facts(),
         }
@@ -225,7 +225,7 @@ class PruneRun:
             "other_bytes": after["file_bytes"] - after["block_bytes"],
             "seed": self.recipe.seed,
             "recipe": self.recipe.model_dump(mode="json", exclude_none=True, include=_RECIPE_KEYS),
-            "calibration": blocks.report | {"sha256": blocks.sha256},
+            "calibration": blocks.facts,
         }
 
 

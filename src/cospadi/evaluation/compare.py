@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 
-from cospadi.calibration import read_texts, token_blocks
+from cospadi.calibration import ACCEPTED, TextSource, TokenBlocks, described, read_texts, short_name, token_blocks
 from cospadi.checkpoint import is_compressed
 from cospadi.engine.journal import FOLDER, ROWS, check_output
 from cospadi.engine.plan.plan import other_bytes
 from cospadi.engine.plan.selection import chosen_modules, narrowed, restricted
+from cospadi.engine.plan.text import needs_text
 from cospadi.errors import (
     BudgetError,
     CalibrationError,
@@ -43,6 +44,7 @@ from cospadi.evaluation.yardstick import ARITHMETIC, Yardstick
 from cospadi.io import disk_errors
 from cospadi.model_view import (
     LinearGroup,
+    check_ids,
     check_length,
     check_weights,
     discover,
@@ -51,6 +53,7 @@ from cospadi.model_view import (
     source_name,
 )
 from cospadi.progress import Progress, labelled, silent
+from cospadi.pruning import get_pruning_method
 from cospadi.recipe import Recipe
 from cospadi.runtime.devices import device_name, resolve_device
 from cospadi.runtime.fingerprints import versions, weights_sha256
@@ -66,8 +69,8 @@ def compare(
     *,
     methods: Sequence[str] = (),
     keeps: Sequence[float],
-    text: str | Path | list[str] | Mapping[str, str | Path | list[str]],
-    calibration: str | Path | list[str] | None = None,
+    text: TextSource | Mapping[str, TextSource],
+    calibration: TextSource | None = None,
     recipe: Recipe | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     recipes: Mapping[str, Recipe] | None = None,
@@ -91,9 +94,10 @@ def compare(
         methods: names of methods, and of pruning methods: these remove the fewest blocks (or the least width) within
             each keep.
         keeps: shares of the linear layers' 16-bit bytes.
-        text: to measure perplexity on: a file, a list of documents, or several of these by name.
-        calibration: text file, hub dataset, or a list of documents; left out: the recipe's.
-        recipe: what holds for all rows: calibration, device, seed and whatever else the methods share.
+        text: to measure perplexity on: whatever :func:`~cospadi.calibration.read_texts` takes, or several by name.
+        calibration: the same; left out: the recipe's. Not needed where no row needs it.
+        recipe: what holds for all rows: calibration (its ``bos`` and ``field`` also for measuring), device, seed and
+            whatever else the methods share.
         options: options by method.
         recipes: further rows by name, each with the method and options of a recipe (and its keep, if it has one);
             their calibration, device and seed are those of `recipe`. One whose section ``prune`` has no size only
@@ -121,14 +125,15 @@ def compare(
     Raises:
         CospadiError: see `cospadi.errors`; what befalls a single row is told in its ``reason`` instead.
     """
-    calibration = list(calibration) if isinstance(calibration, tuple) else calibration
     base = _base(recipe or Recipe(), calibration)
     entries = make_entries(base, methods, keeps, options or {}, recipes or {}, references)
+    if base.calibration.source is None and any(map(_needs_text, entries)):
+        raise CalibrationError(f"no calibration text: name {ACCEPTED}, with --calibration")
     if arithmetic not in ARITHMETIC:
         raise RecipeError(f"arithmetic {arithmetic!r} is unknown; use {' or '.join(ARITHMETIC)}")
-    named = text if isinstance(text, Mapping) else {_name(text): text}
+    named = text if isinstance(text, Mapping) else {short_name(text): text}
     yardstick = Yardstick(
-        texts={name: read_texts(source) for name, source in named.items()},
+        texts={name: read_texts(source, field=base.calibration.field) for name, source in named.items()},
         seq_len=seq_len,
         max_blocks=max_blocks,
         batch=batch,
@@ -136,6 +141,7 @@ def compare(
         tasks=tuple(tasks),
         limit=limit,
         seed=base.seed,
+        bos=base.calibration.bos,
     )
     if not yardstick.texts:
         raise CalibrationError("nothing to measure on: pass --text")
@@ -148,26 +154,23 @@ def compare(
         return comparison.go(shared, base, entries)
 
 
-def _name(text: str | Path | list[str]) -> str:
-    return "a list of texts" if isinstance(text, (list, tuple)) else Path(text).name
-
-
-def _base(recipe: Recipe, calibration: str | Path | list[str] | None) -> Recipe:
+def _base(recipe: Recipe, calibration: TextSource | None) -> Recipe:
     if calibration is not None:
-        source = "a list of texts" if isinstance(calibration, list) else str(calibration)
-        recipe = recipe.merged({"calibration": {"source": source}})
-    if recipe.calibration.source is None:
-        raise CalibrationError(
-            "no calibration text: name a .txt, .json, .jsonl or .parquet file, or a hub dataset, with --calibration"
-        )
+        return recipe.merged({"calibration": {"source": described(calibration)}})
     return recipe
+
+
+def _needs_text(entry: Entry) -> bool:
+    if entry.only_prunes and entry.recipe.prune is not None:
+        return get_pruning_method(entry.recipe.prune.method).text
+    return needs_text(entry.recipe)
 
 
 def _shared(
     source: str,
     base: Recipe,
     entries: Sequence[Entry],
-    calibration: str | Path | list[str] | None,
+    calibration: TextSource | None,
     out: Path,
     progress: Progress,
 ) -> Shared:
@@ -176,13 +179,19 @@ def _shared(
     model, tokenizer = open_model(source)
     if is_compressed(model.config):
         raise ModelError(f"{source} is already compressed by cospadi: compare on the dense model")
-    check_length(model, base.calibration.seq_len)
+    wanted = base.calibration
+    if wanted.source is not None:
+        check_length(model, wanted.seq_len)
     view = discover(model)
     check_weights(view)
     view = restricted(view, {name for entry in entries for name in chosen_modules(view, entry.recipe)})
-    wanted = base.calibration
-    texts = read_texts(calibration if isinstance(calibration, list) else str(wanted.source), field=wanted.field)
-    blocks = token_blocks(texts, tokenizer, samples=wanted.samples, seq_len=wanted.seq_len, seed=base.seed)
+    blocks = TokenBlocks.none()
+    if wanted.source is not None:
+        texts = read_texts(calibration if calibration is not None else wanted.source, field=wanted.field)
+        blocks = token_blocks(
+            texts, tokenizer, samples=wanted.samples, seq_len=wanted.seq_len, seed=base.seed, bos=wanted.bos
+        )
+    check_ids(model, tokenizer, blocks.ids)
     progress("read", 1, 1)
     fingerprint = {"tokens": blocks.sha256, "model": weights_sha256(model)}
     return Shared(
@@ -258,7 +267,7 @@ class _Comparison:
             "text": next(iter(self.yardstick.texts)),
             "seq_len": self.yardstick.seq_len,
             "max_blocks": self.yardstick.max_blocks,
-            "calibration": shared.blocks.report | {"sha256": shared.blocks.sha256},
+            "calibration": shared.blocks.facts,
             "seed": base.seed,
             "seconds": {phase: round(value, 3) for phase, value in shared.seconds.items()},
             "device": device_name(shared.device),

@@ -68,8 +68,9 @@ class Shared:
         if self.pruning is None:
             begun = time.perf_counter()
             self.pruning = Evidence(self.view, Tokens(self.blocks.ids), self.device, seed, progress)
-            with widened(self.model, self.device):
-                self.pruning.pairs  # noqa: B018 - computed once, here
+            if len(self.blocks):
+                with widened(self.model, self.device):
+                    self.pruning.pairs  # noqa: B018 - computed once, here
             self.seconds["distances"] = time.perf_counter() - begun
         self.pruning.progress = progress
         return self.pruning
@@ -83,9 +84,11 @@ class Shared:
         return found
 
     def store(self, progress: Progress, weights: TokenWeights | None = None) -> StatisticsStore:
-        """The statistics; collected when they are first asked for."""
+        """The statistics; collected when they are first asked for, none without a text."""
         begun = time.perf_counter()
         store = StatisticsStore(self.statistics, self.fingerprint)
+        if not len(self.blocks):
+            return store
         with widened(self.model, self.device):  # as a run by itself does: its rows are the same to the bit
             reporting = partial(progress, "calibrate")
             collect(self.view, self.blocks.ids, device=self.device, store=store, weights=weights, progress=reporting)
@@ -114,7 +117,7 @@ class LentInputs(Inputs):
         reset_peak(self.shared.device)
         return copy.deepcopy(self.shared.model), self.shared.tokenizer
 
-    def tokens(self, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
+    def tokens(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
         """The shared text."""
         return self.shared.blocks
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cospadi.calibration import read_texts
+from cospadi.aliases import canonical_bos
+from cospadi.calibration import Texts, TextSource, read_texts, short_name
 from cospadi.errors import CalibrationError
 from cospadi.evaluation.models import load, stored_bytes
 from cospadi.evaluation.perplexity import perplexity
@@ -24,7 +25,8 @@ from cospadi.runtime.memory import memory_errors
 def evaluate(
     source: str | Path,
     *,
-    text: str | Path | list[str] | None = None,
+    text: TextSource | None = None,
+    text_field: str | None = None,
     tasks: Sequence[str] = (),
     limit: int | None = None,
     against: str | Path | None = None,
@@ -32,13 +34,17 @@ def evaluate(
     max_blocks: int | None = None,
     batch: int | None = None,
     device: str = "auto",
+    bos: str = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure perplexity and task scores of a checkpoint and, optionally, of a second one.
 
     Args:
         source: any checkpoint that transformers can load.
-        text: a file (``.txt``: one document; ``.jsonl`` …: documents joined by the end token) or a list of texts.
+        text: whatever :func:`~cospadi.calibration.read_texts` takes: a file, a directory, a hub data set, or documents
+            in memory; several documents are joined by the end token.
+        text_field: the field of records that holds the text or messages; None: ``text``, ``messages``, or ``prompt``
+            and ``completion``.
         tasks: task files, directories of them, or names, see :func:`~cospadi.evaluation.tasks.run_tasks`.
         limit: number of examples per task.
         against: a second model, usually the dense one.
@@ -46,11 +52,13 @@ def evaluate(
         max_blocks: evaluate at most this many blocks from the start.
         batch: blocks per batch.
         device: where the models run.
+        bos: whether blocks and examples begin with the BOS: ``"auto"`` (where the tokenizer adds it), ``"on"`` or
+            ``"off"``.
         progress: called with (phase, done, total).
 
     Returns:
-        with a text ``perplexity, tokens, bits_per_byte, word_perplexity``; with tasks ``tasks`` and ``harness``;
-        ``bytes`` (of the weight files); and, with `against`, the same keys prefixed by ``dense_``.
+        ``bos``; with a text ``perplexity, tokens, bits_per_byte, word_perplexity, begins_with``; with tasks ``tasks``
+        and ``harness``; ``bytes`` (of the weight files); and, with `against`, the same keys prefixed by ``dense_``.
 
     Raises:
         CalibrationError: if there is no usable text or task.
@@ -61,19 +69,20 @@ def evaluate(
     if tasks:
         find_tasks(tasks, limit)
         require_lm_eval()
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = {"bos": canonical_bos(bos)}
+    texts = None
     if text is not None:
-        read_texts(text)  # fail before the models are loaded
-        result["text"] = Path(text).name if isinstance(text, (str, Path)) else "a list of texts"
+        texts = read_texts(text, field=text_field)  # fail before the models are loaded
+        result |= {"text": short_name(text), "fields": list(texts.fields)}
     for prefix, which in (("", source), ("dense_", against)):
         if which is None:
             continue
         model, tokenizer = load(which, device=device)
         with memory_errors("use a smaller --batch"):
-            found = _figures(model, tokenizer, text, seq_len, max_blocks, batch, progress)
+            found = _figures(model, tokenizer, texts, seq_len, max_blocks, batch, bos, progress)
             if tasks:
                 report = partial(progress or silent, "tasks")
-                found |= run_tasks(model, tokenizer, tasks, limit=limit, progress=report)
+                found |= run_tasks(model, tokenizer, tasks, limit=limit, bos=bos, progress=report)
         found |= {"model": model_name(which), "bytes": stored_bytes(which, model)}
         shared = {key: found.pop(key) for key in ("blocks", "seq_len", "harness") if key in found}
         result |= shared | {f"{prefix}{key}": value for key, value in found.items()}
@@ -83,22 +92,24 @@ def evaluate(
 def _figures(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    text: str | Path | list[str] | None,
+    texts: Texts | None,
     seq_len: int,
     max_blocks: int | None,
     batch: int | None,
+    bos: str,
     progress: Progress | None,
 ) -> dict[str, Any]:
     """Perplexity and related numbers; empty without a text."""
-    if text is None:
+    if texts is None:
         return {}
     measured = perplexity(
         model,
         tokenizer,
-        text,
+        texts,
         seq_len=seq_len,
         max_blocks=max_blocks,
         batch=batch,
+        bos=bos,
         device=str(model.device),
         progress=partial(progress or silent, "evaluate"),
     )
@@ -108,5 +119,6 @@ def _figures(
         "word_perplexity": measured.word_perplexity,
         "tokens": measured.tokens,
         "blocks": measured.blocks,
+        "begins_with": measured.begins_with,
         "seq_len": seq_len,
     }

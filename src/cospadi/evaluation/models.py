@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from cospadi import checkpoint
+from cospadi.calibration.begin import prompt_ids
 from cospadi.errors import CheckpointError, NumericalError
-from cospadi.model_view import open_config, open_model, open_tokenizer, where_not_finite
+from cospadi.model_view import check_ids, open_config, open_model, open_tokenizer, where_not_finite
 from cospadi.runtime.devices import compute_dtype, resolve_device
 from cospadi.runtime.memory import memory_errors
 
@@ -126,6 +127,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     device: str = "auto",
+    bos: str = "auto",
 ) -> dict[str, Any]:
     """Continue a prompt.
 
@@ -136,19 +138,20 @@ def generate(
         temperature: 0 for greedy decoding.
         seed: of the sampling.
         device: where to run.
+        bos: whether the prompt begins with the BOS: ``"auto"`` (where the tokenizer adds it, as for transformers' own
+            ``generate``), ``"on"`` or ``"off"``; never twice.
 
     Returns:
-        ``{"prompt", "text", "tokens", "seconds", "tokens_per_second"}``.
+        ``{"prompt", "prompt_tokens", "text", "tokens", "seconds", "tokens_per_second"}``.
 
     Raises:
+        ModelError: if the model has no embedding for a token of the prompt.
         NumericalError: if the logits are NaN, from which any token would follow.
     """
     model, tokenizer = load(source, device=device)
-    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids.long()
-    if ids.shape[1] == 0:
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        ids = torch.tensor([[start or 0]])
-    ids = ids.to(model.device)
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    ids = torch.tensor([prompt_ids(prompt, tokenizer, bos) or [start or 0]], device=model.device)
+    check_ids(model, tokenizer, ids)
     torch.manual_seed(seed)
     generator: Any = model
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
@@ -168,6 +171,7 @@ def generate(
     fresh = out[0, ids.shape[1] :]
     return {
         "prompt": prompt,
+        "prompt_tokens": int(ids.numel()),
         "text": tokenizer.decode(fresh, skip_special_tokens=True),
         "tokens": int(fresh.numel()),
         "seconds": seconds,

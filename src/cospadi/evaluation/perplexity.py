@@ -1,23 +1,24 @@
 """Perplexity of a causal language model on a text.
 
-Per token, on the text as one stream of tokens without added special tokens (documents are joined by the end token), cut
-into non-overlapping blocks. The last partial block is dropped, and the first token of each block is not predicted.
+Per token, on the text as one stream of tokens (documents are joined by the end token), cut into non-overlapping blocks.
+The last partial block is dropped, and the first token of each block is not predicted. Where the tokenizer adds a BOS,
+every block begins with it in place of one token of text; then neither it nor the first token of text is predicted, so
+that every predicted token has text before it either way.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cospadi.calibration.blocks import encode, join
-from cospadi.calibration.texts import Texts, read_texts
+from cospadi.calibration.blocks import Cut, cut
+from cospadi.calibration.texts import TextSource, read_texts
 from cospadi.errors import CalibrationError, NumericalError
-from cospadi.model_view import check_length, embedding_weight, where_not_finite
+from cospadi.model_view import check_ids, check_length, embedding_weight, where_not_finite
 from cospadi.progress import PhaseProgress
 from cospadi.runtime.devices import placed
 from cospadi.runtime.memory import guard_memory
@@ -37,6 +38,7 @@ class Perplexity:
         blocks: number of blocks evaluated.
         bits_per_byte: total loss in bits, divided by the UTF-8 bytes of the text the blocks cover.
         word_perplexity: exp of the total loss divided by the number of whitespace-separated words of that text.
+        begins_with: what every block begins with besides the text, such as ``<bos>``; empty if nothing.
     """
 
     perplexity: float
@@ -44,17 +46,19 @@ class Perplexity:
     blocks: int
     bits_per_byte: float
     word_perplexity: float
+    begins_with: str = ""
 
 
 def perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    source: "str | Path | list[str] | Texts",
+    source: TextSource,
     *,
     seq_len: int = 1024,
     max_blocks: int | None = None,
     device: torch.device | str = "cpu",
     batch: int | None = None,
+    bos: str = "auto",
     progress: PhaseProgress | None = None,
 ) -> Perplexity:
     """Measure the perplexity of any causal language model, compressed or not.
@@ -67,11 +71,14 @@ def perplexity(
         max_blocks: evaluate at most this many blocks from the start.
         device: where the model runs.
         batch: blocks per batch; None: as many as keep the logits small.
+        bos: whether blocks begin with the BOS: ``"auto"`` (where the tokenizer adds it), ``"on"`` or ``"off"``.
         progress: called as progress(blocks done, blocks, source of the text).
 
     Raises:
         CalibrationError: if the text cannot be read or does not fill a block, or the model has too few positions.
+        ModelError: if the model has no embedding for a token of the text.
         NumericalError: if the loss is NaN or Inf.
+        RecipeError: if `bos` is unknown.
         ResourceError: if the memory does not suffice.
     """
     if seq_len < 2:
@@ -80,16 +87,14 @@ def perplexity(
         raise CalibrationError(f"max_blocks must be at least 1, not {max_blocks}")
     check_length(model, seq_len)
     texts = read_texts(source)
-    documents = encode(texts, tokenizer)
-    end = tokenizer.eos_token_id
-    stream = join(documents, end)
-    count = min(len(stream) // seq_len, len(stream) if max_blocks is None else max_blocks)
-    if count < 1:
+    found = cut(texts, tokenizer, seq_len, bos)
+    if found.step < 2:
         raise CalibrationError(
-            f"{texts.source}: its {len(stream)} tokens do not fill one block of {seq_len}; "
-            "use more text or a smaller --seq-len"
+            f"perplexity needs blocks of at least 2 tokens after {found.begins_with}, not {found.step}"
         )
-    blocks = torch.from_numpy(stream[: count * seq_len].reshape(count, seq_len))
+    count = min(found.available, max_blocks or found.available)
+    blocks = torch.from_numpy(found.blocks(range(count)))
+    check_ids(model, tokenizer, blocks)
     total = 0.0
     training = model.training
     model.train(False)
@@ -97,17 +102,17 @@ def perplexity(
         with guard_memory("computing perplexity", REMEDY), placed(model, device), torch.no_grad():
             size = batch or max(1, LOGITS_AT_A_TIME // (seq_len * len(embedding_weight(model))))
             for done, part in enumerate(torch.split(blocks, size)):
-                total += _loss(model, part.to(device))
+                total += _loss(model, part.to(device), len(found.begin))
                 if progress:
                     progress(min((done + 1) * size, count), count, texts.source)
     finally:
         model.train(training)
-    tokens = count * (seq_len - 1)
+    tokens = count * (found.step - 1)
     if not math.isfinite(total):
         raise NumericalError(
             f"the loss on {texts.source} is {total}: the model outputs NaN or Inf{where_not_finite(model)}"
         )
-    covered = list(_covered(texts, tokenizer, documents, count * seq_len, end is not None))
+    covered = list(_covered(found, tokenizer, count * found.step))
     size_in_bytes = sum(len(text.encode()) for text in covered)
     words = sum(len(text.split()) for text in covered)
     return Perplexity(
@@ -116,13 +121,17 @@ def perplexity(
         blocks=count,
         bits_per_byte=total / math.log(2) / max(size_in_bytes, 1),
         word_perplexity=_exp(total / max(words, 1)),
+        begins_with=found.begins_with,
     )
 
 
-def _loss(model: PreTrainedModel, ids: Tensor) -> float:
-    """Summed negative log-likelihood of a batch of blocks (batch, length), without each block's first token."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-    targets = ids[:, 1:].flatten()
+def _loss(model: PreTrainedModel, ids: Tensor, begin: int) -> float:
+    """Summed negative log-likelihood of a batch of blocks (batch, length), without each block's first token of text.
+
+    That comes after `begin` tokens, which are not predicted either.
+    """
+    logits = model(input_ids=ids, use_cache=False).logits[:, begin:-1].flatten(0, 1)
+    targets = ids[:, begin + 1 :].flatten()
     rows = max(1, LOSS_AT_A_TIME // logits.shape[-1])
     total = torch.zeros((), dtype=torch.float64, device=ids.device)
     for part, target in zip(torch.split(logits, rows), torch.split(targets, rows), strict=True):
@@ -132,18 +141,16 @@ def _loss(model: PreTrainedModel, ids: Tensor) -> float:
     return float(total)
 
 
-def _covered(
-    texts: Texts, tokenizer: PreTrainedTokenizerBase, documents: list[np.ndarray], tokens: int, ended: bool
-) -> Iterator[str]:
+def _covered(found: Cut, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Iterator[str]:
     """The text covered by the first `tokens` tokens of the stream, document by document."""
-    for text, ids in zip(texts.documents, documents, strict=True):
+    for text, ids in zip(found.texts.plain, found.documents, strict=True):
         if tokens >= len(ids):
             yield text
         else:
             if tokens > 0:
                 yield _prefix(text, tokenizer, ids, tokens)
             return
-        tokens -= len(ids) + ended
+        tokens -= len(ids) + (found.end is not None)
 
 
 def _prefix(text: str, tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, tokens: int) -> str:

@@ -26,6 +26,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cospadi.aliases import canonical_bos
+from cospadi.calibration.begin import begin_ids, begin_text
 from cospadi.errors import CalibrationError, ResourceError
 from cospadi.progress import PhaseProgress
 
@@ -256,6 +258,7 @@ def run_tasks(
     limit: int | None = None,
     batch: int | None = None,
     seed: int = 0,
+    bos: str = "auto",
     progress: PhaseProgress | None = None,
 ) -> dict[str, Any]:
     """Score a model with lm-eval on its current device.
@@ -268,6 +271,8 @@ def run_tasks(
         batch: sequences per batch. Scores may differ in the last digits between batch sizes, so the default depends
             only on the vocabulary (16 to 128, fewer for large vocabularies) and is reported.
         seed: of everything that lm-eval draws.
+        bos: whether examples begin with the BOS: ``"auto"`` (where the tokenizer adds it, as lm-eval does), ``"on"`` or
+            ``"off"``. Texts without context are predicted from the BOS (or, without one, the end token) in any case.
         progress: called as progress(requests done, requests, phase).
 
     Returns:
@@ -277,6 +282,7 @@ def run_tasks(
 
     Raises:
         CalibrationError: if a task is unknown or its file cannot be used.
+        ModelError: if the model has no embedding for a token of an example.
         ResourceError: if lm-eval is not installed.
     """
     files, names = find_tasks(items, limit)
@@ -296,7 +302,7 @@ def run_tasks(
                 raise CalibrationError(f"there is no task file {name!r}, and lm-eval has no task of that name{hint}")
         prefix = "local_" if names else ""
         found = simple_evaluate(
-            model=_language_model(model, tokenizer, batch, progress),
+            model=_language_model(model, tokenizer, batch, bos, progress),
             tasks=[*(file.config(prefix) for file in files), *names],
             task_manager=manager,
             batch_size=batch,
@@ -335,10 +341,14 @@ def require_lm_eval() -> str:
 
 
 def _language_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int, progress: PhaseProgress | None
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int, bos: str, progress: PhaseProgress | None
 ) -> Any:
     """The model as an lm-eval model, with our progress callback instead of its bars."""
     from lm_eval.models.huggingface import HFLM
+
+    from cospadi.model_view import check_ids
+
+    begin = begin_ids(tokenizer, bos)
 
     class Scorer(HFLM):  # type: ignore[misc]
         asked = done = 0
@@ -346,6 +356,15 @@ def _language_model(
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
             self.asked, self.done = len(requests), 0
             return super().loglikelihood(requests, disable_tqdm=True)
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+            if add_special_tokens is False or canonical_bos(bos) == "auto":
+                found = super().tok_encode(string, add_special_tokens=add_special_tokens, **kwargs)
+            else:
+                rest = string.removeprefix(begin_text(tokenizer, begin))
+                found = [*begin, *super().tok_encode(rest, add_special_tokens=False, **kwargs)]
+            check_ids(model, tokenizer, found)
+            return list(found)
 
         def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
             logits = super()._model_call(inps, *args, **kwargs)
@@ -355,7 +374,8 @@ def _language_model(
                 progress(self.done, self.asked, "tasks")
             return logits
 
-    return Scorer(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+    follows = {"auto": None, "on": True, "off": False}[canonical_bos(bos)]
+    return Scorer(pretrained=model, tokenizer=tokenizer, batch_size=batch, add_bos_token=follows)
 
 
 def _scores(metrics: dict[str, Any]) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -41,6 +40,8 @@ class Yardstick:
         tasks: for :func:`~cospadi.evaluation.tasks.run_tasks`.
         limit: number of examples per task.
         seed: of the tasks.
+        bos: whether blocks and examples begin with the BOS: ``"auto"`` (where the tokenizer adds it), ``"on"`` or
+            ``"off"``.
     """
 
     texts: Mapping[str, Texts]
@@ -51,6 +52,7 @@ class Yardstick:
     tasks: tuple[str, ...] = ()
     limit: int | None = None
     seed: int = 0
+    bos: str = "auto"
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -61,10 +63,11 @@ class Yardstick:
         """Everything a measurement depends on besides the model."""
         files, names = find_tasks(self.tasks, self.limit)
         return {
-            "texts": {name: _sha256(text) for name, text in self.texts.items()},
+            "texts": {name: text.sha256 for name, text in self.texts.items()},
             "seq_len": self.seq_len,
             "max_blocks": self.max_blocks,
             "arithmetic": self.arithmetic,
+            "bos": self.bos,
             "tasks": {file.name: file.sha256 for file in files} | dict.fromkeys(names, self.limit),
         }
 
@@ -87,7 +90,7 @@ class Yardstick:
 
         Returns:
             ``perplexity`` on the first text; ``texts``: by name ``perplexity, bits_per_byte, word_perplexity, tokens,
-            blocks``; and, with tasks, ``tasks`` and ``harness``.
+            blocks, begins_with``; and, with tasks, ``tasks`` and ``harness``.
         """
         found: dict[str, Any] = {"texts": {}}
         with memory_errors(), placed(model, device, self.dtype):
@@ -102,6 +105,7 @@ class Yardstick:
                     seq_len=self.seq_len,
                     max_blocks=self.max_blocks,
                     batch=self.batch,
+                    bos=self.bos,
                     device=device,
                     progress=partial(progress, "evaluate"),
                 )
@@ -111,21 +115,20 @@ class Yardstick:
                     "word_perplexity": measured.word_perplexity,
                     "tokens": measured.tokens,
                     "blocks": measured.blocks,
+                    "begins_with": measured.begins_with,
                 }
             found["perplexity"] = next(iter(found["texts"].values()))["perplexity"] if found["texts"] else None
             if self.tasks:
                 found |= run_tasks(
-                    model, tokenizer, self.tasks, limit=self.limit, seed=self.seed, progress=partial(progress, "tasks")
+                    model,
+                    tokenizer,
+                    self.tasks,
+                    limit=self.limit,
+                    seed=self.seed,
+                    bos=self.bos,
+                    progress=partial(progress, "tasks"),
                 )
         return found
-
-
-def _sha256(text: Texts) -> str:
-    digest = hashlib.sha256()
-    for document in text.documents:
-        data = document.encode()
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()
 
 
 def reset_peak(device: torch.device) -> None:

@@ -81,10 +81,15 @@ def pruning_plan(
     return largest(make, 1, 1 if pattern else 32, budget)
 
 
+def weight_rows(problem: Problem) -> list[Tensor]:
+    """The weights of all modules with outputs in rows, (sum of d_out, d_in), in a list of one."""
+    return [torch.cat([weight.T for weight in problem.weights])]
+
+
 def module_rows(problem: Problem) -> Iterator[tuple[Tensor, Tensor]]:
     """Weights with outputs in rows (d_out, d_in) and their inputs' Gram; modules that share a Gram come as one."""
     if len(problem.grams) == 1:
-        yield torch.cat([weight.T for weight in problem.weights]), problem.grams[0]
+        yield weight_rows(problem)[0], problem.grams[0]
     else:
         for weight, gram in zip(problem.weights, problem.grams, strict=True):
             yield weight.T, gram

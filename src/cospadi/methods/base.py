@@ -46,7 +46,8 @@ class Problem:
         name: the group's name, for messages.
         weights: W of each module, (d_in, d_out), float32 or float64.
         grams: XᵀX / tokens, (d_in, d_in) float64: one where all modules share it, else one per module. Tokens may be
-            weighted; then modules that share nothing have a Gram each, even with one input.
+            weighted; then modules that share nothing have a Gram each, even with one input. Empty where there was no
+            calibration text, which only methods without `text` meet.
         dense_grams: one of the original model's, where `grams` are those of compressed layers' outputs; else empty.
         mean_abs: mean |x| per input channel (d_in,), aligned with `grams`; empty if not collected.
         fisher: mean squared gradient of the loss per weight, shaped as `weights`; empty if not collected.
@@ -87,6 +88,7 @@ class Method:
     solve: Solve
     options: type[BaseModel]
     spec_type: type[Spec]
+    text: bool
     needs: frozenset[str]
     covers: Literal["all", "attention"]
     decides: frozenset[str]
@@ -159,6 +161,7 @@ def method(
     allocation: Allocation = "uniform",
     spec: type[Spec] = GroupSpec,
     options: type[BaseModel] | None = None,
+    text: bool = True,
     needs: Iterable[str] = (),
     covers: Literal["all", "attention"] = "all",
     decides: Iterable[str] = (),
@@ -179,6 +182,7 @@ def method(
         allocation: who gets how many bytes, unless the recipe says otherwise.
         spec: the type of its specs.
         options: a model of its options; left out: built from the keyword-only arguments of plan and solve.
+        text: whether it needs calibration text; without, it must also solve problems that have no Grams.
         needs: statistics beyond the Gram: ``"mean_abs"``, ``"fisher"``.
         covers: which linear layers it compresses where the recipe names none.
         decides: fields of the recipe that it decides itself and that users therefore must not set.
@@ -207,6 +211,7 @@ def method(
                 solve=solve,
                 options=options or _options_of(name, plan, solve),
                 spec_type=spec,
+                text=text,
                 needs=frozenset(needs),
                 covers=covers,
                 decides=frozenset(decides),

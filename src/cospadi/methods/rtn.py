@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cospadi.format import Factors, GroupSpec
-from cospadi.methods._identity import integer_plan, module_rows, stacked_rows
+from cospadi.methods._identity import integer_plan, module_rows, stacked_rows, weight_rows
 from cospadi.methods.base import Problem, method
 from cospadi.methods.cost import Sizes, Work, grid
 from cospadi.methods.ranges import Natural
@@ -17,7 +17,7 @@ def rtn_cost(spec: GroupSpec, options: Mapping[str, Any]) -> Work:
     return grid(z.n, z.d, options["search"])
 
 
-@method("rtn", plan=integer_plan, cost=rtn_cost)
+@method("rtn", plan=integer_plan, cost=rtn_cost, text=False)
 def rtn(problem: Problem, spec: GroupSpec, *, search: Natural = 0) -> Factors:
     """Integers with group scales, every weight rounded to nearest.
 
@@ -31,6 +31,6 @@ def rtn(problem: Problem, spec: GroupSpec, *, search: Natural = 0) -> Factors:
         quantise_rows(
             rows, bits=codes.bits, group=codes.group, symmetric=codes.symmetric, half=codes.half, search=search
         )
-        for rows, _ in module_rows(problem)
+        for rows in (weight_rows(problem) if not problem.grams else [rows for rows, _ in module_rows(problem)])
     ]
     return stacked_rows(parts, problem)

@@ -8,7 +8,7 @@ from cospadi.methods.sizing import low_rank_plan
 from cospadi.solvers.low_rank import truncated
 
 
-@method("svd", paper="Eckart and Young, Psychometrika 1 (1936)", plan=low_rank_plan, cost=low_rank_cost)
+@method("svd", paper="Eckart and Young, Psychometrika 1 (1936)", plan=low_rank_plan, cost=low_rank_cost, text=False)
 def svd(problem: Problem, spec: GroupSpec) -> Factors:
     """Truncated SVD of the weights, without calibration.
 

@@ -9,7 +9,7 @@ from cospadi.model_view.loading import (
     skeleton,
     source_name,
 )
-from cospadi.model_view.positions import check_length
+from cospadi.model_view.positions import check_ids, check_length
 from cospadi.model_view.replay import LayerReplay
 from cospadi.model_view.view import LinearGroup, ModelView, check_weights, embedding_weight, where_not_finite
 
@@ -17,6 +17,7 @@ __all__ = [
     "LayerReplay",
     "LinearGroup",
     "ModelView",
+    "check_ids",
     "check_length",
     "check_weights",
     "discover",

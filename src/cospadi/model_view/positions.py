@@ -1,16 +1,41 @@
-"""How long a sequence may be: learned positions are a table of fixed length, computed ones extrapolate."""
+"""What a model can read: which tokens, and how many (learned positions are a table, computed ones extrapolate)."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
-from torch import nn
-from transformers import PreTrainedModel
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cospadi.errors import CalibrationError
+from cospadi.errors import CalibrationError, ModelError
+from cospadi.model_view.view import embedding_weight
 
 _SPARE_ROWS = 8
 """Additional rows that a table of positions may have (OPT has two, for padding)."""
+
+
+def check_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor | Sequence[int]) -> None:
+    """Check that a model has an embedding for every token, before anything runs.
+
+    Args:
+        model: whose embedding counts.
+        tokenizer: that made the tokens.
+        ids: token ids of any shape.
+
+    Raises:
+        ModelError: naming the first token that is beyond the vocabulary.
+    """
+    size, flat = len(embedding_weight(model)), torch.as_tensor(ids).flatten()
+    beyond = flat[flat >= size]
+    if len(beyond):
+        found = int(beyond[0])
+        raise ModelError(
+            f"the token {tokenizer.convert_ids_to_tokens(found)!r} has id {found}, but the model's vocabulary has "
+            f"{size} tokens: it was added to the tokenizer, and the model was not resized. Use the model's own "
+            "tokenizer, or call model.resize_token_embeddings(len(tokenizer)) and save the model"
+        )
 
 
 def check_length(model: PreTrainedModel, seq_len: int) -> None:

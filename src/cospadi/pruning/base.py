@@ -61,6 +61,7 @@ class PruningMethod:
         summary: one line.
         paper: citation.
         unit: what the size counts: ``"blocks"`` to remove, or the ``"share"`` of the blocks' bytes to keep.
+        text: whether it needs calibration text.
         solve: ``solve(evidence, size, **options) -> Edit``.
         options: model of the options, with their defaults.
     """
@@ -69,6 +70,7 @@ class PruningMethod:
     summary: str
     paper: str
     unit: Unit
+    text: bool
     solve: Solve
     options: type[BaseModel]
 
@@ -151,13 +153,14 @@ PRUNING: Registry[PruningMethod] = Registry("pruning method", "cospadi.pruning",
 """All pruning methods: those of this package and of installed plug-ins."""
 
 
-def pruning_method(name: str, *, paper: str = "", unit: Unit = "blocks") -> Callable[[Solve], Solve]:
+def pruning_method(name: str, *, paper: str = "", unit: Unit = "blocks", text: bool = True) -> Callable[[Solve], Solve]:
     """Register a pruning method.
 
     Args:
         name: the name in recipes and on the command line.
         paper: citation.
         unit: what the second argument counts: ``"blocks"`` to remove, or the ``"share"`` of the blocks' bytes to keep.
+        text: whether it needs calibration text; without, it must also decide on evidence that has no tokens.
 
     Returns:
         A decorator for ``solve(evidence, size, *, options…) -> Edit``. The first line of its docstring becomes the
@@ -173,7 +176,7 @@ def pruning_method(name: str, *, paper: str = "", unit: Unit = "blocks") -> Call
         }
         options = create_model(f"{name}_options", __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
         summary = (inspect.getdoc(solve) or "").split("\n", 1)[0]
-        PRUNING.add(name, PruningMethod(name, summary, paper, unit, solve, options))
+        PRUNING.add(name, PruningMethod(name, summary, paper, unit, text, solve, options))
         return solve
 
     return register

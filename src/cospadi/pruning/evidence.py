@@ -30,7 +30,7 @@ class Tokens:
     before it, so it only has to be kept out of the statistics; `lengths` says where it starts.
 
     Attributes:
-        ids: int64 (sequences, length).
+        ids: int64 (sequences, length); (0, 0) where there is no text.
         lengths: int64 (sequences,), number of real tokens of each sequence; None: all tokens are real.
 
     Raises:
@@ -41,7 +41,7 @@ class Tokens:
     lengths: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.ids.ndim != 2 or not self.ids.numel():
+        if self.ids.ndim != 2 or (not self.ids.numel() and any(self.ids.shape)):
             raise CalibrationError(f"calibration needs token ids (sequences, length), not {tuple(self.ids.shape)}")
         if self.lengths is not None and (
             self.lengths.shape != self.ids.shape[:1]

@@ -25,7 +25,7 @@ from cospadi.report.html_parts import (
     html_warnings,
 )
 from cospadi.report.text import human_bytes, human_seconds, integer_text, number, percent, perplexity_text, publishable
-from cospadi.report.view import Fact, calibration_facts, model_facts, model_name, share, warnings_of
+from cospadi.report.view import Fact, calibration_facts, error_meaning, model_facts, model_name, share, warnings_of
 from cospadi.report.write import report_json
 
 COLUMNS = (
@@ -154,8 +154,7 @@ def _remark(comparison: Mapping[str, Any]) -> str:
     first = f" (the first {blocks})" if blocks else ""
     return (
         f"Perplexity: on {comparison.get('text')}{length}{first}. Bytes: compressed layers only. All: including "
-        "embeddings, norms and head. Error: relative output error on the calibration text. Time and memory (peak): of "
-        "compression."
+        f"embeddings, norms and head. Error: {error_meaning(comparison)}. Time and memory (peak): of compression."
     )
 
 

@@ -30,6 +30,7 @@ from cospadi.report.view import (
     KindRow,
     by_kind,
     calibration_facts,
+    error_meaning,
     headlines,
     model_facts,
     model_name,
@@ -69,7 +70,7 @@ def page(report: Mapping[str, Any]) -> str:
             html_warnings(warnings_of(report)),
             html_section("Layers", _figures(report)),
             html_section("Projections", _kind_table(by_kind(groups))),
-            html_section("Groups", _group_table(groups)),
+            html_section("Groups", _group_table(groups, error_meaning(report))),
             html_section("Recipe", html_code(yaml_text(report.get("recipe")))),
             html_section("Calibration text", html_facts(calibration_facts(report))),
             html_section("Run", html_facts(model_facts(report))),
@@ -107,7 +108,7 @@ def _bar(error: float | None, longest: float) -> str:
     return f'<span class="bar" aria-hidden="true"><i style="width:{width:.0f}%"></i></span>'
 
 
-def _group_table(groups: Sequence[GroupRow]) -> str:
+def _group_table(groups: Sequence[GroupRow], error: str) -> str:
     if not groups:
         return ""
     columns = [
@@ -130,9 +131,7 @@ def _group_table(groups: Sequence[GroupRow]) -> str:
         ]
         for group in groups
     ]
-    remark = html_remark(
-        "Error: relative output error on the calibration text. Bits: of a dictionary value / of a code value."
-    )
+    remark = html_remark(f"Error: {error}. Bits: of a dictionary value / of a code value.")
     state = " open" if len(rows) <= _OPEN_ROWS else ""
     table = remark + html_table(columns, rows)
     return f"<details{state}>\n<summary>{len(rows)} groups</summary>\n{table}</details>\n"

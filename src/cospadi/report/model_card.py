@@ -19,6 +19,7 @@ from cospadi.report.text import error_text, human_bytes, human_seconds, integer_
 from cospadi.report.view import (
     by_kind,
     calibration_facts,
+    error_meaning,
     headlines,
     model_facts,
     model_name,
@@ -100,7 +101,7 @@ def _layers(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
         ]
         for kind in kinds
     ]
-    remark = "Errors are relative output errors on the calibration text."
+    remark = f"Error: {error_meaning(report)}."
     parts = (images, table(columns, rows, numbers_from=2), remark)
     return section("Layers", "\n\n".join(part for part in parts if part))
 

@@ -22,7 +22,7 @@ from cospadi.report.figures import (
     write_title,
 )
 from cospadi.report.text import human_bytes, number, percent, perplexity_text
-from cospadi.report.view import GroupRow, mean, read_groups, total
+from cospadi.report.view import GroupRow, error_meaning, mean, read_groups, total
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +47,7 @@ def error_per_layer(report: Mapping[str, Any]) -> Figure:
         ResourceError: without matplotlib.
     """
     figure, axes = figure_with_axes()
-    write_title(figure, "Error per layer", "relative output error on the calibration text")
+    write_title(figure, "Error per layer", error_meaning(report))
     points: dict[str, dict[int, list[float | None]]] = {}
     for row in read_groups(report):
         if row.layer is not None and row.error is not None:

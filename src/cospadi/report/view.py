@@ -333,14 +333,24 @@ def calibration_facts(report: Mapping[str, Any]) -> list[Fact]:
     return _known(
         [
             Fact("Text", str(facts.get("source") or "")),
+            Fact("Fields", ", ".join(map(str, sequence(facts.get("fields"))))),
+            Fact("Chat template, SHA-256", str(facts.get("chat_template") or "")),
             Fact("Documents", integer_text(facts.get("documents"))),
             Fact("Samples", integer_text(facts.get("samples_used", facts.get("samples"))), of),
+            Fact("Samples begin with", str(facts.get("begins_with") or "")),
             Fact("Tokens", integer_text(facts.get("tokens_used", facts.get("tokens")))),
             Fact("Tokens not used", integer_text(facts.get("truncated_tokens"))),
             Fact("Longest document", integer_text(longest), "tokens"),
             Fact("SHA-256", str(facts.get("sha256") or "")),
         ]
     )
+
+
+def error_meaning(report: Mapping[str, Any]) -> str:
+    """What the errors of a report's groups are; without a calibration text they are those of the weights."""
+    if "calibration" in report and report["calibration"] is None:
+        return "relative error of the weights (no calibration text was used)"
+    return "relative output error on the calibration text"
 
 
 def warnings_of(report: Mapping[str, Any]) -> list[str]:

@@ -48,6 +48,10 @@ def test_report():
         "samples_used": 7,
         "seq_len": 50,
         "seed": 0,
+        "bos": "auto",
+        "begins_with": "",
+        "fields": [],
+        "chat_template": "",
         "notes": [],
     }
 

@@ -72,9 +72,9 @@ def test_missing(name):
     assert name in refusal(name) and "no such file" in refusal(name)
 
 
-def test_directory_and_unknown_suffix(tmp_path):
-    assert "is a directory" in refusal(tmp_path)
-    assert ".csv" in refusal(write(tmp_path / "a.csv", "text\nb"))
+@pytest.mark.parametrize("name", ["a.tsv", "a.gz", "a", "a.tar.gz", "a.jsonl.xz"])
+def test_unknown_suffixes(tmp_path, name):
+    assert ".jsonl, .json, .csv" in refusal(write(tmp_path / name, "text\nb"))
 
 
 @pytest.mark.parametrize(
@@ -155,11 +155,11 @@ def hub(monkeypatch):
 
 
 def test_hub_names_are_streamed_and_bounded(hub):
-    texts = read_texts("owner/name", hub_characters=1000)
+    texts = read_texts("owner/name", characters=1000)
     assert len(texts) == 10 and hub == [("owner/name", None, "train", True)]
     assert "first 10 documents" in texts.notes[0]
-    read_texts("name:test", hub_characters=1)
-    read_texts("owner/name:config-1.0:validation", hub_characters=1)
+    read_texts("name:test", characters=1)
+    read_texts("owner/name:config-1.0:validation", characters=1)
     assert hub[1:] == [("name", None, "test", True), ("owner/name", "config-1.0", "validation", True)]
 
 

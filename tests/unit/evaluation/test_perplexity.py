@@ -9,7 +9,7 @@ from torch.nn import functional
 from cospadi.errors import CalibrationError, NumericalError
 from cospadi.evaluation import perplexity as measure
 from cospadi.model_view import open_model
-from tiny import byte_tokenizer, save_tiny, tiny_model, tiny_text
+from tiny import bos_tokenizer, byte_tokenizer, save_tiny, tiny_model, tiny_text
 
 SHARED = Path(__file__).parents[4] / "shared"
 TEXT = tiny_text(530) + " é日本 end"
@@ -44,6 +44,30 @@ def test_definition(batch, seq_len):
         assert found.bits_per_byte == pytest.approx(total / math.log(2) / len(covered), rel=1e-5)
         words = len(covered.decode().split())
         assert math.log(found.word_perplexity) == pytest.approx(total / words, rel=1e-5)
+
+
+@pytest.mark.parametrize("bos, asked", [("auto", "auto"), ("off", "off")])
+def test_with_a_begin_token(bos, asked):
+    model, seq_len, data = tiny_model(vocab_size=258), 21, list(TEXT[:200].encode())
+    begin = [257] if bos == "auto" else []
+    step = seq_len - len(begin)
+    blocks, total, predicted = len(data) // step, 0.0, 0
+    for i in range(blocks):
+        ids = torch.tensor(begin + data[i * step : (i + 1) * step])
+        with torch.no_grad():
+            scores = functional.log_softmax(model(input_ids=ids[None], use_cache=False).logits[0].double(), 1)
+        for position in range(len(begin) + 1, seq_len):  # neither the BOS nor the first token of text
+            total -= float(scores[position - 1, ids[position]])
+            predicted += 1
+    found = measure(model, bos_tokenizer(), [TEXT[:200]], seq_len=seq_len, batch=3, bos=asked)
+    assert (found.blocks, found.tokens) == (blocks, predicted) == (blocks, blocks * (step - 1))
+    assert found.begins_with == ("<bos>" if begin else "")
+    assert found.perplexity == pytest.approx(math.exp(total / predicted), rel=1e-5)
+    covered = TEXT[: blocks * step]
+    assert found.bits_per_byte == pytest.approx(total / math.log(2) / len(covered), rel=1e-5)
+    assert math.log(found.word_perplexity) == pytest.approx(total / len(covered.split()), rel=1e-5)
+    with pytest.raises(CalibrationError, match="at least 2 tokens"):
+        measure(model, bos_tokenizer(), [TEXT], seq_len=2 if begin else 1, bos=asked)
 
 
 def test_documents_are_joined_by_the_end_token_and_it_counts_no_bytes():
@@ -104,7 +128,11 @@ def test_progress_and_max_blocks():
 
 @pytest.mark.parametrize(
     ("options", "what"),
-    [({"seq_len": 4000}, "do not fill one block"), ({"seq_len": 1}, "at least 2"), ({"max_blocks": 0}, "max_blocks")],
+    [
+        ({"seq_len": 4000}, "do not fill one sequence"),
+        ({"seq_len": 1}, "at least 2"),
+        ({"max_blocks": 0}, "max_blocks"),
+    ],
 )
 def test_refusals(options, what):
     with pytest.raises(CalibrationError, match=what):

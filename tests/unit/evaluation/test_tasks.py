@@ -10,7 +10,7 @@ from torch.nn import functional
 from cospadi.errors import CalibrationError, ResourceError
 from cospadi.evaluation import evaluate
 from cospadi.evaluation.tasks import find_tasks, read_task_file, run_tasks
-from tiny import byte_tokenizer, save_tiny, tiny_model, tiny_text
+from tiny import bos_tokenizer, byte_tokenizer, save_tiny, tiny_model, tiny_text
 
 WORDS = [word[:5] for word in tiny_text(3000, seed=3).split()]
 
@@ -88,6 +88,28 @@ def test_multiple_choice_and_last_word(tmp_path):
     loss = -sum(score for score, _ in outcomes) / len(texts)
     assert found["last"]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
     assert calls and all(done <= total for done, total, _ in calls)
+
+
+@pytest.mark.parametrize("bos", ["auto", "on", "off"])
+def test_examples_begin_with_the_begin_token_where_the_tokenizer_adds_it(tmp_path, bos):
+    model, tokenizer = tiny_model(seed=5, vocab_size=258), bos_tokenizer()
+    texts = [sentence(i, 5) for i in range(6)]
+    loss = 0.0
+    for text in texts:
+        word = text.rpartition(" ")[2]
+        ids = torch.tensor([*([] if bos == "off" else [257]), *text.encode()])
+        with torch.no_grad():
+            scores = functional.log_softmax(model(input_ids=ids[None]).logits[0].double(), 1)
+        at = len(ids) - len(word) - 1
+        loss -= float(scores[at - 1 : -1].gather(1, ids[at:, None]).sum()) / len(texts)
+    path = str(write(tmp_path / "last.jsonl", [{"text": t} for t in texts]))
+    assert run_tasks(model, tokenizer, [path], bos=bos)["tasks"]["last"]["perplexity"] == pytest.approx(
+        math.exp(loss), rel=1e-4
+    )
+    if bos != "off":  # a text that has it already does not get a second one
+        marked = str(write(tmp_path / "marked.jsonl", [{"text": "<bos>" + t} for t in texts]))
+        found = run_tasks(model, tokenizer, [marked], bos=bos)["tasks"]["marked"]
+        assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
 
 
 def test_limit_takes_every_paradigm_in_turn(tmp_path):

@@ -25,6 +25,7 @@ from cospadi.engine.estimate.speed import START, measure_speed
 from cospadi.engine.plan.order import order_of, plain_share
 from cospadi.engine.plan.plan import Plan, make_plan
 from cospadi.engine.plan.pruning import check_section, prune_skeleton
+from cospadi.engine.plan.text import reads_text
 from cospadi.engine.tune.tuner import EVALUATIONS
 from cospadi.errors import RecipeError
 from cospadi.format import GroupSpec
@@ -123,7 +124,8 @@ def estimate(model: str | Path, recipe: Recipe | dict[str, Any] | str | Path | N
     empty = skeleton(config)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        check_length(empty, recipe.calibration.seq_len)
+        if reads_text(recipe):
+            check_length(empty, recipe.calibration.seq_len)
     view = discover(empty)
     parameters, removed, asked = empty.num_parameters(), 0, recipe
     if recipe.prune is not None:
@@ -156,7 +158,7 @@ def phases(view: ModelView, plan: Plan, recipe: Recipe) -> dict[str, Work | None
         plan: what will be stored.
         recipe: of the run.
     """
-    found: dict[str, Work | None] = {"calibrate": calibration_work(view, plan, recipe)}
+    found: dict[str, Work | None] = {"calibrate": calibration_work(view, plan, recipe)} if reads_text(recipe) else {}
     if recipe.prune is not None:  # what it looks at is the pruning method's affair
         found = {"prune": None, **found}
     if allocation_rule(recipe) != "uniform":
@@ -297,7 +299,7 @@ def host_memory(view: ModelView, plan: Plan, recipe: Recipe, device: torch.devic
     Args:
         view: of a real or a meta model.
         plan: what will be stored.
-        recipe: calibration text; sequential runs follow three streams of hidden states.
+        recipe: calibration text, if it reads any; sequential runs follow three streams of hidden states.
         device: where the run would work; None: taken for a processor.
 
     Returns:
@@ -319,6 +321,8 @@ def host_memory(view: ModelView, plan: Plan, recipe: Recipe, device: torch.devic
     grams = max(sum(8 * g.d_in**2 * _grams_of(g, recipe) for g in view.groups if g.layer == layer) for layer in layers)
     length = recipe.calibration.seq_len
     batch = length * min(recipe.calibration.samples, sequences_per_batch(length))
+    if not reads_text(recipe):
+        grams = batch = states = 0
     widest = max(sum(g.d_out) for g in view.groups)
     activations = batch * (2 * widest + 4 * view.hidden_width) * item
     solve = int(max(get_method(g.spec.method).memory(g.spec) for g in plan.groups))

@@ -7,7 +7,7 @@ from cospadi.pruning.depth.surgery import Cut
 from cospadi.pruning.evidence import Evidence
 
 
-@pruning_method("magnitude", paper="Shortened LLaMA, arXiv 2402.02834, criterion 'magnitude'")
+@pruning_method("magnitude", paper="Shortened LLaMA, arXiv 2402.02834, criterion 'magnitude'", text=False)
 def magnitude(evidence: Evidence, blocks: int) -> Cut:
     """Remove the blocks with the smallest weights: Σ |w| over the matrices of a block.
 
@@ -26,7 +26,7 @@ def magnitude(evidence: Evidence, blocks: int) -> Cut:
     return Cut(tuple(sorted(lowest.tolist())), told={"measure": "magnitude", "scores": scores.tolist()})
 
 
-@pruning_method("random")
+@pruning_method("random", text=False)
 def random(evidence: Evidence, blocks: int) -> Cut:
     """Remove random blocks, drawn with the seed; every smaller cut is part of the larger ones.
 
