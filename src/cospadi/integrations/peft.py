@@ -71,17 +71,18 @@ class StoredLora(LoraLinear):
         """
         if merge:
             self.merge(safe_merge, adapter_names)
-        layer = self.get_base_layer()
+        layer: Any = self.get_base_layer()
         parts = [self.low_rank(name) for name in self.merged_adapters]
         if parts:
             layer.waiting_update = LowRank(torch.cat([p.down for p in parts]), torch.cat([p.up for p in parts], 1))
-        return layer
+        found: nn.Module = layer
+        return found
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As any LoRA layer; merged adapters count whichever are active."""
         y: Tensor = super().forward(x, *args, **kwargs)
         for name in self.merged_adapters:
-            down = self.lora_A[name]
+            down: Any = self.lora_A[name]
             y = y + (self.lora_B[name](down(x.to(down.weight.dtype))) * self.scaling[name]).to(y.dtype)
         return y
 
@@ -97,21 +98,24 @@ class StoredLora(LoraLinear):
             return f"adapter {name} is more than a matrix of low rank ({type(self.lora_variant[name]).__name__})"
         if self.lora_bias.get(name):
             return f"adapter {name} has a bias"
-        return why_inexact(self.get_base_layer(), sum(len(part.weight) for part in self.lora_A.values()))
+        layer: Any = self.get_base_layer()
+        parts: list[Any] = list(self.lora_A.values())
+        return why_inexact(layer, sum(len(part.weight) for part in parts))
 
 
 def extend() -> None:
     """Let PEFT merge into compressed layers only where that is exact. May be called any number of times."""
     if getattr(BaseTuner, "_cospadi_extended", False):
         return
-    BaseTuner._cospadi_extended = True
-    LoraConfig.__post_init__ = _then(LoraConfig.__post_init__, _register)
-    BaseTuner._check_merge_allowed = _then(BaseTuner._check_merge_allowed, _check)
-    BaseTuner._unload_and_optionally_merge = _then(BaseTuner._unload_and_optionally_merge, _store)
+    _then(LoraConfig, "__post_init__", _register)
+    _then(BaseTuner, "_check_merge_allowed", _check)
+    _then(BaseTuner, "_unload_and_optionally_merge", _store)
+    setattr(BaseTuner, "_cospadi_extended", True)  # noqa: B010
 
 
-def _then(method: Callable[..., Any], more: Callable[[Any], None]) -> Callable[..., Any]:
-    """A method that also does something afterwards."""
+def _then(kind: type, name: str, more: Callable[[Any], None]) -> None:
+    """Let a method of a class also do something afterwards."""
+    method = getattr(kind, name)
 
     @functools.wraps(method)
     def both(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -119,7 +123,7 @@ def _then(method: Callable[..., Any], more: Callable[[Any], None]) -> Callable[.
         more(self)
         return result
 
-    return both
+    setattr(kind, name, both)
 
 
 def _register(config: LoraConfig) -> None:
@@ -140,7 +144,7 @@ def _check(tuner: BaseTuner) -> None:
 def _store(tuner: BaseTuner) -> None:
     """Store what waits to be stored, and describe the model anew, so that it can be saved."""
     model: Any = tuner.model
-    layers = [m for m in model.modules() if isinstance(m, ComputedLinear) and hasattr(m, "waiting_update")]
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, ComputedLinear) and hasattr(m, "waiting_update")]
     if not layers:
         return
     add_low_rank({layer: layer.waiting_update for layer in layers})

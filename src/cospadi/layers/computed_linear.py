@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, TypeGuard, cast
+from typing import Any, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class ComputedLinear(StoredLayer, nn.Linear):
         """Dtype and device of the computed weight."""
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """The dense weight (d_out, d_in), computed whenever an operation reads its numbers; it cannot be changed.
 
         It has no gradient: train the stored parameters through calls of the layer.
@@ -87,13 +87,13 @@ class ComputedLinear(StoredLayer, nn.Linear):
         self._parameters.pop(GUARD, None)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.guarded and GUARD not in self._parameters:
             device = self.weight_like[1]
             destination[prefix + GUARD] = _guard(torch.device("cpu") if device.type == "meta" else device).data
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args)
         _, strict, missing, unexpected, _ = args
         if not self.guarded or GUARD in self._parameters:
             return
@@ -116,9 +116,8 @@ class ComputedWeight(Tensor):
     layer: ComputedLinear
     compute: Callable[[], Tensor]
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    @staticmethod
     def __new__(cls, layer: ComputedLinear, like: Tensor, compute: Callable[[], Tensor]) -> ComputedWeight:
         """The weight of a layer, or a view of it.
 
@@ -127,12 +126,13 @@ class ComputedWeight(Tensor):
             like: of the same size, strides and dtype, on ``meta``.
             compute: the numbers, as an ordinary tensor like that on the layer's device.
         """
-        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Any = Tensor._make_wrapper_subclass(
             cls, like.size(), strides=like.stride(), dtype=like.dtype, device=layer.weight_like[1]
         )
         made.layer, made.compute = layer, compute
         made._is_hf_initialized = True  # the initialisers of transformers leave it alone
-        return cast(ComputedWeight, made)
+        found: ComputedWeight = made
+        return found
 
     @classmethod
     def of(cls, layer: ComputedLinear) -> ComputedWeight:
@@ -147,7 +147,7 @@ class ComputedWeight(Tensor):
             return self.compute()
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """The same weight."""
         return self
 
@@ -156,7 +156,9 @@ class ComputedWeight(Tensor):
         refuse_change(self.layer)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         schema = func._schema.arguments
         given = [*zip(schema, args, strict=False), *((a, kwargs[a.name]) for a in schema if a.name in kwargs)]
@@ -182,15 +184,15 @@ class ComputedWeight(Tensor):
 
     def tolist(self) -> Any:
         """The numbers as lists."""
-        return self.computed().tolist()  # type: ignore[no-untyped-call]
+        return self.computed().tolist()
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         return self.computed()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.computed().__reduce_ex__(protocol)
+        return self.computed().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         return f"ComputedWeight({self.computed()!r})"
 
 

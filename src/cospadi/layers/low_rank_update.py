@@ -100,7 +100,7 @@ def _add_to_shared(members: Sequence[SharedLinear], updates: Sequence[LowRank | 
         more = update.balanced()
         parts = {"down": more.down.to(device, dtype), "up": more.up.to(device, dtype)}
         if spec.ranks[layer.index]:
-            parts = {name: torch.cat([held[name], part], name == "up") for name, part in parts.items()}
+            parts = {name: torch.cat([held[name], part], int(name == "up")) for name, part in parts.items()}
         for name, part in parts.items():
             _set(layer, name, part)
     if not spec.whole:

@@ -56,6 +56,7 @@ class SharedLinear(ComputedLinear):
         super().__init__(spec.d_in, spec.d_out)
         self.spec = spec
         self.index = index
+        self._built_dtype = dtype
         self.owner: _Owner | None = None
         for name, (shape, kind) in spec.tensors(index, dtype).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=kind, device=device), False))
@@ -140,9 +141,12 @@ class SharedLinear(ComputedLinear):
 
     @property
     def weight_like(self) -> tuple[torch.dtype, torch.device]:
-        """Dtype and device of the computed weight."""
-        first = next(iter(self.factors().values()))
-        return first.dtype, first.device
+        """Dtype and device of the computed weight; those of the group's tensors where the layer itself has none."""
+        members = self.owner.members if self.owner is not None else ()
+        for layer in (self, *members):
+            for tensor in layer.factors().values():
+                return tensor.dtype, tensor.device
+        return self._built_dtype, torch.device("cpu")
 
     @torch.no_grad()
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
