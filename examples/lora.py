@@ -11,7 +11,7 @@ from cospadi.embedded import model_path, stdlib_texts
 
 out = sys.argv[1] if len(sys.argv) > 1 else "example-output/lora"
 compress(model_path(), f"{out}/small", method="rtn", keep=0.3, calibration=[stdlib_texts("calibration")[0][:5000]])
-export_dense(f"{out}/small", f"{out}/dense")
+export_dense(f"{out}/small", f"{out}/dense", dtype="float32")
 
 model, tokenizer = load(f"{out}/small", dtype=torch.float32)
 model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))

@@ -83,7 +83,8 @@ class StoredLora(LoraLinear):
         y: Tensor = super().forward(x, *args, **kwargs)
         for name in self.merged_adapters:
             down: Any = self.lora_A[name]
-            y = y + (self.lora_B[name](down(x.to(down.weight.dtype))) * self.scaling[name]).to(y.dtype)
+            up: Any = self.lora_B[name]
+            y = y + (up(down(x.to(down.weight.dtype))) * self.scaling[name]).to(y.dtype)
         return y
 
     def low_rank(self, name: str) -> LowRank:
