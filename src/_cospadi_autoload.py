@@ -3,7 +3,8 @@
 transformers has no entry points for quantization methods: someone must register the checkpoint formats. PyTorch loads
 the entry points of the group ``torch.backends`` at the end of ``import torch``; the group is meant for device back
 ends. This module uses it to wait until transformers is imported, and then registers every format of the registry,
-those of installed plug-ins included. It imports nothing itself and does nothing in a program without transformers.
+those of installed plug-ins included. Once PEFT is imported, it is taught to merge adapters into compressed layers, see
+``cospadi.integrations.peft``. This module imports nothing itself and does nothing in a program without the two.
 
 An exception in such an entry point would make ``import torch`` fail, so every step here catches all exceptions.
 
@@ -28,6 +29,7 @@ _AWAITED = ("transformers.quantizers", "transformers.modeling_utils")
 # The first holds the table of model types; while the second is half executed no configuration can be defined. Either
 # may be what imported torch, and may be the last module that is imported.
 _MODEL_TYPES = ("transformers.models.auto.configuration_auto", "transformers.models.auto.modeling_auto")
+_PEFT = "peft"
 
 
 def autoload() -> None:
@@ -36,13 +38,16 @@ def autoload() -> None:
         if os.environ.get("COSPADI_AUTOLOAD", "1") == "0" or any(isinstance(f, _Finder) for f in sys.meta_path):
             return
         quantizers, models = (sys.modules.get(name) for name in _AWAITED)
-        for module in (sys.modules.get(name) for name in _MODEL_TYPES):
+        for name in (*_MODEL_TYPES, _PEFT):
+            module = sys.modules.get(name)
             if _ready(module):
-                _register_configurations()
+                _executed(name)
             elif module is not None and module.__spec__ is not None:
                 module.__spec__.__class__ = _WatchedSpec
+        if _PEFT not in sys.modules:
+            sys.meta_path.insert(0, _Finder((_PEFT,)))
         if not (_ready(quantizers) and _register(last_chance=_ready(models))):
-            sys.meta_path.insert(0, _Finder())
+            sys.meta_path.insert(0, _Finder((*_AWAITED, *_MODEL_TYPES)))
     except Exception as error:
         _complain(error)
 
@@ -69,6 +74,22 @@ def _register(last_chance: bool = False) -> bool:
     return last_chance or not faults
 
 
+def _executed(name: str) -> None:
+    """Do what was to be done once a module had been executed, other than registering formats."""
+    if name == _PEFT:
+        _extend_peft()
+    else:
+        _register_configurations()
+
+
+def _extend_peft() -> None:
+    try:
+        import cospadi.integrations.peft  # noqa: F401
+    except Exception as error:
+        # adapters still train; merging them into compressed layers is refused, layer by layer
+        logging.getLogger("cospadi").warning("adapters cannot be merged into compressed layers: %s", error)
+
+
 def _register_configurations() -> None:
     try:
         from cospadi.masa.models.registration import register_configurations
@@ -93,19 +114,20 @@ class _WatchedSpec(ModuleSpec):
         super().__setattr__(name, value)
         if name == "_initializing" and not value:
             self.__class__ = ModuleSpec  # type: ignore[assignment]
-            _register_configurations()
+            _executed(self.name)
 
 
 class _Finder(MetaPathFinder):
     """Find nothing itself: let the other finders find the awaited modules, and wrap their loaders."""
 
-    def __init__(self) -> None:
+    def __init__(self, awaited: Sequence[str]) -> None:
+        self._awaited = tuple(awaited)
         self._busy = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in (*_AWAITED, *_MODEL_TYPES) or self._busy:
+        if fullname not in self._awaited or self._busy:
             return None
         self._busy = True
         try:
@@ -143,8 +165,8 @@ class _Loader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        if module.__name__ in _MODEL_TYPES:
-            _register_configurations()
+        if module.__name__ in (*_MODEL_TYPES, _PEFT):
+            _executed(module.__name__)
             return
         if not _ready(sys.modules.get(_AWAITED[0])) and module.__name__ != _AWAITED[0]:
             return

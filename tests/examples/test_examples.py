@@ -13,6 +13,7 @@ SAYS = {
     "compare_methods": "svd_llm",
     "own_method": "power 1: output error",
     "export_dense": "exported",
+    "lora": "merged into dense: logits differ by",
 }
 
 

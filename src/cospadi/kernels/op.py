@@ -154,7 +154,7 @@ def _op(
 ) -> Tensor:
     tensors = (dictionary_values, dictionary_mask, dictionary_scales, dictionary_zeros)
     stored = (codes_values, codes_mask, codes_scales, codes_zeros)
-    return _run(x, by_role(*tensors), optional_spec(dictionary_spec), by_role(*stored), parse(codes_spec))
+    return _owned(_run(x, by_role(*tensors), optional_spec(dictionary_spec), by_role(*stored), parse(codes_spec)))
 
 
 def _run(
@@ -166,6 +166,12 @@ def _run(
 ) -> Tensor:
     y = FORWARDS[x.device.type](_flat(x), dictionary, dictionary_spec, codes, codes_spec)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _owned(y: Tensor) -> Tensor:
+    """The same tensor, but no view for autograd, which forbids changes in place of views that an operator returns."""
+    owned: Tensor = torch.ops.aten._unsafe_view.default(y, y.shape)
+    return owned
 
 
 def _cuda_forward(*arguments: Any) -> Tensor:
@@ -201,7 +207,7 @@ def _observed(x: Tensor, dictionary: Packed, codes: Packed) -> bool:
 def _cuda(x: Tensor, *stored: Tensor | str | None) -> Tensor:
     tensors, (dictionary_spec, codes_spec) = cast("tuple[Tensor | None, ...]", stored[:8]), stored[8:]
     dictionary, codes = by_role(*tensors[:4]), by_role(*tensors[4:])
-    return _run(x, dictionary, optional_spec(str(dictionary_spec)), codes, parse(str(codes_spec)))
+    return _owned(_run(x, dictionary, optional_spec(str(dictionary_spec)), codes, parse(str(codes_spec))))
 
 
 @_op.register_fake

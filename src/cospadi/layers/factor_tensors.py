@@ -12,14 +12,14 @@ from cospadi.format import GroupSpec, MatrixSpec, Packed, unpack
 from cospadi.format.leaves import codes_name, dictionary_name, rotation_name
 from cospadi.format.rotation import folded, rotated
 from cospadi.kernels import _torch_private as hooks
-from cospadi.layers.stored_layer import StoredLayer
+from cospadi.layers.computed_linear import ComputedLinear
 from cospadi.layers.tensors import GUARD, Roles, codes_roles, dictionary_roles, rotation_roles
 
 State = tuple[Any, ...]
 """Identities and versions of tensors: equal only as long as none was replaced or changed."""
 
 
-class FactorTensors(StoredLayer):
+class FactorTensors(ComputedLinear):
     """The tensors of one module of a group: its codes, and in the group's first module dictionary and rotation.
 
     Parameters: ``values`` and, depending on the spec, ``mask``, ``values_scales``, ``values_zeros``; in the first
@@ -28,22 +28,12 @@ class FactorTensors(StoredLayer):
     """
 
     values: Tensor
-    bias: nn.Parameter | None
 
     def __init__(
         self, group: GroupSpec, index: int, bias: bool, device: torch.device | str | None, dtype: torch.dtype
     ) -> None:
-        super().__init__()
-        self.group = group
-        self.index = index
-        self.in_features = group.d_in
-        self.out_features = group.d_out[index]
-        self.codes_spec: MatrixSpec = group.module_codes(index)
-        self.dictionary_spec: MatrixSpec | None = group.dictionary
-        # computed once, because every call needs them several times
-        self._codes_roles = codes_roles(self.codes_spec)
-        self._dictionary_roles = () if group.dictionary is None else dictionary_roles(group.dictionary)
-        self._rotation_roles = rotation_roles(group)
+        super().__init__(group.d_in, group.d_out[index])
+        self.describe(group, index)
         self._built_dtype = dtype
         for name, (shape, kind) in group.tensors(index, dtype).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=kind, device=device), False))
@@ -51,6 +41,17 @@ class FactorTensors(StoredLayer):
             self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device))
         else:
             self.register_parameter("bias", None)
+
+    def describe(self, group: GroupSpec, index: int) -> None:
+        """Take over how the stored tensors are to be read; they are set separately."""
+        self.group = group
+        self.index = index
+        self.codes_spec: MatrixSpec = group.module_codes(index)
+        self.dictionary_spec: MatrixSpec | None = group.dictionary
+        # computed once, because every call needs them several times
+        self._codes_roles = codes_roles(self.codes_spec)
+        self._dictionary_roles = () if group.dictionary is None else dictionary_roles(group.dictionary)
+        self._rotation_roles = rotation_roles(group)
 
     @property
     def name(self) -> str:
@@ -147,6 +148,11 @@ class FactorTensors(StoredLayer):
             if parameter.is_floating_point():
                 return parameter.dtype
         return self._built_dtype
+
+    @property
+    def weight_like(self) -> tuple[torch.dtype, torch.device]:
+        """Dtype and device of the computed weight."""
+        return self.float_dtype, self.code_tensor("values").device
 
     def extra_repr(self) -> str:
         """Sizes and storage in one line."""

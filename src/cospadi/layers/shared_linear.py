@@ -14,25 +14,27 @@ from torch.nn import functional
 
 from cospadi.errors import ModelError
 from cospadi.format import SharedSpec
-from cospadi.layers.stored_layer import StoredLayer
+from cospadi.layers.computed_linear import ComputedLinear
 
 
 class _Owner:
-    """A reference to the layer that holds the atoms, without making it a submodule of the others."""
+    """References to the layers of a group, the first of which holds the atoms, without making them submodules."""
 
-    def __init__(self, layer: SharedLinear) -> None:
-        self.layer = layer
+    def __init__(self, members: Sequence[SharedLinear]) -> None:
+        self.members = tuple(members)
+
+    @property
+    def layer(self) -> SharedLinear:
+        return self.members[0]
 
 
-class SharedLinear(StoredLayer):
+class SharedLinear(ComputedLinear):
     """``y = x (Σ_s c_s A_s + U V)ᵀ + b``, the weight composed at every call.
 
     Parameters, all frozen when built: ``atoms`` (S, d_out, d_in) in the first layer of a group, ``coefficients`` (S,),
     ``down`` V (r, d_in) and ``up`` U (d_out, r). Those of size zero do not exist. A layer that keeps its own matrix has
     only ``matrix`` (d_out, d_in).
     """
-
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -51,11 +53,10 @@ class SharedLinear(StoredLayer):
             device: of the parameters, ``"meta"`` included.
             dtype: of the parameters.
         """
-        super().__init__()
+        super().__init__(spec.d_in, spec.d_out)
         self.spec = spec
         self.index = index
-        self.in_features = spec.d_in
-        self.out_features = spec.d_out
+        self._built_dtype = dtype
         self.owner: _Owner | None = None
         for name, (shape, kind) in spec.tensors(index, dtype).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=kind, device=device), False))
@@ -74,7 +75,7 @@ class SharedLinear(StoredLayer):
         spec = members[0].spec
         if [m.index for m in members] != list(range(len(spec.modules))) or any(m.spec != spec for m in members):
             raise ValueError(f"{spec.name}: the layers given are not its {len(spec.modules)} modules in order")
-        owner = _Owner(members[0])
+        owner = _Owner(members)
         for member in members:
             member.owner = owner
 
@@ -138,6 +139,15 @@ class SharedLinear(StoredLayer):
             raise ModelError(f"{self.name}: the layer is not joined to its group {self.spec.name}")
         return self.owner.layer
 
+    @property
+    def weight_like(self) -> tuple[torch.dtype, torch.device]:
+        """Dtype and device of the computed weight; those of the group's tensors where the layer itself has none."""
+        members = self.owner.members if self.owner is not None else ()
+        for layer in (self, *members):
+            for tensor in layer.factors().values():
+                return tensor.dtype, tensor.device
+        return self._built_dtype, torch.device("cpu")
+
     @torch.no_grad()
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight as ``nn.Linear`` would hold it, composed in at least float32 and rounded once.
@@ -149,8 +159,8 @@ class SharedLinear(StoredLayer):
             (d_out, d_in), on the device of the layer.
         """
         factors = self.factors()
-        first = next(iter(factors.values()))
-        dtype, device = dtype or first.dtype, first.device
+        own, device = self.weight_like
+        dtype = dtype or own
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         weight = torch.zeros(self.out_features, self.in_features, dtype=wide, device=device)
         if self.spec.whole:

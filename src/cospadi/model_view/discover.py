@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from cospadi.errors import ModelError
+from cospadi.layers.computed_linear import is_dense_linear
 from cospadi.model_view.view import LinearGroup, ModelView
 
 PROBE_SHAPE = (1, 4)
@@ -112,7 +113,7 @@ def _without_arithmetic(model: nn.Module, record: _Record) -> Iterator[None]:
     patched: list[nn.Module] = []
     try:
         for name, module in model.named_modules():
-            if not isinstance(module, nn.Linear) or "forward" in module.__dict__:
+            if not is_dense_linear(module) or "forward" in module.__dict__:
                 continue
 
             def forward(x: Tensor, *_: Any, _name: str = name, _out: int = module.out_features) -> Tensor:
@@ -243,7 +244,7 @@ def _linear_groups(model: PreTrainedModel, layers_name: str, record: _Record) ->
     inside = {
         name: module
         for name, module in model.get_submodule(layers_name).named_modules(prefix=layers_name)
-        if isinstance(module, nn.Linear)
+        if is_dense_linear(module)
     }
     architecture = type(model).__name__
     if not inside:

@@ -21,6 +21,7 @@ from cospadi.checkpoint.headers import Entry
 from cospadi.errors import CheckpointError, ModelError
 from cospadi.format.leaves import TensorTable
 from cospadi.layers import count_weights
+from cospadi.layers.computed_linear import ComputedLinear, is_dense_linear
 from cospadi.layers.tensors import GUARD, GUARD_DTYPE, GUARD_SHAPE
 
 if TYPE_CHECKING:
@@ -207,10 +208,11 @@ class GroupedFormat(Format[S]):
             _untie(model, name)
             model.set_submodule(name, layer)
         count_weights(model)
+        _keep_from_casting(model)
 
     def _built(self, spec: S, index: int, module: nn.Module, dtype: torch.dtype) -> nn.Module:
         name, expected = spec.modules[index], self.shape(spec, index)
-        if not isinstance(module, nn.Linear):
+        if not is_dense_linear(module):
             raise ModelError(f"{name}: a {type(module).__name__} cannot be compressed, only nn.Linear")
         if tuple(module.weight.shape) != expected:
             raise ModelError(f"{name}: the layer is {tuple(module.weight.shape)}, its group says {expected}")
@@ -224,8 +226,10 @@ class GroupedFormat(Format[S]):
         first = model.get_submodule(specs[0].modules[0])
         for _, layer in self.layers(model):
             if layer is not first:
-                layer._parameters.pop(GUARD, None)
-        if GUARD not in first._parameters:
+                _drop_guard(layer)
+        if isinstance(first, ComputedLinear):
+            first.add_guard()
+        elif GUARD not in first._parameters:
             guard = torch.zeros(GUARD_SHAPE, dtype=GUARD_DTYPE, device=next(first.parameters()).device)
             first.register_parameter(GUARD, nn.Parameter(guard, False))
 
@@ -249,7 +253,10 @@ class GroupedFormat(Format[S]):
         """Freeze the stored tensors and check them. See :meth:`Format.finish`."""
         for old, new in zip(stored, here, strict=True):
             for index, name in enumerate(new.modules):
-                held: Mapping[str, Tensor] = self.factors(model.get_submodule(name))
+                layer = model.get_submodule(name)
+                if isinstance(layer, ComputedLinear):
+                    layer.end_loading()
+                held: Mapping[str, Tensor] = self.factors(layer)
                 for tensor in held.values():
                     tensor.requires_grad_(False)  # transformers 5 makes every floating-point parameter trainable
                 if any(tensor.device.type == "meta" for tensor in held.values()):
@@ -267,6 +274,7 @@ class GroupedFormat(Format[S]):
         made = {name: _dense(layer, dtype) for name, layer in layers}
         for name, linear in made.items():
             model.set_submodule(name, linear)
+        vars(model).pop(_NOT_CAST, None)
 
     @contextmanager
     def stored_dtypes(self, model: PreTrainedModel) -> Iterator[None]:
@@ -300,6 +308,22 @@ def module_of(model: nn.Module, name: str, kind: type[nn.Module] = nn.Module) ->
     if not isinstance(module, kind):
         raise ModelError(f"{name}: is a {type(module).__name__}, expected {kind.__name__}")
     return module
+
+
+_NOT_CAST = "hqq_quantized"
+"""What `peft.prepare_model_for_kbit_training` asks of a model that is no transformers quantizer's: with it PEFT leaves
+the stored numbers in their dtype, instead of casting all of them to float32. Nothing else reads the attribute."""
+
+
+def _keep_from_casting(model: nn.Module) -> None:
+    setattr(model, _NOT_CAST, True)
+
+
+def _drop_guard(layer: nn.Module) -> None:
+    if isinstance(layer, ComputedLinear):
+        layer.drop_guard()
+    else:
+        layer._parameters.pop(GUARD, None)
 
 
 def _untie(model: PreTrainedModel, name: str) -> None:
