@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
@@ -89,9 +89,8 @@ class StoredLora(LoraLinear):
 
     def low_rank(self, name: str) -> LowRank:
         """What an adapter adds to the weight."""
-        return LowRank(
-            self.lora_A[name].weight.detach().float(), self.lora_B[name].weight.detach().float() * self.scaling[name]
-        )
+        down, up = (cast(Tensor, part[name].weight).detach().float() for part in (self.lora_A, self.lora_B))
+        return LowRank(down, up * self.scaling[name])
 
     def why_not_merged(self, name: str) -> str:
         """Why an adapter cannot be merged exactly; empty if it can."""

@@ -49,8 +49,14 @@ def rotated_cost(spec: GroupSpec, options: Mapping[str, Any]) -> Work:
     return gptq_cost(spec, {**options, "shifts": 0})
 
 
-@method("rotated", paper="QuaRot, arXiv 2404.00456", plan=rotated_plan, cost=rotated_cost, grouping="siblings",
-        sequential=True)  # fmt: skip
+@method(
+    "rotated",
+    paper="QuaRot, arXiv 2404.00456",
+    plan=rotated_plan,
+    cost=rotated_cost,
+    grouping="siblings",
+    sequential=True,
+)
 def rotated(
     problem: Problem,
     spec: GroupSpec,
@@ -74,16 +80,10 @@ def rotated(
         rescale: rounds of refitting scales to integers and integers to scales.
     """
     turned, codes, parts = rotate(problem, spec), spec.codes, []
+    grid: dict[str, Any] = {"bits": codes.bits, "group": codes.group, "half": codes.half, "damping": damping}
     for index, rows in enumerate(turned.rows):
         gram = turned.gram_of(index)
-        found = quantise_rows(
-            rows, bits=codes.bits, group=codes.group, symmetric=True, half=codes.half, hessian=gram, damping=damping,
-            search=search, sweeps=sweeps,
-        )  # fmt: skip
-        if rescale:
-            found = rescaled(
-                rows, found, bits=codes.bits, group=codes.group, hessian=gram, rounds=rescale, damping=damping, half=codes.half
-            )
-        parts.append(found)
+        found = quantise_rows(rows, symmetric=True, hessian=gram, search=search, sweeps=sweeps, **grid)
+        parts.append(rescaled(rows, found, hessian=gram, rounds=rescale, **grid) if rescale else found)
     scales = cat([part.scales for part in parts if part.scales is not None])
     return Factors(Stored(cat([part.matrix for part in parts]), scales), rotation=turned.stored)
