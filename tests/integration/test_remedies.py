@@ -1,6 +1,7 @@
 """Every remedy that a message names is accepted: flags, values, settings, commands, extras; common ones are tried."""
 
 import ast
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -170,9 +171,15 @@ def test_another_run_in_the_output_directory():
 
 
 def test_no_text():
-    assert tried(["compress", "tiny", "out", "--method", "svd", "--keep", 0.8], ["--calibration"], *TEXT).code == 0
+    assert tried(["compress", "tiny", "out", "--method", "asvd", "--keep", 0.8], ["--calibration"], *TEXT).code == 0
     measure = ["evaluate", "tiny", "--seq-len", 32]
     assert tried(measure, ["--text FILE"], "--text", "text.txt").code == 0
+
+
+def test_the_field_that_holds_the_text(tmp_path):
+    (tmp_path / "body.jsonl").write_text(json.dumps({"id": 1, "body": tiny_text(400)}), encoding="utf-8")
+    measure = ["evaluate", "tiny", "--seq-len", 32, "--text", tmp_path / "body.jsonl"]
+    assert tried(measure, ["'id', 'body'", "--text-field NAME"], "--text-field", "body").code == 0
 
 
 def test_modules_that_do_not_exist():
