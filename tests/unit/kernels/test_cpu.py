@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from cospadi.format import MatrixSpec, Stored, pack, unpack
+from cospadi.format import MatrixSpec, Stored, Trellis, pack, unpack
 from cospadi.format.pack import pack_bits
-from cospadi.kernels import cpu, factored_linear, reference
+from cospadi.kernels import cpu, describe, factored_linear, parse, reference
 from cospadi.kernels.cost import rebuild_pays
 from cospadi.kernels.decode import dense_rows
 from cospadi.kernels.synthetic import random_packed
@@ -84,6 +84,37 @@ def test_many_blocks_give_what_one_gives(monkeypatch, tokens):
     monkeypatch.setattr(cpu, "BLOCK_ELEMENTS", 7 * 45)
     monkeypatch.setattr(cpu, "BLOCK_ELEMENTS_MANY", 45)
     assert torch.allclose(factored_linear(x, *case), whole, atol=1e-5)
+
+
+TRELLIS_CASES = [
+    (MatrixSpec(101, 45, bits=2, trellis=Trellis(12, 4, 16)), None),
+    (MatrixSpec(64, 37, bits=3, trellis=Trellis(16, 4, 64)), MatrixSpec(37, 45, bits=4, symmetric=False, half=True)),
+    (MatrixSpec(70, 60, bits=1, trellis=Trellis(8, 8, 8)), MatrixSpec(60, 9, bits=4, trellis=Trellis(10, 1, 64))),
+    (MatrixSpec(33, 60, "9:16", bits=3, half=True), MatrixSpec(60, 9, bits=2, trellis=Trellis(10, 64, 1))),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 40, 200])
+@pytest.mark.parametrize("specs", TRELLIS_CASES, ids=str)
+def test_trellis_codes_and_half_steps(monkeypatch, specs, tokens, dtype):
+    """Codes and dictionaries, in one block and in many, also where D S is rebuilt."""
+    codes_spec, spec = specs
+    dictionary = None if spec is None else random_packed(spec, dtype, seed=1)
+    case = dictionary, spec, random_packed(codes_spec, dtype), codes_spec
+    x = torch.randn(tokens, (spec or codes_spec).columns).to(dtype)
+    limit = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
+    for elements in (None, 100, 1):
+        if elements is not None:
+            monkeypatch.setattr(cpu, "BLOCK_ELEMENTS", elements)
+            monkeypatch.setattr(cpu, "BLOCK_ELEMENTS_MANY", elements)
+        assert error(factored_linear(x, *case), reference(x, *case)) < limit
+
+
+@pytest.mark.parametrize("specs", TRELLIS_CASES, ids=str)
+def test_descriptions_of_new_specs(specs):
+    for spec in specs:
+        assert spec is None or parse(describe(spec)) == spec
 
 
 def test_rebuilding_gives_the_same():
