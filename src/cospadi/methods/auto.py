@@ -42,7 +42,7 @@ def _integers() -> list[Representation]:
 
 
 def _trellises() -> list[Representation]:
-    """Trellis codes of all rates; errors are carried over from the first groups of each kind, as encoding takes long."""
+    """Trellis codes of all rates; encoding takes long, so errors are carried over from the first groups of a kind."""
     return [
         Representation("trellis", {"bits": bits}, fixed=True, learnt=True, each=True, least=0.0)
         for bits in (4, 3, 2, 1)
