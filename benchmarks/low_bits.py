@@ -49,6 +49,7 @@ PARTS = {
     "anchor .25": {"anchor": True, "anchor_share": 0.25},
     "anchor .5": {"anchor": True, "anchor_share": 0.5},
     "loss, anchor .25": {"gram": "loss", "anchor": True, "anchor_share": 0.25},
+    "state 14": {"options": {"state": 14}},
     "state 12": {"options": {"state": 12}},
     "state 10": {"options": {"state": 10}},
     "8 inputs": {"options": {"inputs": 8}},
