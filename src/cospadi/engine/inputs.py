@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cospadi.calibration import StatisticsStore, Texts, TokenBlocks, collect, read_texts, token_blocks
 from cospadi.checkpoint import is_compressed
 from cospadi.errors import CalibrationError, ModelError
-from cospadi.model_view import ModelView, check_length, model_name, open_model
+from cospadi.model_view import InMemory, ModelView, Source, check_length, name_of, open_model
 from cospadi.progress import Progress
 from cospadi.pruning import Evidence, Tokens
 from cospadi.recipe import Recipe
@@ -20,19 +20,33 @@ from cospadi.runtime.devices import widened
 from cospadi.runtime.fingerprints import versions, weights_sha256
 
 
+def given_text(calibration: Any) -> tuple[list[str] | None, str | dict[str, Any] | None]:
+    """A calibration text as functions take it.
+
+    Returns:
+        the documents, where they were given themselves; and what the recipe says: a file, a hub dataset, what the
+        documents are, or a whole section ``calibration``.
+    """
+    if calibration is None or type(calibration) is dict:
+        return None, calibration
+    if isinstance(calibration, (list, tuple)):
+        return list(calibration), "a list of texts"
+    return None, str(calibration)
+
+
 class Inputs:
     """Reads what a run needs, by itself; a comparison lends it instead.
 
     Args:
-        source: of the model: local directory or hub id.
+        source: of the model: local directory, hub id, or a model in memory, of which the run changes a copy.
         recipe: of the run: calibration text and seed.
         texts: calibration documents, where they are not to be read from the recipe's source.
         progress: called as progress(phase, done, total, detail, error).
     """
 
-    def __init__(self, source: str, recipe: Recipe, texts: list[str] | None, progress: Progress) -> None:
+    def __init__(self, source: Source, recipe: Recipe, texts: list[str] | None, progress: Progress) -> None:
         self.source, self.recipe, self.texts, self.progress = source, recipe, texts, progress
-        self.name = model_name(source)
+        self.name = name_of(source)
 
     def require_text(self) -> None:
         """Check that the recipe names a calibration text.
@@ -62,11 +76,12 @@ class Inputs:
             CalibrationError: if the text cannot be read, or the model has no positions for its sequences.
         """
         self.documents  # noqa: B018 - read first: that is quick, and it is where most mistakes are
-        model, tokenizer = open_model(self.source)
+        given = self.source if isinstance(self.source, InMemory) else None
+        model, tokenizer = (given.model, given.tokenizer) if given else open_model(str(self.source))
         if is_compressed(model.config):
             raise ModelError(f"{self.source} is already compressed by cospadi: {verb} the dense model instead")
         check_length(model, self.recipe.calibration.seq_len)
-        return model, tokenizer
+        return (given.copied() if given else model), tokenizer
 
     def tokens(self, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
         """The calibration text in blocks of tokens."""
