@@ -75,7 +75,7 @@ def test_options_of_methods_have_names_of_their_own():
         taken = set(inspect.signature(function).parameters)
         shared = {method.name: {*method.options.model_fields} & taken for method in kind.values()}
         assert {name: both for name, both in shared.items() if both} == (
-            dict.fromkeys(("laco", "replaceme", "sleb"), {"samples"}) if function is cospadi.prune else {}
+            {key: {"samples"} for key in ("laco", "replaceme", "sleb")} if function is cospadi.prune else {}
         )
     recipe = prune_recipe_from(None, {"method": "laco", "samples": 5, "options": {"samples": 3}})
     assert (recipe.calibration.samples, recipe.prune.options) == (5, {"samples": 3})

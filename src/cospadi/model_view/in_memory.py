@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from cospadi.errors import ModelError
 from cospadi.model_view.loading import model_name, open_config, open_tokenizer, source_name
-from cospadi.runtime.devices import widened
+from cospadi.runtime.devices import compute_dtype, placed
 from cospadi.runtime.memory import guard_memory
 
 
@@ -78,7 +78,9 @@ class InMemory:
         training = [module for module in self.model.modules() if module.training]
         self.model.train(False)
         try:
-            with widened(self.model, device or self.model.device):
+            place = device or self.model.device
+            size = sum(p.numel() * p.element_size() for p in self.model.parameters())
+            with placed(self.model, place, compute_dtype(size, place)):
                 yield self.model
         finally:
             for module in training:
