@@ -14,7 +14,6 @@ from cospadi.cli.common import (
     JsonOption,
     consoles,
     expand_home,
-    pages_written,
     print_json,
     quiet_transformers,
     share,
@@ -35,7 +34,7 @@ def demo(
 ) -> None:
     """A two-minute end-to-end run on the embedded model: compress, evaluate, compare; needs no network."""
     from cospadi.evaluation.demo import KEEPS, run_demo
-    from cospadi.report import ProgressDisplay, print_comparison, write_all
+    from cospadi.report import ProgressDisplay, pages_written, print_comparison, write_all
     from cospadi.report.text import human_count
 
     quiet_transformers()

@@ -24,10 +24,8 @@ from cospadi.cli.common import (
     SetOption,
     TextFieldOption,
     UsageError,
-    calibration_section,
     command_line,
     consoles,
-    pages_written,
     parse_settings,
     print_json,
     quiet_transformers,
@@ -68,16 +66,28 @@ def prune(
     """Remove whole decoder layers (depth) or part of their width. Depth methods write stock checkpoints."""
     if blocks is not None and keep_blocks is not None:
         raise UsageError("--blocks and --keep-blocks exclude each other: give one of them")
-    section = calibration_section(calibration, samples, seq_len, bos, text_field)
-    flags = {"device": device, "seed": seed, "calibration": section or None}
-    changes = {key: value for key, value in flags.items() if value is not None}
-    merged = _recipe(recipe, changes, method, blocks, keep_blocks, parse_settings(set_))
+    merged = _recipe(
+        recipe,
+        {
+            "method": method,
+            "blocks": blocks,
+            "keep_blocks": keep_blocks,
+            "options": parse_settings(set_) or None,
+            "calibration": calibration,
+            "text_field": text_field,
+            "samples": samples,
+            "seq_len": seq_len,
+            "bos": bos,
+            "device": device,
+            "seed": seed,
+        },
+    )
     if dry_run:
         _print_plan(model, merged, json_)
         return
-    from cospadi.engine.prune import prune as run
+    from cospadi.api.runs import prune as run
     from cospadi.report import ProgressDisplay
-    from cospadi.report.depth import print_prune, write_depth
+    from cospadi.report.depth import print_prune
 
     quiet_transformers()
     stdout, stderr = consoles()
@@ -85,8 +95,6 @@ def prune(
         result = run(model, out, recipe=merged, fresh=fresh, progress=display.update, command=command_line())
     if result.complete:
         stderr.print(f"{out} is already complete and was not changed; pass --fresh to prune again", markup=False)
-    if not result.complete or not pages_written(out):
-        write_depth(result.report, out)
     if json_:
         for line in result.report["warnings"]:
             stderr.print(f"warning: {line}", markup=False, soft_wrap=True)
@@ -97,24 +105,16 @@ def prune(
     stdout.print(f"\nReport: {out / 'report.html'}\n{hint}", markup=False, soft_wrap=True)
 
 
-def _recipe(
-    path: Path | None,
-    changes: dict[str, Any],
-    method: str | None,
-    blocks: int | None,
-    keep_blocks: float | None,
-    options: dict[str, Any],
-) -> Recipe:
+def _recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     """The recipe file, if any, with the flags applied on top.
 
     Raises:
         RecipeError: on an unknown key or an invalid value.
         UsageError: if there is no size.
     """
-    from cospadi.recipe import Recipe, with_prune
+    from cospadi.options import prune_recipe_from
 
-    base = Recipe.load(path) if path is not None else Recipe()
-    merged = with_prune(base.merged(changes, source="command line"), method, blocks, keep_blocks, options)
+    merged = prune_recipe_from(path, flags, source="command line")
     assert merged.prune is not None
     if merged.prune.blocks is None and merged.prune.keep_blocks is None:
         raise UsageError("no size given: pass --blocks (such as 2) or --keep-blocks (such as 0.75)")

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from cospadi.calibration import TextSource, TokenBlocks, described, fisher
+from cospadi.calibration import TextSource, TokenBlocks, fisher
 from cospadi.checkpoint import storage_dtype
 from cospadi.engine.allocate.rules import final_plan
 from cospadi.engine.context import RunContext
 from cospadi.engine.factorise import factorise_group
-from cospadi.engine.inputs import Inputs
+from cospadi.engine.inputs import Inputs, given_text
 from cospadi.engine.journal import Journal, check_complete, check_output
 from cospadi.engine.outputs import Checkpoint, environment, write_report
 from cospadi.engine.plan.order import order_of, plain_share
@@ -30,17 +30,16 @@ from cospadi.engine.plan.selection import chosen_modules, restricted
 from cospadi.engine.plan.text import needs_text
 from cospadi.engine.tune.sequential import Outcome, Sequential, require_layers
 from cospadi.methods import get_method
-from cospadi.model_view import ModelView, check_weights, discover, source_name
+from cospadi.model_view import ModelView, check_weights, discover, model_source
+from cospadi.options import recipe_from
 from cospadi.progress import Progress, silent
 from cospadi.recipe import Recipe
 from cospadi.runtime.devices import resolve_device
 from cospadi.runtime.fingerprints import versions
 from cospadi.runtime.memory import memory_errors
 
-"""Called as progress(phase, done, total, detail="", error=None)."""
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """What a run left behind.
 
@@ -61,36 +60,41 @@ class Result:
         """Share of the compressed layers' bytes that is kept."""
         return float(self.report["keep_actual"])
 
+    def __repr__(self) -> str:
+        from cospadi.report.results import run_line
+
+        return run_line(self.out, self.report)
+
+    def _repr_html_(self) -> str:
+        from cospadi.report.results import run_fragment
+
+        return run_fragment(self.out, self.report)
+
 
 def compress(
-    model: str | Path,
+    model: object,
     out: str | Path,
     *,
-    keep: float | None = None,
-    method: str | None = None,
-    calibration: TextSource | None = None,
+    tokenizer: object = None,
+    calibration: TextSource | dict[str, Any] | None = None,
     recipe: Recipe | dict[str, Any] | str | Path | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
     command: str = "",
-    **changes: Any,
+    **options: Any,
 ) -> Result:
-    """Compress a model into a directory that ``from_pretrained`` loads.
-
-    The same call after an interruption resumes where it stopped and writes the same bytes.
+    """Compress a model into a directory that ``from_pretrained`` loads; see :func:`cospadi.compress`.
 
     Args:
-        model: local directory or hub id.
+        model: local directory, hub id, or a transformers model, which stays as it is.
         out: output directory: new, empty, or of the same run.
-        keep: share of the linear layers' 16-bit bytes to keep, in (0, 1).
-        method: name of a method; left out: the recipe's, else the default.
-        calibration: whatever :func:`~cospadi.calibration.read_texts` takes: a file, a directory, a hub data set, or
-            documents in memory such as a list, a generator or a ``Dataset``.
+        tokenizer: of a model in memory.
+        calibration: whatever :func:`~cospadi.engine.inputs.given_text` takes.
         recipe: a recipe, its keys and values, or the path of one; the other arguments override it.
         fresh: forget an earlier run in `out`.
         progress: called with (phase, done, total, detail, error so far).
         command: the command line, for the report.
-        **changes: any other field of :class:`~cospadi.recipe.Recipe`.
+        **options: see :func:`~cospadi.options.recipe_from`.
 
     Returns:
         paths, sizes and errors.
@@ -98,16 +102,9 @@ def compress(
     Raises:
         CospadiError: see `cospadi.errors`; the message names cause and remedy.
     """
-    base = Recipe.of(recipe)
-    texts = None if isinstance(calibration, (str, Path)) else calibration
-    if calibration is not None:
-        changes["calibration"] = {"source": described(calibration)} | dict(changes.get("calibration", {}))
-    if keep is not None:
-        changes |= {"keep": keep, "target_size": changes.get("target_size")}
-    if method is not None:
-        changes["method"] = method
-    merged, progress = base.merged(changes), progress or silent
-    inputs = Inputs(source_name(model), merged, texts, progress)
+    texts, section = given_text(calibration)
+    merged, progress = recipe_from(recipe, options | {"calibration": section}), progress or silent
+    inputs = Inputs(model_source(model, tokenizer), merged, texts, progress)
     with memory_errors():
         return CompressRun(inputs, Checkpoint(Path(out), progress), merged, progress, command).go(fresh)
 

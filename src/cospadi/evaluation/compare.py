@@ -43,14 +43,16 @@ from cospadi.evaluation.tasks import find_tasks, require_lm_eval
 from cospadi.evaluation.yardstick import ARITHMETIC, Yardstick
 from cospadi.io import disk_errors
 from cospadi.model_view import (
+    InMemory,
     LinearGroup,
+    Source,
     check_ids,
     check_length,
     check_weights,
     discover,
-    model_name,
+    model_source,
+    name_of,
     open_model,
-    source_name,
 )
 from cospadi.progress import Progress, labelled, silent
 from cospadi.pruning import get_pruning_method
@@ -64,9 +66,10 @@ UNSOLVED = (BudgetError, ModelError, NumericalError, RecipeError, ResourceError)
 
 
 def compare(
-    model: str | Path,
+    model: object,
     out: str | Path,
     *,
+    tokenizer: object = None,
     methods: Sequence[str] = (),
     keeps: Sequence[float],
     text: TextSource | Mapping[str, TextSource],
@@ -89,7 +92,8 @@ def compare(
     """Compress a model by several methods to several sizes and measure them all in the same way.
 
     Args:
-        model: local directory or hub id.
+        model: local directory, hub id, or a transformers model, which stays as it is.
+        tokenizer: of a model in memory.
         out: directory for finished rows, and for checkpoints with `save`.
         methods: names of methods, and of pruning methods: these remove the fewest blocks (or the least width) within
             each keep.
@@ -150,7 +154,7 @@ def compare(
         require_lm_eval()
     comparison = _Comparison(Path(out), yardstick, save, progress or silent, command)
     with memory_errors(), comparison.opened(fresh):
-        shared = _shared(source_name(model), base, entries, calibration, Path(out), comparison.progress)
+        shared = _shared(model_source(model, tokenizer), base, entries, calibration, Path(out), comparison.progress)
         return comparison.go(shared, base, entries)
 
 
@@ -167,7 +171,7 @@ def _needs_text(entry: Entry) -> bool:
 
 
 def _shared(
-    source: str,
+    source: Source,
     base: Recipe,
     entries: Sequence[Entry],
     calibration: TextSource | None,
@@ -176,9 +180,11 @@ def _shared(
 ) -> Shared:
     begun = time.perf_counter()
     progress("read", 0, 1, "model")
-    model, tokenizer = open_model(source)
+    given = source if isinstance(source, InMemory) else None
+    model, tokenizer = (given.model, given.tokenizer) if given else open_model(str(source))
     if is_compressed(model.config):
         raise ModelError(f"{source} is already compressed by cospadi: compare on the dense model")
+    model = given.copied() if given else model
     wanted = base.calibration
     if wanted.source is not None:
         check_length(model, wanted.seq_len)
@@ -257,7 +263,7 @@ class _Comparison:
         shutil.rmtree(self.out / FOLDER / "rows", ignore_errors=True)
         shutil.rmtree(shared.statistics, ignore_errors=True)
         return {
-            "model": model_name(shared.source),
+            "model": name_of(shared.source),
             "architecture": (shared.model.config.architectures or [type(shared.model).__name__])[0],
             "dense": dense,
             "rows": rows,

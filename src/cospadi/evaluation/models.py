@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,15 @@ from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokeniz
 from cospadi import checkpoint
 from cospadi.calibration.begin import prompt_ids
 from cospadi.errors import CheckpointError, NumericalError
-from cospadi.model_view import check_ids, open_config, open_model, open_tokenizer, where_not_finite
+from cospadi.model_view import (
+    check_ids,
+    model_name,
+    model_source,
+    open_config,
+    open_model,
+    open_tokenizer,
+    where_not_finite,
+)
 from cospadi.runtime.devices import compute_dtype, resolve_device
 from cospadi.runtime.memory import memory_errors
 
@@ -54,14 +64,38 @@ def load(
         return model, tokenizer
 
 
+@contextmanager
+def opened(
+    source: object, tokenizer: object, device: str
+) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase, str]]:
+    """A model to run, its tokenizer and its name.
+
+    Args:
+        source: local directory, hub id, or a transformers model, which afterwards is as and where it was.
+        tokenizer: of a model in memory.
+        device: where to run; with ``auto``, a model in memory runs where it is.
+
+    Raises:
+        ModelError: if there is no readable model.
+        CheckpointError: if a compressed checkpoint is damaged.
+    """
+    found = model_source(source, tokenizer)
+    if isinstance(found, str):
+        yield *load(found, device=device), model_name(found)
+        return
+    with found.lent(None if device == "auto" else resolve_device(device)) as model:
+        yield model, found.tokenizer, found.name
+
+
 def weight_bytes(model: PreTrainedModel) -> int:
     """Bytes of all parameters in memory; tied parameters count once."""
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def stored_bytes(source: str | Path, model: PreTrainedModel) -> int:
-    """Bytes of a checkpoint's weight files; of a hub id, those of the parameters in memory."""
-    return checkpoint.file_bytes(source) if Path(source).is_dir() else weight_bytes(model)
+def stored_bytes(source: object, model: PreTrainedModel) -> int:
+    """Bytes of a checkpoint's weight files; of a hub id or a model in memory, those of the parameters in memory."""
+    local = isinstance(source, (str, Path)) and Path(source).is_dir()
+    return checkpoint.file_bytes(str(source)) if local else weight_bytes(model)
 
 
 def inspect(directory: str | Path) -> dict[str, Any]:
@@ -120,9 +154,10 @@ def _refuse_nan(model: PreTrainedModel, _ids: Tensor, scores: Tensor) -> Tensor:
 
 
 def generate(
-    source: str | Path,
+    model: object,
     prompt: str,
     *,
+    tokenizer: object = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
@@ -132,12 +167,13 @@ def generate(
     """Continue a prompt.
 
     Args:
-        source: local directory or hub id.
+        model: local directory, hub id, or a transformers model.
         prompt: the text to continue; if empty, generation starts at the model's begin token.
+        tokenizer: of a model in memory.
         max_new_tokens: upper limit.
         temperature: 0 for greedy decoding.
         seed: of the sampling.
-        device: where to run.
+        device: where to run; with ``auto``, a model in memory runs where it is.
         bos: whether the prompt begins with the BOS: ``"auto"`` (where the tokenizer adds it, as for transformers' own
             ``generate``), ``"on"`` or ``"off"``; never twice.
 
@@ -148,7 +184,19 @@ def generate(
         ModelError: if the model has no embedding for a token of the prompt.
         NumericalError: if the logits are NaN, from which any token would follow.
     """
-    model, tokenizer = load(source, device=device)
+    with opened(model, tokenizer, device) as (runnable, reader, _):
+        return _continued(runnable, reader, prompt, max_new_tokens, temperature, seed, bos)
+
+
+def _continued(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    bos: str,
+) -> dict[str, Any]:
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     ids = torch.tensor([prompt_ids(prompt, tokenizer, bos) or [start or 0]], device=model.device)
     check_ids(model, tokenizer, ids)

@@ -1,33 +1,37 @@
 """The only code that knows the structure of a transformers model: loading, linear groups, layer-by-layer replay."""
 
 from cospadi.model_view.discover import discover, discover_layers
+from cospadi.model_view.in_memory import InMemory, Source, config_of, model_source, name_of
 from cospadi.model_view.loading import (
     model_name,
     open_config,
     open_model,
     open_tokenizer,
     skeleton,
-    source_name,
 )
 from cospadi.model_view.positions import check_ids, check_length
 from cospadi.model_view.replay import LayerReplay
 from cospadi.model_view.view import LinearGroup, ModelView, check_weights, embedding_weight, where_not_finite
 
 __all__ = [
+    "InMemory",
     "LayerReplay",
     "LinearGroup",
     "ModelView",
+    "Source",
     "check_ids",
     "check_length",
     "check_weights",
+    "config_of",
     "discover",
     "discover_layers",
     "embedding_weight",
     "model_name",
+    "model_source",
+    "name_of",
     "open_config",
     "open_model",
     "open_tokenizer",
     "skeleton",
-    "source_name",
     "where_not_finite",
 ]

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import errors
 from transformers import T5Config
 
-from cospadi import compress, estimate, load, prune
+from cospadi import compress, evaluate, generate, load, prune
 from cospadi.errors import ModelError
 from cospadi.evaluation.compare import compare
 from cospadi.model_view import (
@@ -267,18 +267,21 @@ def test_a_model_on_the_hub_is_left_to_transformers(hub):
     assert [url.split("/resolve/")[1] for url, _ in hub.asked] == ["main/config.json", "v2/config.json"]
 
 
-def test_a_model_in_memory_is_no_name(tmp_path):
+def test_a_model_in_memory_is_no_name_and_needs_its_tokenizer(tmp_path):
     model = tiny_model()
+    for call in (lambda: load(model), lambda: open_config(model)):
+        with pytest.raises(ModelError, match="not a LlamaForCausalLM: save the model"):
+            call()
+    text = ["text"]
     calls = [
-        lambda: load(model),
-        lambda: open_config(model),
-        lambda: estimate(model, keep=0.8),
-        lambda: compress(model, tmp_path / "out", keep=0.8, calibration=("text",)),
-        lambda: prune(model, tmp_path / "out", blocks=1, calibration=("text",)),
-        lambda: compare(model, tmp_path / "out", methods=["svd"], keeps=[0.8], text=("text",), calibration=("text",)),
+        lambda: compress(model, tmp_path / "out", keep=0.8, calibration=text),
+        lambda: prune(model, tmp_path / "out", blocks=1, calibration=text),
+        lambda: compare(model, tmp_path / "out", methods=["svd"], keeps=[0.8], text=text, calibration=text),
+        lambda: evaluate(model, text=text),
+        lambda: generate(model, "text"),
     ]
     for call in calls:
-        with pytest.raises(ModelError, match="not a LlamaForCausalLM: save the model"):
+        with pytest.raises(ModelError, match="needs its tokenizer: pass tokenizer=AutoTokenizer"):
             call()
 
 

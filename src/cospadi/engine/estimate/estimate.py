@@ -31,7 +31,8 @@ from cospadi.errors import RecipeError
 from cospadi.format import GroupSpec
 from cospadi.methods import get_method
 from cospadi.methods.cost import Work
-from cospadi.model_view import LinearGroup, ModelView, check_length, discover, model_name, open_config, skeleton
+from cospadi.model_view import LinearGroup, ModelView, check_length, config_of, discover, skeleton
+from cospadi.options import recipe_from
 from cospadi.recipe import Recipe, Refine
 from cospadi.runtime.devices import compute_dtype, device_name, parse_device, resolve_device
 
@@ -42,7 +43,7 @@ PROBES = 4
 """Learning rates that a refinement usually tries before it settles."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Estimate:
     """What `cospadi estimate` prints.
 
@@ -99,14 +100,24 @@ class Estimate:
             "groups": [group.row() for group in plan.groups],
         }
 
+    def __repr__(self) -> str:
+        from cospadi.report.results import estimate_line
 
-def estimate(model: str | Path, recipe: Recipe | dict[str, Any] | str | Path | None = None, **changes: Any) -> Estimate:
-    """Sizes, layer table, memory and time, from the configuration alone: no weights are read.
+        return estimate_line(self.to_dict())
+
+    def _repr_html_(self) -> str:
+        from cospadi.report.results import estimate_fragment
+
+        return estimate_fragment(self.to_dict())
+
+
+def estimate(model: object, recipe: Recipe | dict[str, Any] | str | Path | None = None, **options: Any) -> Estimate:
+    """Sizes, layer table, memory and time, from the configuration alone; see :func:`cospadi.estimate`.
 
     Args:
-        model: local directory or hub id.
+        model: local directory, hub id, or a transformers model.
         recipe: a recipe, its keys and values, or the path of one; left out: the defaults.
-        **changes: fields of :class:`~cospadi.recipe.Recipe` that override it, such as ``keep=0.6``.
+        **options: see :func:`~cospadi.options.recipe_from`; they override the recipe.
 
     Raises:
         ModelError: if there is no configuration, or the architecture is not supported.
@@ -114,13 +125,13 @@ def estimate(model: str | Path, recipe: Recipe | dict[str, Any] | str | Path | N
         RecipeError: if the method or one of its options does not exist, or is out of range.
         CalibrationError: if the model has no positions for sequences of that length.
     """
-    recipe = Recipe.of(recipe).merged(changes)
+    recipe = recipe_from(recipe, options)
     get_method(recipe.method).check(recipe.options)
     recipe.require_budget()
     parse_device(recipe.device)
     if recipe.prune is not None:
         check_section(recipe.prune)
-    config = open_config(model)
+    config, name = config_of(model)
     empty = skeleton(config)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -137,7 +148,7 @@ def estimate(model: str | Path, recipe: Recipe | dict[str, Any] | str | Path | N
         device = None
     work = phases(view, plan, asked)
     return Estimate(
-        model=model_name(model),
+        model=name,
         architecture=(config.architectures or [type(empty).__name__])[0],
         parameters=parameters,
         plan=plan,
