@@ -127,7 +127,7 @@ def test_mistakes(run, tmp_path, arguments, code, message):
 def test_texts_are_needed(run):
     done = run("--methods", "svd", "--keep", "0.8", text=())
     assert done.code == 2 and "--text" in done.error
-    done = run("--methods", "svd", "--keep", "0.8", common=False)
+    done = run("--methods", "asvd", "--keep", "0.8", common=False)
     assert done.code == 1 and "--calibration" in done.error
 
 

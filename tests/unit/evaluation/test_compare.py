@@ -202,7 +202,7 @@ def test_a_line_that_was_cut_off_is_no_row(tmp_path):
         ({"options": {"svd": {"rnk": 3}}}, RecipeError, "no option 'rnk'"),
         ({"options": {"rtn": {"bits": 4}}}, RecipeError, "not among the methods"),
         ({"recipes": {"svd": RECIPE}}, RecipeError, "rename the recipe"),
-        ({"calibration": None}, CalibrationError, "--calibration"),
+        ({"calibration": None, "methods": ["asvd"]}, CalibrationError, "--calibration"),
         ({"text": {}}, CalibrationError, "pass --text"),
         ({"arithmetic": "float8"}, RecipeError, "float32 or model"),
         ({"references": ["rtm"]}, RecipeError, "did you mean 'rtn'"),
