@@ -11,7 +11,7 @@ from torch import nn
 import cospadi
 from command import command, weights
 from cospadi import ModelError
-from tiny import byte_tokenizer, save_tiny, tiny_config, tiny_model, tiny_text
+from tiny import bos_tokenizer, byte_tokenizer, save_tiny, tiny_config, tiny_model, tiny_text
 
 TEXT = [tiny_text(3000)]
 BRIEF = {"calibration": TEXT, "samples": 4, "seq_len": 32}
@@ -111,6 +111,52 @@ def test_compare_takes_the_options_of_its_command(tiny, unchanged, tmp_path):
     assert all((tmp_path / "c" / name).is_file() for name in found["files"].values())
     assert repr(found).startswith("<Comparison tiny: dense ") and "svd 0.8: " in repr(found)
     assert "<td>svd</td>" in found._repr_html_()
+
+
+def test_options_of_the_text_go_to_every_function(tmp_path):
+    model, tokenizer = tiny_model("llama", vocab_size=258), bos_tokenizer()
+    given = {"tokenizer": tokenizer, "text_field": "body", "bos": "off"}
+    brief = {"samples": 4, "seq_len": 32}
+
+    def records():
+        return ({"body": text} for text in TEXT)
+
+    first = cospadi.compress(model, tmp_path / "a", method="svd", keep=0.7, calibration=records(), **given, **brief)
+    told = first.report["calibration"]
+    assert (told["source"], told["fields"], told["begins_with"]) == ("a generator", ["body"], "")
+    cut = cospadi.prune(model, tmp_path / "b", method="uidl", blocks=1, calibration=records(), **given, **brief)
+    assert (cut.report["calibration"]["fields"], cut.report["calibration"]["begins_with"]) == (["body"], "")
+    measure = {"text": records(), "max_blocks": 2}
+    found = cospadi.evaluate(model, against=tmp_path / "a", seq_len=64, **measure, **given)
+    assert (found["fields"], found["bos"], found["begins_with"]) == (["body"], "off", "")
+    rows = cospadi.compare(
+        model, tmp_path / "c", methods="svd", keep=0.7, references=(), eval_seq_len=64, calibration=records(),
+        **measure | {"text": records()}, **given, **brief,
+    )  # fmt: skip
+    assert (rows["calibration"]["fields"], rows["calibration"]["begins_with"]) == (["body"], "")
+    assert rows["dense"]["perplexity"] == pytest.approx(found["perplexity"], rel=0.02)
+    counts = [cospadi.generate(model, "ab", tokenizer=tokenizer, bos=bos)["prompt_tokens"] for bos in ("off", "on")]
+    assert counts == [2, 3]
+
+
+def test_a_model_in_memory_needs_no_text_where_nothing_reads_it(tmp_path):
+    model, tokenizer = tiny_model("llama", max_position_embeddings=64), byte_tokenizer()
+    small = cospadi.compress(model, tmp_path / "a", tokenizer=tokenizer, method="rtn", bits=4, keep=0.4)
+    cut = cospadi.prune(model, tmp_path / "b", tokenizer=tokenizer, method="magnitude", blocks=1)
+    assert small.report["calibration"] is cut.report["calibration"] is None
+    limits = {"text": TEXT, "eval_seq_len": 64, "max_blocks": 1, "references": ()}
+    rows = cospadi.compare(model, tmp_path / "c", tokenizer=tokenizer, methods="rtn,random", keep=0.4, **limits)
+    assert rows["calibration"] is None and len(rows["rows"]) == 2
+    assert "calibrate" not in cospadi.estimate(model, method="rtn", keep=0.4).seconds
+    read = cospadi.estimate(model, method="rtn", keep=0.4, calibration=TEXT, samples=4, seq_len=32)
+    assert read.seconds["calibrate"] > 0
+
+
+def test_the_kind_of_gram_is_an_option(tiny, tmp_path):
+    result = cospadi.compress(tiny, tmp_path / "a", method="svd_llm", keep=0.7, gram="loss", gram_blend=0.4, **BRIEF)
+    assert result.report["gram"] == {"kind": "loss", "blend": 0.4}
+    plain, loss = (cospadi.estimate(tiny, method="svd_llm", keep=0.7, gram=kind) for kind in ("plain", "loss"))
+    assert loss.flops > plain.flops
 
 
 def test_a_model_without_a_name_is_called_by_its_class(tmp_path):

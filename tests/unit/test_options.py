@@ -84,10 +84,10 @@ def test_options_of_methods_have_names_of_their_own():
 def test_flat_options_find_their_place():
     base = Recipe(method="pursuit", options={"rho": 3}, calibration={"samples": 7})
     flat = {"keep": "30%", "seq_len": 64, "text_field": "body", "rounds": 4, "only": ("q_proj",), "seed": None}
-    recipe = recipe_from(base, flat | {"calibration": "text.jsonl"})
+    recipe = recipe_from(base, flat | {"calibration": "text.jsonl", "bos": "on", "gram": "loss", "gram_blend": 0.5})
     assert recipe.keep == 0.3 and recipe.only == ["q_proj"] and recipe.seed == 0
-    assert recipe.options == {"rho": 3, "rounds": 4}
-    assert recipe.calibration == Calibration(samples=7, seq_len=64, field="body", source="text.jsonl")
+    assert (recipe.gram, recipe.gram_blend, recipe.options) == ("loss", 0.5, {"rho": 3, "rounds": 4})
+    assert recipe.calibration == Calibration(samples=7, seq_len=64, field="body", source="text.jsonl", bos="on")
     assert recipe_from(base, {"num_bits": 4, "method": "rtn"}).options == {"bits": 4}
     assert recipe_from(None, {"calibration": {"samples": 5}, "seq_len": 9}).calibration == Calibration(
         samples=5, seq_len=9
