@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cospadi.checkpoint.formats.base import FORMATS, Format, format_for, format_of
 from cospadi.checkpoint.headers import Entry, read_header
+from cospadi.checkpoint.tensor_names import save_under_module_names, save_under_released_names
 from cospadi.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class FormatQuantizer(HfQuantizer):
             self._format.dense(model)
         else:
             self._format.finish(model, self._stored, self._here, self._entries)
+            save_under_module_names(model)
         self._entries, self._stored, self._here = {}, (), ()
         return model
 
@@ -93,6 +95,7 @@ class FormatQuantizer(HfQuantizer):
             raise NotImplementedError(f"{self._format.name} cannot be dequantized: {self._format.not_stock}")
         self._format.dense(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         model.config._is_quantized = False
+        save_under_released_names(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -168,3 +171,4 @@ def attach(model: PreTrainedModel, specs: Sequence[Any]) -> None:
     }
     for key, value in marks.items():
         setattr(model, key, value)
+    save_under_module_names(model)

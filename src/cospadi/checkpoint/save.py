@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cospadi.checkpoint.checksums import write_checksums
 from cospadi.checkpoint.formats.base import format_for
+from cospadi.checkpoint.headers import Entry
 from cospadi.checkpoint.hooks import attach
 from cospadi.checkpoint.publish import staged
 from cospadi.checkpoint.validate import validate
+from cospadi.checkpoint.writing import write_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +23,7 @@ def save(
     out_dir: str | Path,
     specs: Sequence[Any],
     max_shard_size: str | int = "5GB",
+    extra: Mapping[str, Entry] | None = None,
 ) -> None:
     """Write a compressed model, its tokenizer and its generation settings.
 
@@ -34,6 +36,7 @@ def save(
         out_dir: directory; a checkpoint in it is replaced, other files stay.
         specs: all specs of the model, of one type.
         max_shard_size: of one weight file, as transformers takes it.
+        extra: tensors to copy beside the model's, see :func:`~cospadi.checkpoint.writing.write_model`.
 
     Raises:
         OutputError: if the disk is full or the directory cannot be written; `out_dir` then keeps what it had.
@@ -41,8 +44,5 @@ def save(
     """
     attach(model, specs)
     with staged(Path(out_dir)) as staging, format_for(specs).stored_dtypes(model):
-        model.save_pretrained(staging, max_shard_size=max_shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        write_checksums(staging)
+        write_model(model, tokenizer, staging, extra=extra, max_shard_size=max_shard_size)
         validate(staging, deep=False)

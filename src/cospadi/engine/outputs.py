@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cospadi.checkpoint import file_bytes, format_for, save
-from cospadi.checkpoint.checksums import write_checksums
 from cospadi.checkpoint.headers import read_directory
 from cospadi.checkpoint.publish import staged
+from cospadi.checkpoint.writing import write_model
 from cospadi.engine.journal import Journal
 from cospadi.engine.plan.plan import Plan
 from cospadi.io import disk_errors, write_durably
@@ -61,9 +61,7 @@ class PrunedCheckpoint(Output):
         """Write the checkpoint."""
         self.progress("save", 0, 1, self.out.name)
         with disk_errors(self.out), staged(self.out) as staging:
-            model.save_pretrained(staging)
-            tokenizer.save_pretrained(staging)
-            write_checksums(staging)
+            write_model(model, tokenizer, staging)
             read_directory(staging)
         self.progress("save", 1, 1)
 

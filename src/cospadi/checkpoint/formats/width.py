@@ -263,7 +263,9 @@ def describe_width(model: PreTrainedModel) -> WidthSpec:
     """
     from cospadi.model_view import skeleton  # registration must not need the model classes of transformers
 
-    stock = {name: tuple(p.shape) for name, p in skeleton(model.config).named_parameters(remove_duplicate=False)}
+    stock = {
+        name: tuple(p.shape) for name, p in skeleton(model.config, type(model)).named_parameters(remove_duplicate=False)
+    }
     linears: dict[str, LinearShape] = {}
     embeddings: dict[str, int] = {}
     blocks: dict[str, BlockShape] = {}

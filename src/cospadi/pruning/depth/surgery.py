@@ -258,7 +258,7 @@ def _require_describable(model: PreTrainedModel, layers_name: str) -> None:
     for key, value in mine.items():
         if theirs.get(key) != value:
             raise _undescribable(model, f"transformers turns {key} {value} into {theirs.get(key)}")
-    fresh = skeleton(config)
+    fresh = skeleton(config, type(model))
     pairs = zip(model.get_submodule(layers_name).children(), fresh.get_submodule(layers_name).children(), strict=True)
     for index, (block, other) in enumerate(pairs):
         difference = "" if isinstance(block, LinearBlock) else _difference(block, other)
