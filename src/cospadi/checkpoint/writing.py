@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cospadi.checkpoint.checksums import write_checksums
+from cospadi.checkpoint.fitting import check_opens
 from cospadi.checkpoint.headers import INDEX, SINGLE, Entry, read_header, read_json
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def write_model(
         max_shard_size: of one weight file, as transformers takes it.
 
     Raises:
+        CheckpointError: if what was written cannot be opened.
         OSError, SafetensorError: if a file cannot be written.
     """
     model.save_pretrained(directory, max_shard_size=max_shard_size)
@@ -48,6 +50,7 @@ def write_model(
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     write_checksums(directory)
+    check_opens(directory, extra or {})
 
 
 def _add_file(directory: Path, extra: Mapping[str, Entry], parameters: int) -> None:
@@ -55,7 +58,7 @@ def _add_file(directory: Path, extra: Mapping[str, Entry], parameters: int) -> N
     if (directory / SINGLE).exists():
         held = read_header(directory / SINGLE)
         metadata = {"total_parameters": parameters, "total_size": sum(entry.bytes for entry in held.values())}
-        index = {"metadata": metadata, "weight_map": dict.fromkeys(held, SINGLE)}
+        index: dict[str, Any] = {"metadata": metadata, "weight_map": dict.fromkeys(held, SINGLE)}
     else:
         index = read_json(directory / INDEX)
     files = sorted(set(index["weight_map"].values()))

@@ -3,7 +3,7 @@
 from cospadi.model_view.classes import model_class, predicts_tokens, require_predictions
 from cospadi.model_view.discover import discover, discover_layers
 from cospadi.model_view.loading import open_config, open_model, open_tokenizer, skeleton
-from cospadi.model_view.locating import model_name, source_name
+from cospadi.model_view.locating import model_name, source_name, weights_directory
 from cospadi.model_view.positions import check_length
 from cospadi.model_view.replay import LayerReplay
 from cospadi.model_view.view import LinearGroup, ModelView, check_weights, embedding_weight, where_not_finite
@@ -26,5 +26,6 @@ __all__ = [
     "require_predictions",
     "skeleton",
     "source_name",
+    "weights_directory",
     "where_not_finite",
 ]

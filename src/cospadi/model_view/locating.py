@@ -116,3 +116,14 @@ def is_directory(options: dict[str, Any]) -> bool:
 def inside(options: dict[str, Any], name: str = "") -> Path:
     """The local directory of `located`, or a file in it."""
     return Path(options["pretrained_model_name_or_path"], name)
+
+
+def weights_directory(source: str | Path) -> Path | None:
+    """The local directory of a model's weights; None if they were never fetched from the hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    options = located(source, None)
+    if is_directory(options):
+        return inside(options)
+    config = try_to_load_from_cache(str(source), "config.json", revision=options["revision"])
+    return Path(config).parent if isinstance(config, str) else None
