@@ -202,9 +202,10 @@ def _attributes_restored(model: nn.Module) -> Iterator[None]:
         for module, attributes, buffers, passing in kept:
             vars(module).clear()
             vars(module).update(attributes)
-            for current, before in ((module._buffers, buffers), (module._non_persistent_buffers_set, passing)):
-                current.clear()
-                current.update(before)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            module._non_persistent_buffers_set.clear()
+            module._non_persistent_buffers_set.update(passing)
 
 
 class _Uses(TorchFunctionMode):
