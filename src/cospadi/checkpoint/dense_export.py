@@ -10,6 +10,7 @@ import torch
 from cospadi.checkpoint.load import load
 from cospadi.checkpoint.publish import staged
 from cospadi.checkpoint.validate import read_format
+from cospadi.checkpoint.write import write_model
 from cospadi.errors import CheckpointError, NumericalError, OutputError
 
 
@@ -50,10 +51,7 @@ def export_dense(
                 "--dtype; if that fails too, the checkpoint is damaged. Nothing was written"
             )
     with staged(target) as staging:
-        model.save_pretrained(staging, max_shard_size=max_shard_size)
-        tokenizer = _tokenizer(source)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
+        write_model(model, _tokenizer(source), staging, max_shard_size)
 
 
 def _tokenizer(source: Path) -> Any:

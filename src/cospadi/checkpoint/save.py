@@ -11,6 +11,7 @@ from cospadi.checkpoint.formats.base import format_for
 from cospadi.checkpoint.hooks import attach
 from cospadi.checkpoint.publish import staged
 from cospadi.checkpoint.validate import validate
+from cospadi.checkpoint.write import write_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,8 +23,8 @@ def save(
     out_dir: str | Path,
     specs: Sequence[Any],
     max_shard_size: str | int = "5GB",
-) -> None:
-    """Write a compressed model, its tokenizer and its generation settings.
+) -> list[str]:
+    """Write a compressed model, its tokenizer, its generation settings and what else belongs to it.
 
     The type of the specs decides the format. Factors are stored in 16 bits whatever dtype the model computes in. The
     same model gives the same bytes.
@@ -35,14 +36,16 @@ def save(
         specs: all specs of the model, of one type.
         max_shard_size: of one weight file, as transformers takes it.
 
+    Returns:
+        names of the files copied from where the model came from (``model.name_or_path``), such as its licence.
+
     Raises:
         OutputError: if the disk is full or the directory cannot be written; `out_dir` then keeps what it had.
         CheckpointError: if what was written does not read back as described.
     """
     attach(model, specs)
     with staged(Path(out_dir)) as staging, format_for(specs).stored_dtypes(model):
-        model.save_pretrained(staging, max_shard_size=max_shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
+        copied = write_model(model, tokenizer, staging, max_shard_size)
         write_checksums(staging)
         validate(staging, deep=False)
+    return copied
