@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from cospadi.aliases import canonical
 from cospadi.errors import BudgetError, RecipeError
+from cospadi.io import expanded
 from cospadi.quantities import parse_share, parse_size
 
 DEFAULT_METHOD = "auto"
@@ -254,7 +255,7 @@ class Recipe(_Strict):
         Raises:
             RecipeError: if the file is missing, is not YAML, or has unknown keys or wrong values.
         """
-        path = Path(path).expanduser()
+        path = expanded(path)
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:

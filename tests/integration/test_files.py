@@ -5,11 +5,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from command import command, weights
 from cospadi import compress, prune
 from cospadi.checkpoint import export_dense, load, save
-from tiny import save_tiny, tiny_model, tiny_text
+from cospadi.checkpoint.write import write_model
+from tiny import save_tiny, tiny_model, tiny_text, token_ids
 
 TEXTS = [tiny_text(6000)]
 TEXT = {"calibration": {"samples": 8, "seq_len": 32}}
@@ -30,10 +34,10 @@ def model(tmp_path_factory):
     (folder / "1_Pooling").mkdir()
     for name, content in COMPANIONS.items():
         (folder / name).write_bytes(content)
-    (folder / "modeling_x.py").write_text(CODE)
+    (folder / "code_x.py").write_text(CODE)
     for name in ("config.json", "tokenizer_config.json"):
         data = json.loads((folder / name).read_text())
-        data["auto_map"] = {"AutoModelForCausalLM": "modeling_x.X", "AutoTokenizer": ["modeling_x.T", None]}
+        data["auto_map"] = {"AutoModelForCausalLM": "code_x.X", "AutoTokenizer": ["code_x.T", None]}
         (folder / name).write_text(json.dumps(data))
     return folder
 
@@ -78,7 +82,7 @@ def test_what_belongs_to_the_model_comes_along_and_code_does_not(model, tmp_path
     opened = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     assert opened.generation_config.top_k == 7 and opened.generation_config.temperature == 0.6
     AutoTokenizer.from_pretrained(out, trust_remote_code=True)
-    assert (model / "modeling_x.py").read_text() == CODE
+    assert (model / "code_x.py").read_text() == CODE
 
 
 def test_a_fresh_run_takes_the_companions_of_the_other_model_away(model, tmp_path):
@@ -118,7 +122,127 @@ def test_settings_changed_in_memory_are_the_ones_that_are_saved(model, tmp_path)
 def test_a_model_of_no_directory_gets_its_own_settings(tmp_path):
     model = tiny_model()
     model.generation_config.temperature = 0.25
-    from cospadi.checkpoint.write import write_model
-
     assert write_model(model, None, tmp_path) == []
     assert json.loads((tmp_path / "generation_config.json").read_text())["temperature"] == 0.25
+
+
+@pytest.fixture(scope="module")
+def directories(model, tmp_path_factory):
+    """A checkpoint of every kind, by name."""
+    folder = tmp_path_factory.mktemp("kinds")
+    compressed(model, folder / "compressed")
+    depth(model, folder / "depth")
+    width(model, folder / "width")
+    shutil.copytree(model, folder / "dense")
+    return folder
+
+
+def altered(folder: Path, out: Path) -> Path:
+    """A copy in which one bit of the last weight differs; it is still a finite number."""
+    shutil.copytree(folder, out)
+    file = sorted(out.glob("*.safetensors"))[-1]
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "groups"),
+    [("compressed", "compressed", 21), ("depth", "pruned", 0), ("width", "pruned", None), ("dense", "dense", 0)],
+)
+def test_every_kind_of_checkpoint_is_inspected(directories, name, kind, groups):
+    done = command("inspect", directories / name, "--json")
+    assert done.code == 0, done.err
+    found = done.json
+    assert (found["kind"], found["architecture"]) == (kind, "LlamaForCausalLM")
+    assert len(found["groups"]) == groups if groups is not None else found["groups"]
+    assert found["model"] == ("model" if name != "dense" else "dense") and found["checksums"] is (name != "dense")
+    assert found["file_bytes"] == sum(path.stat().st_size for path in (directories / name).glob("model*.safetensors"))
+    if groups == 0:
+        model = load(directories / name)
+        tensors = found["tensors"]
+        assert found["parameters"] == model.num_parameters() == sum(row["parameters"] for row in tensors)
+        assert sum(row["bytes"] for row in tensors) < found["file_bytes"]
+        blocks = model.config.num_hidden_layers
+        assert {"name": "model.layers.*.mlp.down_proj.weight", "count": blocks, "shape": [24, 44]}.items() <= next(
+            row for row in tensors if row["name"].endswith("down_proj.weight")
+        ).items()
+    shown = command("inspect", directories / name).out
+    assert kind in shown and found["model"] in shown and "every file" in shown
+    assert ("3 → 2" in shown) is (name == "depth") and ("down_proj" in shown) is (groups == 0)
+
+
+def test_a_pruned_checkpoint_is_exported_byte_for_byte(directories, tmp_path):
+    for name in ("depth", "dense"):
+        done = command("export", directories / name, tmp_path / name, "--dense", "--json")
+        assert done.code == 0, done.err
+        assert weights(tmp_path / name) == weights(directories / name)
+        for kept in (*COMPANIONS, "tokenizer.json"):
+            assert (tmp_path / name / kept).read_bytes() == (directories / name / kept).read_bytes()
+        for page in ("report.json", "README.md", "recipe.yaml", "code_x.py", ".cospadi"):
+            assert not (tmp_path / name / page).exists()
+        assert "auto_map" not in (tmp_path / name / "config.json").read_text()
+        assert command("inspect", tmp_path / name, "--json").json["checksums"] is True
+
+
+def test_a_pruned_checkpoint_is_exported_in_another_type(directories, tmp_path):
+    export_dense(directories / "depth", tmp_path / "out", dtype="float32")
+    mine, theirs = load(tmp_path / "out"), load(directories / "depth", dtype=torch.float32)
+    assert mine.dtype == torch.float32
+    with torch.no_grad():
+        assert torch.equal(mine(token_ids(1, 9)).logits, theirs(token_ids(1, 9)).logits)
+
+
+@pytest.mark.parametrize("name", ["compressed", "depth", "width"])
+def test_an_altered_bit_is_noticed_wherever_a_checkpoint_is_read(directories, tmp_path, name):
+    bad = altered(directories / name, tmp_path / "bad")
+    text = tmp_path / "text.txt"
+    text.write_text(TEXTS[0], encoding="utf-8")
+    for done in (
+        command("inspect", bad),
+        command("export", bad, tmp_path / "out", "--dense", *(["--dtype", "float32"] if name == "depth" else [])),
+        command("export", bad, tmp_path / "out", "--dense"),
+        command("generate", bad, "--prompt", "a"),
+        command("evaluate", bad, "--text", text, "--seq-len", 32, "--max-blocks", 1),
+    ):
+        assert done.code == 1
+        assert "its content is not what was written" in done.error or "no stock form" in done.error
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_that_are_none_are_noticed_in_a_dense_checkpoint(directories, tmp_path):
+    shutil.copytree(directories / "dense", tmp_path / "bad")
+    file = sorted((tmp_path / "bad").glob("*.safetensors"))[-1]
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    tensors[name].view(-1)[1] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    for done in (command("inspect", tmp_path / "bad"), command("export", tmp_path / "bad", tmp_path / "o", "--dense")):
+        assert done.code == 1 and name in done.error and "NaN" in done.error and file.name in done.error
+    assert not (tmp_path / "o").exists()
+
+
+def test_checksums_of_others_are_left_alone(directories, tmp_path):
+    shutil.copytree(directories / "dense", tmp_path / "dense")
+    (tmp_path / "dense/SHA256SUMS").write_text(f"{'0' * 64} *model.safetensors\n{'0' * 64}  README.md\n")
+    assert command("inspect", tmp_path / "dense", "--json").json["checksums"] is False
+    assert command("export", tmp_path / "dense", tmp_path / "out", "--dense").code == 0
+
+
+def test_what_cannot_be_exported_says_why(directories, tmp_path):
+    done = command("export", directories / "width", tmp_path / "out", "--dense")
+    assert done.code == 1 and "no stock form" in done.error
+    shutil.copytree(directories / "dense", tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs/config.json").read_text())
+    (tmp_path / "theirs/config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    done = command("export", tmp_path / "theirs", tmp_path / "out", "--dense")
+    assert done.code == 1 and "'awq' of another package" in done.error
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/m"}')
+    for arguments in (["export", tmp_path / "adapter", tmp_path / "out", "--dense"], ["inspect", tmp_path / "adapter"]):
+        done = command(*arguments)
+        assert done.code == 1 and "LORA adapter of org/m" in done.error and "merge_and_unload" in done.error
+    done = command("export", tmp_path, tmp_path / "out", "--dense")
+    assert done.code == 1 and "config.json: the file is missing" in done.error
+    assert not (tmp_path / "out").exists()

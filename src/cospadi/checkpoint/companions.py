@@ -16,6 +16,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from cospadi.io import expanded
+
 LARGEST_TEXT = 64 * 2**20
 LARGEST_WEIGHTS = 2**30
 """Bytes of the largest file that is copied: one that people or parsers read; the weights of a pooling module."""
@@ -112,7 +114,7 @@ def fetch_companions(source: str) -> None:
     """
     from huggingface_hub import constants, snapshot_download
 
-    if constants.HF_HUB_OFFLINE or not source or Path(source).expanduser().is_dir():
+    if constants.HF_HUB_OFFLINE or not source or expanded(source).is_dir():
         return
     try:
         snapshot_download(source, allow_patterns=list(_ON_THE_HUB))
@@ -128,7 +130,7 @@ def _directory(source: str | Path) -> Path | None:
     """The directory of a model; None if there is none on this machine."""
     if not str(source):
         return None
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if folder.is_dir():
         return folder
     from huggingface_hub import try_to_load_from_cache

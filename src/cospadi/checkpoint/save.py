@@ -12,6 +12,7 @@ from cospadi.checkpoint.hooks import attach
 from cospadi.checkpoint.publish import staged
 from cospadi.checkpoint.validate import validate
 from cospadi.checkpoint.write import write_model
+from cospadi.io import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,7 +45,7 @@ def save(
         CheckpointError: if what was written does not read back as described.
     """
     attach(model, specs)
-    with staged(Path(out_dir)) as staging, format_for(specs).stored_dtypes(model):
+    with staged(expanded(out_dir)) as staging, format_for(specs).stored_dtypes(model):
         copied = write_model(model, tokenizer, staging, max_shard_size)
         write_checksums(staging)
         validate(staging, deep=False)

@@ -212,7 +212,7 @@ def inspect(
     directory: DirArgument,
     json_: JsonOption = False,
 ) -> None:
-    """Show the contents of a compressed checkpoint (groups, bytes, errors) and verify every file."""
+    """Show the contents of a checkpoint (groups or tensors, bytes, errors) and verify every file."""
     from cospadi.evaluation import inspect as run
     from cospadi.report import print_inspect
 
@@ -312,11 +312,11 @@ def generate(
 def export(
     directory: DirArgument,
     out: OutArgument,
-    dense: Annotated[bool, typer.Option("--dense", help="Multiply the factors out into a stock checkpoint.")] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="Write a stock checkpoint.")] = False,
     dtype: Annotated[FloatName, typer.Option(help="Data type of the exported weights.")] = "auto",
     json_: JsonOption = False,
 ) -> None:
-    """Export a checkpoint. With --dense the result loads without cospadi and is as large as the original."""
+    """Export a checkpoint. With --dense the result loads without cospadi; factors are multiplied out."""
     if not dense:
         raise UsageError("no export format given: pass --dense for a stock checkpoint")
     check_new_directory(out)

@@ -28,6 +28,7 @@ from cospadi.engine.plan.plan import Plan, make_plan
 from cospadi.engine.plan.pruning import check_section, prune_first
 from cospadi.engine.plan.selection import chosen_modules, restricted
 from cospadi.engine.tune.sequential import Outcome, Sequential, require_layers
+from cospadi.io import expanded
 from cospadi.methods import get_method
 from cospadi.model_view import ModelView, check_weights, discover, source_name
 from cospadi.progress import Progress, silent
@@ -108,7 +109,7 @@ def compress(
     merged, progress = base.merged(changes), progress or silent
     inputs = Inputs(source_name(model), merged, texts, progress)
     with memory_errors():
-        return CompressRun(inputs, Checkpoint(Path(out), progress), merged, progress, command).go(fresh)
+        return CompressRun(inputs, Checkpoint(expanded(out), progress), merged, progress, command).go(fresh)
 
 
 class CompressRun:

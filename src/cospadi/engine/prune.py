@@ -21,6 +21,7 @@ from cospadi.engine.journal import Journal, check_output
 from cospadi.engine.outputs import PrunedCheckpoint, environment, write_report
 from cospadi.engine.plan.pruning import check_section, decide
 from cospadi.errors import CheckpointError, NumericalError, OutputError
+from cospadi.io import expanded
 from cospadi.model_view import ModelView, discover_layers, source_name
 from cospadi.progress import Progress, silent
 from cospadi.pruning import block_bytes
@@ -107,7 +108,7 @@ def prune(
     merged, progress = with_prune(base.merged(changes), method, blocks, keep_blocks, options), progress or silent
     inputs = Inputs(source_name(model), merged, texts, progress)
     with memory_errors():
-        return PruneRun(inputs, PrunedCheckpoint(Path(out), progress), merged, progress, command).go(fresh)
+        return PruneRun(inputs, PrunedCheckpoint(expanded(out), progress), merged, progress, command).go(fresh)
 
 
 def check_matrices(view: ModelView) -> None:
