@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from cospadi.aliases import canonical
 from cospadi.errors import BudgetError, RecipeError
+from cospadi.io import expanded
 from cospadi.quantities import parse_share, parse_size
 
 DEFAULT_METHOD = "auto"
@@ -150,6 +151,11 @@ class Recipe(_Strict):
     refine: Refine | None = Field(
         None, description="Tune each decoder layer after it is factorised: true, or a section of settings."
     )
+    drop_extra: bool = Field(
+        False,
+        description="Leave out stored tensors that the model's class does not take, such as multi-token prediction "
+        "heads, instead of copying them.",
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     seed: int = Field(0, ge=0, description="Seed of every random choice.")
 
@@ -254,7 +260,7 @@ class Recipe(_Strict):
         Raises:
             RecipeError: if the file is missing, is not YAML, or has unknown keys or wrong values.
         """
-        path = Path(path).expanduser()
+        path = expanded(path)
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:

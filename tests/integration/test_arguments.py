@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import typer
 
+import cospadi
 from command import command
+from cospadi import Recipe, checkpoint, evaluation
 from cospadi.cli.app import app
+from cospadi.evaluation.compare import compare
 from tiny import save_tiny, tiny_text
 
 PATHS = {"MODEL", "DIR", "OUT", "[DIR]", "[NAME=]PATH"}
@@ -40,12 +43,14 @@ def elsewhere(home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize(("of", "option"), path_options())
+@pytest.mark.parametrize(("of", "option"), list(path_options()))
 def test_every_path_option_expands_the_home_directory(of, option, home):
     context = of.make_context(of.name, [], resilient_parsing=True)
     for typed, expected in (("~/a b", home / "a b"), ("b/~", Path("b/~"))):
         found = option.process_value(context, [typed] if option.multiple else typed)
         assert [Path(item) for item in (found if option.multiple else [found])] == [expected]
+    named = option.process_value(context, ["./~x"] if option.multiple else "./~x")  # what the message below advises
+    assert [Path(item) for item in (named if option.multiple else [named])] == [Path.cwd() / "~x"]
 
 
 def test_named_recipes_and_lists_of_tasks_expand_the_home_directory(home):
@@ -65,6 +70,27 @@ def test_a_run_below_the_home_directory_leaves_no_directory_named_tilde(home, tm
     assert done.code == 0, done.err
     assert (home / "out/model.safetensors").is_file() and not any(tmp_path.iterdir())
     assert json.loads((home / "out/report.json").read_text(encoding="utf-8"))["keep_requested"] == 0.8
+
+
+def test_functions_expand_the_home_directory_too(home, tmp_path):
+    text = {"calibration": {"source": "~/text.txt", "samples": 4, "seq_len": 32}}
+    (home / "recipe.yaml").write_text(json.dumps(text | {"method": "svd", "keep": 0.8}), encoding="utf-8")
+    small = cospadi.compress("~/tiny", "~/small", recipe="~/recipe.yaml").out
+    short = cospadi.prune("~/tiny", Path("~/short"), method="uidl", blocks=1, recipe=text).out
+    assert (small, short) == (home / "small", home / "short")
+    assert evaluation.inspect("~/small")["kind"] == "compressed"
+    checkpoint.export_dense("~/small", "~/dense")
+    model = checkpoint.load("~/small")
+    checkpoint.save(model, None, "~/again", checkpoint.read_config("~/small"))
+    assert checkpoint.file_bytes("~/again") == checkpoint.file_bytes("~/small")
+    cospadi.load("~/dense")
+    measured = cospadi.evaluate("~/short", text="~/text.txt", seq_len=32, max_blocks=1, against="~/dense")
+    assert measured["bytes"] == checkpoint.file_bytes("~/short")
+    run = {"methods": ["svd"], "keeps": [0.8], "text": "~/text.txt", "references": [], "seq_len": 32}
+    compare("~/tiny", "~/table", recipe=Recipe(**text), **run)
+    assert (home / "table").is_dir()
+    assert cospadi.estimate("~/tiny", "~/recipe.yaml").plan.keep_actual < 0.81
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_home_directory_of_a_user_who_does_not_exist_is_refused(tmp_path):

@@ -15,6 +15,7 @@ from cospadi.cli.common import (
     CalibrationOption,
     DeviceOption,
     DirArgument,
+    DropExtraOption,
     GroupingOption,
     JsonOption,
     KeepOption,
@@ -96,6 +97,7 @@ def compress(
     sequential: SequentialOption = None,
     anchor: AnchorOption = None,
     refine: RefineOption = None,
+    drop_extra: DropExtraOption = None,
     calibration: CalibrationOption = None,
     samples: SamplesOption = None,
     seq_len: LengthOption = None,
@@ -121,11 +123,12 @@ def compress(
         sequential=sequential,
         anchor=anchor,
         refine=refine,
+        drop_extra=drop_extra,
         device=device,
         seed=seed,
     )
     if dry_run:
-        _print_estimate(model, merged, json_)
+        _print_estimate(model, merged, json_, rehearse=True)
         return
     from cospadi.engine.compress import compress as run
     from cospadi.report import ProgressDisplay, print_summary, write_all
@@ -156,12 +159,12 @@ def compress(
     stdout.print(Text(hints), soft_wrap=True)
 
 
-def _print_estimate(model: str, merged: Any, json_: bool) -> None:
+def _print_estimate(model: str, merged: Any, json_: bool, *, rehearse: bool = False) -> None:
     from cospadi.engine.estimate.estimate import estimate as run
     from cospadi.report import print_estimate
 
     quiet_transformers()
-    data = run(model, merged).to_dict()
+    data = run(model, merged, rehearse=rehearse).to_dict()
     if json_:
         print_json(data)
     else:
@@ -212,7 +215,7 @@ def inspect(
     directory: DirArgument,
     json_: JsonOption = False,
 ) -> None:
-    """Show the contents of a compressed checkpoint (groups, bytes, errors) and verify every file."""
+    """Show the contents of a checkpoint (groups or tensors, bytes, errors) and verify every file."""
     from cospadi.evaluation import inspect as run
     from cospadi.report import print_inspect
 
@@ -312,11 +315,11 @@ def generate(
 def export(
     directory: DirArgument,
     out: OutArgument,
-    dense: Annotated[bool, typer.Option("--dense", help="Multiply the factors out into a stock checkpoint.")] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="Write a stock checkpoint.")] = False,
     dtype: Annotated[FloatName, typer.Option(help="Data type of the exported weights.")] = "auto",
     json_: JsonOption = False,
 ) -> None:
-    """Export a checkpoint. With --dense the result loads without cospadi and is as large as the original."""
+    """Export a checkpoint. With --dense the result loads without cospadi; factors are multiplied out."""
     if not dense:
         raise UsageError("no export format given: pass --dense for a stock checkpoint")
     check_new_directory(out)

@@ -12,6 +12,7 @@ import typer
 from cospadi.cli.common import (
     CalibrationOption,
     DeviceOption,
+    DropExtraOption,
     JsonOption,
     KeepBlocksOption,
     LengthOption,
@@ -51,6 +52,7 @@ def prune(
     keep_blocks: KeepBlocksOption = None,
     recipe: RecipeOption = None,
     set_: SetOption = None,
+    drop_extra: DropExtraOption = None,
     calibration: CalibrationOption = None,
     samples: SamplesOption = None,
     seq_len: LengthOption = None,
@@ -65,7 +67,7 @@ def prune(
         raise UsageError("--blocks and --keep-blocks exclude each other: give one of them")
     section = {"source": calibration, "samples": samples, "seq_len": seq_len}
     section = {key: value for key, value in section.items() if value is not None}
-    flags = {"device": device, "seed": seed, "calibration": section or None}
+    flags = {"device": device, "drop_extra": drop_extra, "seed": seed, "calibration": section or None}
     changes = {key: value for key, value in flags.items() if value is not None}
     merged = _recipe(recipe, changes, method, blocks, keep_blocks, parse_settings(set_))
     if dry_run:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cospadi.calibration import StatisticsStore, Texts, TokenBlocks, collect, read_texts, token_blocks
 from cospadi.checkpoint import is_compressed
+from cospadi.checkpoint.companions import fetch_companions
 from cospadi.errors import CalibrationError, ModelError
 from cospadi.model_view import ModelView, check_length, model_name, open_model
 from cospadi.progress import Progress
@@ -62,7 +63,8 @@ class Inputs:
             CalibrationError: if the text cannot be read, or the model has no positions for its sequences.
         """
         self.documents  # noqa: B018 - read first: that is quick, and it is where most mistakes are
-        model, tokenizer = open_model(self.source)
+        model, tokenizer = open_model(self.source, warn=False)  # `carried_tensors` tells of them
+        fetch_companions(str(model.name_or_path))
         if is_compressed(model.config):
             raise ModelError(f"{self.source} is already compressed by cospadi: {verb} the dense model instead")
         check_length(model, self.recipe.calibration.seq_len)

@@ -23,6 +23,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from cospadi.checkpoint import validate
+from cospadi.checkpoint.companions import remove_companions
 from cospadi.errors import CheckpointError, CospadiError, OutputError, ResourceError
 from cospadi.io import disk_errors, write_durably
 
@@ -173,14 +174,23 @@ class Journal:
     def _forget(self) -> None:
         # The report goes first, for it says that the run is done; the fingerprint last: an interruption on the way
         # leaves an unfinished run. Whatever else lies here is not ours to delete.
+        copied = self._copied()
         for path in [self.out / REPORT, self.out / "config.json", *self.out.iterdir()]:
             if path.name in (REPORT, "config.json") or _CHECKPOINT.fullmatch(path.name):
                 path.unlink(missing_ok=True)
+        remove_companions(self.out, copied)
         for name in (*SECTIONS, "statistics"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         others = [path for path in self.folder.iterdir() if path.is_file() and path.name not in (MARKER, "lock")]
         for path in [*others, self.folder / MARKER]:
             path.unlink(missing_ok=True)
+
+    def _copied(self) -> Any:
+        """What the finished run in `out` says it copied from its model's directory."""
+        try:
+            return json.loads((self.out / REPORT).read_text(encoding="utf-8")).get("copied_files", [])
+        except (OSError, ValueError, AttributeError):
+            return []
 
     @property
     def statistics(self) -> Path:

@@ -19,8 +19,11 @@ from cospadi.checkpoint.headers import read_directory
 from cospadi.engine.inputs import Inputs
 from cospadi.engine.journal import Journal, check_output
 from cospadi.engine.outputs import PrunedCheckpoint, environment, write_report
+from cospadi.engine.plan.extra import carried_tensors
 from cospadi.engine.plan.pruning import check_section, decide
+from cospadi.engine.rehearsal import rehearse
 from cospadi.errors import CheckpointError, NumericalError, OutputError
+from cospadi.io import expanded
 from cospadi.model_view import ModelView, discover_layers, source_name
 from cospadi.progress import Progress, silent
 from cospadi.pruning import block_bytes
@@ -29,7 +32,7 @@ from cospadi.runtime.devices import resolve_device, widened
 from cospadi.runtime.fingerprints import versions
 from cospadi.runtime.memory import memory_errors
 
-_RECIPE_KEYS = {"prune", "calibration", "device", "seed"}
+_RECIPE_KEYS = {"prune", "calibration", "drop_extra", "device", "seed"}
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def prune(
     merged, progress = with_prune(base.merged(changes), method, blocks, keep_blocks, options), progress or silent
     inputs = Inputs(source_name(model), merged, texts, progress)
     with memory_errors():
-        return PruneRun(inputs, PrunedCheckpoint(Path(out), progress), merged, progress, command).go(fresh)
+        return PruneRun(inputs, PrunedCheckpoint(expanded(out), progress), merged, progress, command).go(fresh)
 
 
 def check_matrices(view: ModelView) -> None:
@@ -157,6 +160,7 @@ class PruneRun:
             self.progress("read", 0, 1, "text and model")
             model, tokenizer = self.inputs.open("prune")
             view = discover_layers(model)
+            self.outputs.extra = carried_tensors(self.inputs.source, view, self.recipe)
             check_matrices(view)
             blocks = self.inputs.tokens(tokenizer)
             self.progress("read", 1, 1)
@@ -167,6 +171,7 @@ class PruneRun:
                     _check_whole(out)
                     journal.finish()
                     return PruneResult(out, finished, complete=True)
+                rehearse(view, None, tokenizer, self.outputs.extra)
                 self.seconds["read"] = time.perf_counter() - begun
                 report = self._cut(view, tokenizer, blocks, device)
                 self.seconds["total"] = time.perf_counter() - begun

@@ -40,7 +40,7 @@ from cospadi.evaluation.comparison_row import Shared, compressed_row, pruned_row
 from cospadi.evaluation.entries import Entry, make_entries
 from cospadi.evaluation.tasks import find_tasks, require_lm_eval
 from cospadi.evaluation.yardstick import ARITHMETIC, Yardstick
-from cospadi.io import disk_errors
+from cospadi.io import disk_errors, expanded
 from cospadi.model_view import (
     LinearGroup,
     check_length,
@@ -142,9 +142,10 @@ def compare(
     if tasks:
         find_tasks(tasks, limit)
         require_lm_eval()
-    comparison = _Comparison(Path(out), yardstick, save, progress or silent, command)
+    out = expanded(out)
+    comparison = _Comparison(out, yardstick, save, progress or silent, command)
     with memory_errors(), comparison.opened(fresh):
-        shared = _shared(source_name(model), base, entries, calibration, Path(out), comparison.progress)
+        shared = _shared(source_name(model), base, entries, calibration, out, comparison.progress)
         return comparison.go(shared, base, entries)
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cospadi.errors import CalibrationError, ResourceError
+from cospadi.io import expanded
 from cospadi.progress import PhaseProgress
 
 if TYPE_CHECKING:
@@ -229,7 +230,7 @@ def find_tasks(items: Sequence[str], limit: int | None = None) -> tuple[list[Tas
     paths: list[Path] = []
     names: list[str] = []
     for item in items:
-        path = Path(item).expanduser()
+        path = expanded(item)
         if path.is_dir():
             inside = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
             if not inside:

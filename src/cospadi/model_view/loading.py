@@ -54,7 +54,9 @@ def open_tokenizer(source: str | Path, *, revision: str | None = None) -> PreTra
     return tokenizer
 
 
-def open_model(source: str | Path, *, revision: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def open_model(
+    source: str | Path, *, revision: str | None = None, warn: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer onto the CPU, in the dtype of the checkpoint, in eval mode.
 
     `architectures` in the configuration decides the class: a causal language model, a vision-language model, a
@@ -64,6 +66,7 @@ def open_model(source: str | Path, *, revision: str | None = None) -> tuple[PreT
     Args:
         source: a local directory, or a hub id.
         revision: branch, tag or commit of a hub id.
+        warn: of stored tensors that the class does not take; otherwise the caller takes care of them.
 
     Returns:
         model and tokenizer.
@@ -91,12 +94,12 @@ def open_model(source: str | Path, *, revision: str | None = None) -> tuple[PreT
         )
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
-    _check_loaded(source, info)
+    _check_loaded(source, info, warn)
     model.train(False)
     return model, tokenizer
 
 
-def _check_loaded(source: str | Path, info: dict[str, Any]) -> None:
+def _check_loaded(source: str | Path, info: dict[str, Any], warn: bool) -> None:
     # transformers fills missing and misshapen weights with random numbers, which no command can use
     wrong = sorted(info.get("mismatched_keys", ()))
     if wrong:
@@ -112,7 +115,7 @@ def _check_loaded(source: str | Path, info: dict[str, Any]) -> None:
             "config.json belongs to another model"
         )
     spare = sorted(info.get("unexpected_keys", ()))
-    if spare:  # extra heads are common and harmless, cut layers are not: the user must judge
+    if spare and warn:  # extra heads are common and harmless, cut layers are not: the user must judge
         warnings.warn(
             f"{source}: {len(spare)} stored weights are not part of the model (first: {spare[0]})", stacklevel=3
         )

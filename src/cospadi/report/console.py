@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
+from cospadi.report.depth import depth_headlines
 from cospadi.report.terminal import Table, print_facts, print_heading, print_warnings
 from cospadi.report.text import (
     DASH,
@@ -18,6 +19,7 @@ from cospadi.report.text import (
     number,
     percent,
     perplexity_text,
+    sequence,
 )
 from cospadi.report.view import (
     Fact,
@@ -116,14 +118,19 @@ def print_estimate(estimate: Mapping[str, Any], console: Console) -> None:
 
 
 def print_inspect(report: Mapping[str, Any], console: Console) -> None:
-    """Print the contents of a compressed checkpoint, group by group.
+    """Print the contents of a checkpoint: its groups, or the kinds of its tensors where it has none.
 
     Args:
-        report: the content of ``report.json``, or the part of it that the checkpoint's ``config.json`` contains.
+        report: see :func:`cospadi.evaluation.inspect`.
         console: where to print.
     """
-    print_heading(console, model_name(report), report.get("architecture"), report.get("method"))
-    print_facts(console, headlines(report))
+    print_heading(console, model_name(report), report.get("architecture"), report.get("kind"), report.get("method"))
+    facts = depth_headlines(report) if report.get("prune") and report.get("kind") == "pruned" else headlines(report)
+    if not any(fact.label == "Parameters" for fact in facts):
+        facts = [Fact("Parameters", human_count(report.get("parameters"))), *facts]
+    hashes = "and its hash in SHA256SUMS" if report.get("checksums") else "there are no hashes"
+    print_facts(console, [*facts, Fact("Verified", "every file", hashes)])
+    _print_tensors(report, console)
     rows = read_groups(report)
     table = Table(
         ("layer", "right"), ("projection", "left"), ("method", "left"), ("atoms", "right"),
@@ -144,6 +151,22 @@ def print_inspect(report: Mapping[str, Any], console: Console) -> None:
         )
     table.print(console)
     print_warnings(console, report)
+
+
+def _print_tensors(report: Mapping[str, Any], console: Console) -> None:
+    table = Table(
+        ("tensor", "left"), ("number", "right"), ("shape", "right"), ("dtype", "left"), ("bytes", "right")
+    )  # fmt: skip
+    for row in map(mapping, sequence(report.get("tensors"))):
+        shape = " × ".join(map(str, sequence(row.get("shape"))))
+        table.add(
+            str(row.get("name")),
+            integer_text(row.get("count")),
+            shape,
+            str(row.get("dtype")),
+            human_bytes(row.get("bytes")),
+        )
+    table.print(console)
 
 
 def print_evaluation(result: Mapping[str, Any], console: Console) -> None:

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from transformers import PreTrainedModel
 
 from cospadi.checkpoint import format_for
+from cospadi.checkpoint.write import write_side_files
 from cospadi.format import Spec
 from cospadi.model_view import open_tokenizer
 
@@ -20,7 +21,7 @@ SHARD = 5_000_000_000
 
 
 def side_bytes(model: PreTrainedModel, specs: Sequence[Spec], total: int) -> int:
-    """Bytes of the headers of the weight files, of the configuration, and of the tokenizer.
+    """Bytes of the headers of the weight files, of the configuration, of the tokenizer, and of the copied files.
 
     An upper bound, by a few kilobytes: only the finished files tell exactly.
 
@@ -43,9 +44,6 @@ def side_bytes(model: PreTrainedModel, specs: Sequence[Spec], total: int) -> int
     groups = len(json.dumps({"quantization_config": stored.bound(specs)}, indent=2))
     with TemporaryDirectory() as folder:
         source = model.config.name_or_path
-        if source:
-            open_tokenizer(source).save_pretrained(folder)
         model.config.save_pretrained(folder)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(folder)
-        return headers + groups + sum(path.stat().st_size for path in Path(folder).iterdir())
+        write_side_files(model, open_tokenizer(source) if source else None, Path(folder))
+        return headers + groups + sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())

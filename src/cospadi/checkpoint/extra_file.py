@@ -1,4 +1,4 @@
-"""The one way in which a model becomes files, whether compressed, pruned or exported."""
+"""Tensors that the model's class does not take, such as extra heads: a weight file of their own beside its own."""
 
 from __future__ import annotations
 
@@ -7,54 +7,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from cospadi.checkpoint.checksums import write_checksums
-from cospadi.checkpoint.fitting import check_opens
 from cospadi.checkpoint.headers import INDEX, SINGLE, Entry, read_header, read_json
+from cospadi.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EXTRA = {"format": "pt", "part": "extra"}
 """Metadata of a weight file that holds only tensors which do not belong to the model's class."""
 
 
-def write_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    directory: Path,
-    *,
-    extra: Mapping[str, Entry] | None = None,
-    max_shard_size: str | int = "5GB",
-) -> None:
-    """Write weights, configuration, generation settings, tokenizer and checksums.
+def add_extra(directory: Path, extra: Mapping[str, Entry], parameters: int) -> None:
+    """Add a weight file with copies of tensors to a checkpoint, and list them in its index.
+
+    Files and index are named as transformers names them, so whoever reads all files of the index finds them.
 
     Args:
-        model: stock, or marked as one of a format.
-        tokenizer: None for none.
-        directory: where to write.
-        extra: tensors of the checkpoint that the model was read from which its class does not take; they are copied
-            byte for byte into a weight file of their own.
-        max_shard_size: of one weight file, as transformers takes it.
-
-    Raises:
-        CheckpointError: if what was written cannot be opened.
-        OSError, SafetensorError: if a file cannot be written.
+        directory: of a finished checkpoint.
+        extra: where the tensors are now, by the names under which they are stored.
+        parameters: of the model, for the index.
     """
-    model.save_pretrained(directory, max_shard_size=max_shard_size)
-    if extra:
-        _add_file(directory, extra, model.num_parameters())
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
-    write_checksums(directory)
-    check_opens(directory, extra or {})
-
-
-def _add_file(directory: Path, extra: Mapping[str, Entry], parameters: int) -> None:
-    """Add a weight file with copies of tensors; files and index are named as transformers names them."""
     if (directory / SINGLE).exists():
         held = read_header(directory / SINGLE)
         metadata = {"total_parameters": parameters, "total_size": sum(entry.bytes for entry in held.values())}
@@ -81,3 +56,20 @@ def _read(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
         with safe_open(path, "pt") as file:
             found |= {name: file.get_tensor(name) for name, entry in entries.items() if entry.file == path}
     return found
+
+
+def extra_names(directory: Path) -> frozenset[str]:
+    """Names of the tensors of a checkpoint that :func:`add_extra` put there.
+
+    Raises:
+        CheckpointError: if a weight file cannot be read.
+    """
+    found: set[str] = set()
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                if (file.metadata() or {}).get("part") == EXTRA["part"]:
+                    found |= set(file.keys())
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    return frozenset(found)
