@@ -87,7 +87,7 @@ def fit(config: PreTrainedConfig, stored: Mapping[str, tuple[tuple[int, ...], to
     kind, own = model_class(config)
     floats = (dtype for _, dtype in stored.values() if dtype.is_floating_point and dtype.itemsize > 1)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else next(floats, torch.float32)
-    with _quiet():
+    with quietly():
         loaded: Any = kind.from_pretrained(
             None,
             config=own,
@@ -110,7 +110,7 @@ def fit(config: PreTrainedConfig, stored: Mapping[str, tuple[tuple[int, ...], to
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without the bars and remarks of transformers: nobody asked for this model."""
     from transformers.utils import logging
 
@@ -188,7 +188,7 @@ def check_opens(directory: Path, extra: Mapping[str, Any]) -> None:
             fault = f"{min(lost)} belongs to no module"
         if not fault and sum(entry.bytes for entry in entries.values()) <= OPENED_WHOLE:
             kind, own = model_class(config)
-            with _quiet():
+            with quietly():
                 kind.from_pretrained(directory, config=own, dtype="auto", use_safetensors=True, local_files_only=True)
     except (MemoryError, torch.OutOfMemoryError):
         raise

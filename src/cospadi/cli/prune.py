@@ -120,11 +120,11 @@ def _recipe(
 
 
 def _print_plan(model: str, merged: Recipe, json_: bool) -> None:
-    from cospadi.engine.plan.pruning import estimate_prune
+    from cospadi.engine.prune import plan_prune
     from cospadi.report.text import arrow, human_bytes
 
     quiet_transformers()
-    data = estimate_prune(model, merged)
+    data = plan_prune(model, merged)
     if json_:
         print_json(data)
         return
@@ -135,6 +135,8 @@ def _print_plan(model: str, merged: Recipe, json_: bool) -> None:
         markup=False,
         soft_wrap=True,
     )
+    for line in data["warnings"]:
+        consoles()[1].print(f"warning: {line}", markup=False, soft_wrap=True)
 
 
 def register(app: typer.Typer) -> Callable[..., None]:

@@ -20,11 +20,11 @@ from cospadi.engine.inputs import Inputs
 from cospadi.engine.journal import Journal, check_output
 from cospadi.engine.outputs import PrunedCheckpoint, environment, write_report
 from cospadi.engine.plan.extra import carried_tensors
-from cospadi.engine.plan.pruning import check_section, decide
+from cospadi.engine.plan.pruning import check_section, decide, estimate_prune
 from cospadi.engine.rehearsal import rehearse
 from cospadi.errors import CheckpointError, NumericalError, OutputError
 from cospadi.io import expanded
-from cospadi.model_view import ModelView, discover_layers, source_name
+from cospadi.model_view import ModelView, discover_layers, open_config, skeleton, source_name
 from cospadi.progress import Progress, silent
 from cospadi.pruning import block_bytes
 from cospadi.recipe import Recipe, with_prune
@@ -111,6 +111,21 @@ def prune(
     inputs = Inputs(source_name(model), merged, texts, progress)
     with memory_errors():
         return PruneRun(inputs, PrunedCheckpoint(expanded(out), progress), merged, progress, command).go(fresh)
+
+
+def plan_prune(model: str | Path, recipe: Recipe) -> dict[str, Any]:
+    """How much would go, once it is known that the result could be saved and opened; no weights are read.
+
+    Raises:
+        CospadiError: see :func:`prune`.
+    """
+    planned = estimate_prune(model, recipe)
+    view = discover_layers(skeleton(open_config(model)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        extra = carried_tensors(model, view, recipe)
+    rehearse(view, None, None, extra)
+    return planned | {"warnings": [str(w.message) for w in caught if w.category is UserWarning]}
 
 
 def check_matrices(view: ModelView) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import re
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -21,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cospadi.checkpoint import attach, format_for, save
-from cospadi.checkpoint.fitting import fit
+from cospadi.checkpoint.fitting import fit, quietly
 from cospadi.checkpoint.headers import Entry
 from cospadi.checkpoint.write import write_side_files
 from cospadi.engine.plan.plan import Plan
@@ -60,12 +61,14 @@ def rehearse(
     """
     name = type(view.model).__name__
     try:
-        with TemporaryDirectory() as folder:
-            view.model.config.save_pretrained(folder)
-            write_side_files(view.model, tokenizer, Path(folder))
-        _open_empty(view.model, [] if plan is None else plan.specs, extra)
-        if plan is not None:
-            _write_small(view, plan.specs)
+        with quietly(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")
+            with TemporaryDirectory() as folder:
+                view.model.config.save_pretrained(folder)
+                write_side_files(view.model, tokenizer, Path(folder))
+            _open_empty(view.model, [] if plan is None else plan.specs, extra)
+            if plan is not None:
+                _write_small(view, plan.specs)
     except (MemoryError, torch.OutOfMemoryError, OutputError):
         raise
     except Exception as error:

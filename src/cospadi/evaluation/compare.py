@@ -46,8 +46,11 @@ from cospadi.model_view import (
     check_length,
     check_weights,
     discover,
+    model_class,
     model_name,
+    open_config,
     open_model,
+    require_predictions,
     source_name,
 )
 from cospadi.progress import Progress, labelled, silent
@@ -174,6 +177,7 @@ def _shared(
 ) -> Shared:
     begun = time.perf_counter()
     progress("read", 0, 1, "model")
+    require_predictions(model_class(open_config(source))[0], "a comparison", "use compress and your own measure")
     model, tokenizer = open_model(source)
     if is_compressed(model.config):
         raise ModelError(f"{source} is already compressed by cospadi: compare on the dense model")

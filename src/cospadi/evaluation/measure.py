@@ -14,7 +14,7 @@ from cospadi.errors import CalibrationError
 from cospadi.evaluation.models import load, stored_bytes
 from cospadi.evaluation.perplexity import perplexity
 from cospadi.evaluation.tasks import find_tasks, require_lm_eval, run_tasks
-from cospadi.model_view import model_name
+from cospadi.model_view import model_class, model_name, open_config, require_predictions
 from cospadi.progress import Progress, silent
 from cospadi.runtime.devices import device_name, resolve_device
 from cospadi.runtime.fingerprints import versions
@@ -61,6 +61,9 @@ def evaluate(
     if tasks:
         find_tasks(tasks, limit)
         require_lm_eval()
+    for which in filter(None, (source, against)):
+        kind, _ = model_class(open_config(which))
+        require_predictions(kind, "evaluate", "measure the model on its own task")
     result: dict[str, Any] = {}
     if text is not None:
         read_texts(text)  # fail before the models are loaded

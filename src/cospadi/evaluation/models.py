@@ -21,7 +21,15 @@ from cospadi.checkpoint.checksums import check_checksums, has_checksums
 from cospadi.checkpoint.headers import Entry
 from cospadi.errors import CheckpointError, NumericalError
 from cospadi.io import expanded
-from cospadi.model_view import model_name, open_config, open_model, open_tokenizer, where_not_finite
+from cospadi.model_view import (
+    model_class,
+    model_name,
+    open_config,
+    open_model,
+    open_tokenizer,
+    require_predictions,
+    where_not_finite,
+)
 from cospadi.runtime.devices import compute_dtype, resolve_device
 from cospadi.runtime.memory import memory_errors
 
@@ -181,6 +189,7 @@ def generate(
     Raises:
         NumericalError: if the logits are NaN, from which any token would follow.
     """
+    require_predictions(model_class(open_config(source))[0], "generate", "use the model with transformers")
     model, tokenizer = load(source, device=device)
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids.long()
     if ids.shape[1] == 0:

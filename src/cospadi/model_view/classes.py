@@ -38,17 +38,17 @@ def model_class(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], PreTra
     return found, config
 
 
-def predicts_tokens(model: PreTrainedModel) -> bool:
-    """Whether a model is a language model: its output is a distribution of the next token."""
+def predicts_tokens(model: PreTrainedModel | type[PreTrainedModel]) -> bool:
+    """Whether a model, or a class of models, is a language model: its output is a distribution of the next token."""
     generates: Any = model.can_generate
     return bool(generates())
 
 
-def require_predictions(model: PreTrainedModel, what: str, remedy: str) -> None:
+def require_predictions(model: PreTrainedModel | type[PreTrainedModel], what: str, remedy: str) -> None:
     """Refuse work that needs a language model's predictions.
 
     Args:
-        model: real or on ``meta``.
+        model: real or on ``meta``, or a class.
         what: the work, as the beginning of a sentence.
         remedy: what to do instead.
 
@@ -56,9 +56,8 @@ def require_predictions(model: PreTrainedModel, what: str, remedy: str) -> None:
         ModelError: if the model is a classifier, a reward or an embedding model.
     """
     if not predicts_tokens(model):
-        raise ModelError(
-            f"{what} needs predictions of the next token, which {type(model).__name__} does not make; {remedy}"
-        )
+        name = (model if isinstance(model, type) else type(model)).__name__
+        raise ModelError(f"{what} needs predictions of the next token, which {name} does not make; {remedy}")
 
 
 def _named(name: str, config: PreTrainedConfig) -> type[PreTrainedModel] | None:

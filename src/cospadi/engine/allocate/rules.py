@@ -54,8 +54,9 @@ def require_loss(model: PreTrainedModel, recipe: Recipe) -> None:
     method = get_method(recipe.method)
     if "fisher" in method.needs:
         require_predictions(model, f"method {method.name!r}", "use another method, such as svd_llm")
-    if allocation_rule(recipe) == "knapsack":
-        what = "allocation 'knapsack'" + ("" if recipe.allocation else f", the default of method {method.name!r},")
+    rule = allocation_rule(recipe)
+    if rule in ("knapsack", "atoms"):
+        what = f"allocation {rule!r}" + ("" if recipe.allocation else f", the default of method {method.name!r},")
         require_predictions(model, what, "use --allocation uniform, or another method such as gptq")
     if recipe.refine is not None and recipe.refine.output_steps:
         require_predictions(model, "tuning to the predictions", "leave out output_steps")
