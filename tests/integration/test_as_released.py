@@ -8,8 +8,10 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from cospadi import compress, estimate, load
+from cospadi import compress, estimate, evaluate, load
 from cospadi.checkpoint import export_dense
+from cospadi.evaluation import generate, inspect
+from cospadi.report import model_card
 from released import IMAGE, save_released
 from tiny import tiny_text, token_ids
 
@@ -113,3 +115,32 @@ def test_a_tied_classifier_keeps_its_head(tmp_path):
     assert torch.equal(before["score.weight"], after["score.weight"])
     assert config(tmp_path / "small")["architectures"] == ["LlamaForSequenceClassification"]
     assert estimate(source, keep=0.5, method="rtn", calibration={"seq_len": 64}).architecture.endswith("Classification")
+
+
+def test_the_card_says_how_to_open_it(compressed):
+    kind, _, small = compressed
+    report = json.loads((small / "report.json").read_text())
+    expected = "AutoModelForCausalLM" if kind.endswith("ForCausalLM") else kind
+    card = model_card(report)
+    assert (
+        f"from transformers import {expected}, AutoTokenizer" in card and f"model = {expected}.from_pretrained" in card
+    )
+    assert ("pipeline_tag: text-generation" in card) == kind.endswith("ForCausalLM")
+    assert report["generates"] == (kind not in (*HEADS, *BASES))
+
+
+def test_a_vision_language_model_generates(tmp_path):
+    source = save_released(tmp_path / "released", "Gemma3ForConditionalGeneration")
+    compress(source, tmp_path / "small", keep=0.6, method="rtn", calibration=[tiny_text()], recipe=SMALL)
+    assert generate(tmp_path / "small", "once", max_new_tokens=3)["tokens"] >= 1
+    assert inspect(tmp_path / "small")["groups"]
+    found = evaluate(tmp_path / "small", text=[tiny_text()], seq_len=64, against=source)
+    assert found["perplexity"] > 1 and found["dense_perplexity"] > 1
+
+
+def test_an_automatic_plan_for_a_vision_language_model(tmp_path):
+    source = save_released(tmp_path / "released", "Qwen3_5ForConditionalGeneration")
+    compress(source, tmp_path / "small", keep=0.4, calibration=[tiny_text()], recipe=SMALL)
+    before, after = tensors(source), tensors(tmp_path / "small")
+    vision = {name for name in before if "visual" in name}
+    assert vision and all(torch.equal(before[name], after[name]) for name in vision)

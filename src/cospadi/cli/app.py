@@ -153,9 +153,9 @@ def compress(
         print_json(report | {"out": str(out)})
         return
     print_summary(report, stdout)
-    hints = (
-        f'\nReport: {out / "report.html"}\nTry:    cospadi generate {shlex.quote(str(out))} --prompt "Once upon a time"'
-    )
+    hints = f"\nReport: {out / 'report.html'}"
+    if report.get("generates", True):
+        hints += f'\nTry:    cospadi generate {shlex.quote(str(out))} --prompt "Once upon a time"'
     stdout.print(Text(hints), soft_wrap=True)
 
 

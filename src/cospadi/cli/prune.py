@@ -91,8 +91,10 @@ def prune(
         print_json(result.report | {"out": str(out)})
         return
     print_prune(result.report, stdout)
-    hint = f'Try:    cospadi generate {shlex.quote(str(out))} --prompt "Once upon a time"'
-    stdout.print(f"\nReport: {out / 'report.html'}\n{hint}", markup=False, soft_wrap=True)
+    hints = f"\nReport: {out / 'report.html'}"
+    if result.report.get("generates", True):
+        hints += f'\nTry:    cospadi generate {shlex.quote(str(out))} --prompt "Once upon a time"'
+    stdout.print(hints, markup=False, soft_wrap=True)
 
 
 def _recipe(

@@ -32,7 +32,7 @@ from cospadi.engine.rehearsal import rehearse
 from cospadi.engine.tune.sequential import Outcome, Sequential, require_layers
 from cospadi.io import expanded
 from cospadi.methods import get_method
-from cospadi.model_view import ModelView, check_weights, discover, source_name
+from cospadi.model_view import ModelView, check_weights, discover, predicts_tokens, source_name
 from cospadi.progress import Progress, silent
 from cospadi.recipe import Recipe
 from cospadi.runtime.devices import resolve_device
@@ -257,6 +257,7 @@ class CompressRun:
             "command": self.command,
             "model": self.inputs.name,
             "architecture": (model.config.architectures or [type(model).__name__])[0],
+            "generates": predicts_tokens(model),
             "method": self.recipe.method,
             "keep_requested": plan.keep_requested,
             "keep_actual": plan.keep_actual,

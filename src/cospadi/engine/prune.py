@@ -24,7 +24,7 @@ from cospadi.engine.plan.pruning import check_section, decide, estimate_prune
 from cospadi.engine.rehearsal import rehearse
 from cospadi.errors import CheckpointError, NumericalError, OutputError
 from cospadi.io import expanded
-from cospadi.model_view import ModelView, discover_layers, open_config, skeleton, source_name
+from cospadi.model_view import ModelView, discover_layers, open_config, predicts_tokens, skeleton, source_name
 from cospadi.progress import Progress, silent
 from cospadi.pruning import block_bytes
 from cospadi.recipe import Recipe, with_prune
@@ -232,6 +232,7 @@ class PruneRun:
             "command": self.command,
             "model": self.inputs.name,
             "architecture": (model.config.architectures or [type(model).__name__])[0],
+            "generates": predicts_tokens(model),
             "method": self.section.method,
             "stock": not is_compressed(model.config),
             "keep_requested": self.section.keep_blocks,

@@ -61,7 +61,7 @@ def evaluate(
     if tasks:
         find_tasks(tasks, limit)
         require_lm_eval()
-    for which in filter(None, (source, against)):
+    for which in [source] if against is None else [source, against]:
         kind, _ = model_class(open_config(which))
         require_predictions(kind, "evaluate", "measure the model on its own task")
     result: dict[str, Any] = {}
