@@ -30,11 +30,11 @@ def model_class(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], PreTra
     found = _named(names[0], config) if names else None
     if found is None:
         found, config = _causal(config, names, told)
-    if "input_ids" not in inspect.signature(found.forward).parameters:
-        raise ModelError(
-            f"{told} reads no text (its input is {found.main_input_name}); only language models, and "
-            "models that contain one, are supported"
-        )
+    known: Any = AutoModelForCausalLM._model_mapping
+    inputs = inspect.signature(found.forward).parameters
+    # what also takes embeddings in place of tokens is built on a language model; two encoders side by side are not
+    if "input_ids" not in inputs or not (type(config) in known or "inputs_embeds" in inputs):
+        raise _unknown(told, config)
     return found, config
 
 
@@ -72,7 +72,7 @@ def _named(name: str, config: PreTrainedConfig) -> type[PreTrainedModel] | None:
 def _causal(config: PreTrainedConfig, names: list[str], told: str) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     known: Any = AutoModelForCausalLM._model_mapping
     if type(config) not in known:
-        raise ModelError(f"{told} (model type {config.model_type!r}) is not a language model that transformers knows")
+        raise _unknown(told, config)
     found = known[type(config)]
     if isinstance(found, tuple):
         found = next((item for item in found if item.__name__ in names), found[0])
@@ -80,3 +80,10 @@ def _causal(config: PreTrainedConfig, names: list[str], told: str) -> tuple[type
     if text is not config and isinstance(text, found.config_class):
         config = text
     return found, config
+
+
+def _unknown(told: str, config: PreTrainedConfig) -> ModelError:
+    return ModelError(
+        f"{told} (model type {config.model_type!r}) is not a causal language model that transformers knows, nor built "
+        "on one"
+    )

@@ -50,7 +50,7 @@ def carried_tensors(source: str | Path, view: ModelView, recipe: Recipe) -> dict
         return {}
     why = _misfit(found, view, recipe)
     if why:
-        raise ModelError(f"{what} and would not fit the result: {why}; pass --drop-extra to leave them out")
+        raise ModelError(f"{what}, and would not fit the result: {why}; pass --drop-extra to leave them out")
     warnings.warn(f"{what}; they are copied unchanged", stacklevel=2)
     return found
 
