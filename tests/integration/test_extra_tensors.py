@@ -8,7 +8,9 @@ from safetensors.torch import load_file
 
 from cospadi import compress, estimate, load, prune
 from cospadi.checkpoint import export_dense
+from cospadi.engine.prune import plan_prune
 from cospadi.errors import ModelError
+from cospadi.recipe import Recipe, with_prune
 from released import add_tensors, save_released
 from tiny import tiny_text
 
@@ -120,3 +122,20 @@ def test_a_dry_run_tells_of_them(tmp_path):
     source = released(tmp_path / "released")
     notes = estimate(source, rehearse=True, keep=0.6, method="rtn", calibration={"seq_len": 64}).notes
     assert any("mtp.fc.weight" in note for note in notes)
+
+
+def test_a_dry_run_of_pruning_tells_of_them_too(tmp_path):
+    recipe = with_prune(Recipe(calibration={"seq_len": 64}), "shortgpt", 1)
+    source = released(tmp_path / "released")
+    assert any("mtp.fc.weight" in line for line in plan_prune(source, recipe)["warnings"])
+    bad = released(tmp_path / "bad", extra={"model.layers.3.eh_proj.weight": torch.ones(4, 8)})
+    with pytest.raises(ModelError, match="--drop-extra"):
+        plan_prune(bad, recipe)
+
+
+def test_a_pruned_model_with_extra_tensors_can_be_compressed(tmp_path):
+    source = released(tmp_path / "released")
+    prune(source, tmp_path / "pruned", method="shortgpt", blocks=1, calibration=[tiny_text()], recipe=SMALL)
+    squeezed(tmp_path / "pruned", tmp_path / "small")
+    assert all(torch.equal(tensors(tmp_path / "small")[name], tensor) for name, tensor in MTP.items())
+    assert load(tmp_path / "small")[0].config.num_hidden_layers == 2

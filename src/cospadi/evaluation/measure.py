@@ -61,8 +61,8 @@ def evaluate(
     if tasks:
         find_tasks(tasks, limit)
         require_lm_eval()
-    for which in [source] if against is None else [source, against]:
-        kind, _ = model_class(open_config(which))
+    for measured in [source] if against is None else [source, against]:
+        kind, _ = model_class(open_config(measured))
         require_predictions(kind, "evaluate", "measure the model on its own task")
     result: dict[str, Any] = {}
     if text is not None:
