@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from cospadi.checkpoint.checksums import check_checksums, has_checksums
-from cospadi.checkpoint.formats.base import format_of
+from cospadi.checkpoint.formats.base import beyond, format_of
 from cospadi.checkpoint.headers import read_directory, read_json
 from cospadi.checkpoint.hooks import register
 from cospadi.checkpoint.validate import validate
@@ -79,6 +79,8 @@ def load(
         raise CheckpointError(f"{directory}: cannot be loaded: {_first_line(error)}") from error
     for kind in ("missing", "mismatched", "unexpected"):
         names = sorted(str(name) for name in info.get(f"{kind}_keys") or ())
+        if kwargs:  # fewer layers may have been asked for
+            names = [name for name in names if not beyond(model, name)]
         if names and (stored is not None or kind != "unexpected"):
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(f"{directory}: {kind} tensor {names[0]}{more}; copy the checkpoint again")
