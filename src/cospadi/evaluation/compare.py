@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -216,6 +216,7 @@ class _Comparison:
         """Hold the output directory, and read what earlier runs left there."""
         check_output(self.out, comparison=True)
         self.fresh = fresh
+        made = not self.out.exists()
         with disk_errors(self.out):
             lock = held(self.out)
         if lock is None:
@@ -224,7 +225,16 @@ class _Comparison:
             if fresh:
                 (self.out / ROWS).unlink(missing_ok=True)
             self.found = dict(read_rows(self.out / ROWS))
-            yield
+            try:
+                yield
+            except BaseException:
+                if any(path.name != "lock" for path in (self.out / FOLDER).iterdir()) or self.found:
+                    raise  # there is something to resume from
+                shutil.rmtree(self.out / FOLDER, ignore_errors=True)
+                if made:
+                    with suppress(OSError):  # not empty: someone else put something there meanwhile
+                        self.out.rmdir()
+                raise
             shutil.rmtree(self.out / FOLDER, ignore_errors=True)
 
     def go(self, shared: Shared, base: Recipe, entries: Sequence[Entry]) -> dict[str, Any]:
