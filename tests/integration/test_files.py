@@ -236,8 +236,10 @@ def test_what_cannot_be_exported_says_why(directories, tmp_path):
     shutil.copytree(directories / "dense", tmp_path / "theirs")
     config = json.loads((tmp_path / "theirs/config.json").read_text())
     (tmp_path / "theirs/config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
-    done = command("export", tmp_path / "theirs", tmp_path / "out", "--dense")
-    assert done.code == 1 and "'awq' of another package" in done.error
+    export = ["export", tmp_path / "theirs", tmp_path / "out", "--dense"]
+    for arguments in (export, [*export, "--dtype", "float32"], ["inspect", tmp_path / "theirs"]):
+        done = command(*arguments)
+        assert done.code == 1 and "'awq' of another package" in done.error
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/m"}')
     for arguments in (["export", tmp_path / "adapter", tmp_path / "out", "--dense"], ["inspect", tmp_path / "adapter"]):
