@@ -73,6 +73,11 @@ class Refine(_Strict):
         0, ge=0, description="Adam steps on all layers together afterwards, to match the original model's predictions."
     )
 
+    @field_validator("held_out", "probe", mode="before")
+    @classmethod
+    def _shares_in_percent(cls, value: Any) -> Any:
+        return _number_of(value)
+
 
 class Prune(_Strict):
     """Removal of blocks (decoder layers), or of a share of their width, before compression."""
@@ -159,10 +164,10 @@ class Recipe(_Strict):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     seed: int = Field(0, ge=0, description="Seed of every random choice.")
 
-    @field_validator("keep", mode="before")
+    @field_validator("keep", "anchor_share", mode="before")
     @classmethod
-    def _keep_in_percent(cls, keep: Any) -> Any:
-        return _number_of(keep)
+    def _shares_in_percent(cls, share: Any) -> Any:
+        return _number_of(share)
 
     @field_validator("options")
     @classmethod

@@ -13,7 +13,9 @@ import cospadi
 from command import command
 from cospadi import Recipe, checkpoint, evaluation
 from cospadi.cli.app import app
+from cospadi.cli.benchmark import _ways
 from cospadi.evaluation.compare import compare
+from cospadi.evaluation.entries import make_entries
 from tiny import save_tiny, tiny_text
 
 PATHS = {"MODEL", "DIR", "OUT", "[DIR]", "[NAME=]PATH"}
@@ -108,6 +110,20 @@ def test_the_share_of_blocks_may_be_in_percent():
     prune = ["prune", "~/tiny", "out", "--method", "uidl", "--dry-run", "--json", "--keep-blocks"]
     found = [command(*prune, typed).json for typed in ("0.7", "70%", "0,7")]
     assert found[0] == found[1] == found[2] and found[0]["blocks_after"] == 2
+
+
+def test_shares_may_be_in_percent_wherever_they_stand(tmp_path):
+    (tmp_path / "r.yaml").write_text("keep: 80%\nanchor_share: 25%\nrefine: {held_out: 12.5%, probe: 10 %}\n")
+    recipe = Recipe.load("r.yaml")
+    assert (recipe.keep, recipe.anchor_share, recipe.refine.held_out, recipe.refine.probe) == (0.8, 0.25, 0.125, 0.1)
+    (tmp_path / "r.yaml").write_text("keep: 0.8\nanchor_share: a quarter\n")
+    done = command("estimate", "~/tiny", "--recipe", "r.yaml")
+    assert done.code == 1 and "anchor_share" in done.error and "0.8 or 80%" in done.error
+    assert _ways("60%,0.4,0.6:4", (16, 8)) == ((0.6, 16), (0.6, 8), (0.4, 16), (0.4, 8), (0.6, 4))
+    done = command("benchmark", "--keep", "most")
+    assert done.code == 2 and "'most'" in done.error and "60%" in done.error
+    entries = make_entries(recipe, ["svd"], ["60%", 0.6], {}, {}, [])
+    assert [entry.slug for entry in entries] == ["svd-0.6"]
 
 
 @pytest.mark.parametrize("typed", ["half", "0.3.1", "%", "1/2"])

@@ -236,8 +236,10 @@ def test_what_cannot_be_exported_says_why(directories, tmp_path):
     shutil.copytree(directories / "dense", tmp_path / "theirs")
     config = json.loads((tmp_path / "theirs/config.json").read_text())
     (tmp_path / "theirs/config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
-    done = command("export", tmp_path / "theirs", tmp_path / "out", "--dense")
-    assert done.code == 1 and "'awq' of another package" in done.error
+    export = ["export", tmp_path / "theirs", tmp_path / "out", "--dense"]
+    for arguments in (export, [*export, "--dtype", "float32"], ["inspect", tmp_path / "theirs"]):
+        done = command(*arguments)
+        assert done.code == 1 and "'awq' of another package" in done.error
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/m"}')
     for arguments in (["export", tmp_path / "adapter", tmp_path / "out", "--dense"], ["inspect", tmp_path / "adapter"]):
@@ -246,3 +248,24 @@ def test_what_cannot_be_exported_says_why(directories, tmp_path):
     done = command("export", tmp_path, tmp_path / "out", "--dense")
     assert done.code == 1 and "config.json: the file is missing" in done.error
     assert not (tmp_path / "out").exists()
+
+
+def test_every_command_calls_an_adapter_an_adapter(tmp_path):
+    adapter, text = tmp_path / "adapter", tmp_path / "text.txt"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/m"}')
+    text.write_text(TEXTS[0], encoding="utf-8")
+    out, calibration = tmp_path / "out", ["--calibration", text]
+    for arguments in (
+        ["compress", adapter, out, "--keep", "0.5", *calibration],
+        ["compress", adapter, out, "--keep", "0.5", *calibration, "--dry-run"],
+        ["estimate", adapter, "--keep", "0.5"],
+        ["prune", adapter, out, "--blocks", "1", *calibration],
+        ["compare", adapter, "--methods", "svd", "--keep", "0.5", "--text", text, *calibration, "--out", out],
+        ["evaluate", adapter, "--text", text],
+        ["generate", adapter, "--prompt", "a"],
+        ["benchmark", adapter, "--quick"],
+    ):
+        done = command(*arguments)
+        assert done.code == 1 and "LORA adapter of org/m" in done.error and "merge_and_unload" in done.error, arguments
+        assert not out.exists()

@@ -65,18 +65,13 @@ def export_dense(
         raise CheckpointError(f"{path}: there is no such directory")
     refuse_adapter(source)
     description = read_json(source / "config.json").get("quantization_config")
-    if description is None and dtype == "auto":
-        _copy(source, target)
-        return
     if format_of(description) is not None:
         stored, _ = read_format(source)
         if stored.not_stock:
             raise CheckpointError(f"{path}: {stored.not_stock}")
-    elif description is not None:
-        kind = description.get("quant_method") if isinstance(description, dict) else description
-        raise CheckpointError(
-            f"{path}: is stored in the format {kind!r} of another package; export it with that package"
-        )
+    elif description is not None or dtype == "auto":
+        _copy(source, target)
+        return
     extra = extra_tensors(source)
     model = load(source, dtype=dtype, compose=True)
     _check_finite(model, path)

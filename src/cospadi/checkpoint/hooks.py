@@ -75,8 +75,9 @@ class FormatQuantizer(HfQuantizer):
         if directory is not None:
             self._format.check_headers(self._entries, specs, directory)
         here = self._format.named_as_in(model, specs)
+        self._stored, here = self._format.within(model, specs, here)
         self._format.replace(model, here, dtype if isinstance(dtype, torch.dtype) else None)
-        self._stored, self._here = specs, here
+        self._here = here
         if here != specs:  # saved again, the tensors will have the names that the modules have here
             self.quantization_config = FormatConfig(**(data | self._format.describe(here)))
         return model

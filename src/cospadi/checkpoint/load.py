@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from cospadi.checkpoint.checksums import check_checksums, has_checksums
 from cospadi.checkpoint.extra_file import extra_names
-from cospadi.checkpoint.formats.base import format_of
+from cospadi.checkpoint.formats.base import beyond, format_of
 from cospadi.checkpoint.headers import read_directory, read_json
 from cospadi.checkpoint.hooks import register
 from cospadi.checkpoint.validate import validate
@@ -81,6 +81,8 @@ def load(
     extra = extra_names(directory)
     for kind in ("missing", "mismatched", "unexpected"):
         names = sorted(str(name) for name in info.get(f"{kind}_keys") or ())
+        if kwargs:  # fewer layers may have been asked for
+            names = [name for name in names if not beyond(model, name)]
         if kind == "unexpected":
             names = [] if stored is None else [name for name in names if name not in extra]
         if names:

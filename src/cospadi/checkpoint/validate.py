@@ -39,15 +39,19 @@ def read_config(path: str | Path) -> tuple[Any, ...]:
 
 
 def check_stock(path: str | Path) -> dict[str, Entry]:
-    """Check the weight files of a checkpoint that has no format of ours: headers, numbers, and our ``SHA256SUMS``.
+    """Check the weight files of a checkpoint without quantisation: headers, numbers, and our ``SHA256SUMS``.
 
     Returns:
         its tensors.
 
     Raises:
-        CheckpointError: naming file and tensor.
+        CheckpointError: naming file and tensor; or if it is of a format that is not registered.
     """
     directory = expanded(path)
+    description = read_json(directory / "config.json").get("quantization_config")
+    if description is not None:
+        kind = description.get("quant_method") if isinstance(description, dict) else description
+        raise CheckpointError(f"{path}: is stored in the format {kind!r} of another package: use that package for it")
     entries = read_directory(directory)
     check_all_finite(entries)
     if has_checksums(directory):

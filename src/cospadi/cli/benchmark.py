@@ -22,6 +22,8 @@ from cospadi.cli.common import (
     quiet_transformers,
 )
 from cospadi.cli.compare import split
+from cospadi.errors import RecipeError
+from cospadi.quantities import parse_share
 
 Number = TypeVar("Number", int, float)
 
@@ -147,8 +149,8 @@ def _ways(text: str, widths: tuple[int, ...]) -> tuple[tuple[float, int], ...]:
     found: list[tuple[float, int]] = []
     for word in split(text):
         share, _, width = word.partition(":")
-        wanted = "shares above 0 and up to 1, such as 0.6,0.4 or 0.6:16,0.4:8"
-        keeps = _numbers(share, "--keep", float, lambda keep: 0 < keep <= 1, wanted)
+        wanted = "shares above 0 and up to 1, such as 0.6,0.4 or 60%:16,40%:8"
+        keeps = _numbers(share, "--keep", parse_share, lambda keep: 0 < keep <= 1, wanted)
         found += [(keep, own) for keep in keeps for own in (_widths(width, "--keep") if width else widths)]
     return tuple(dict.fromkeys(found))
 
@@ -165,7 +167,7 @@ def _numbers(
     for word in split(text):
         try:
             value = kind(word)
-        except ValueError:
+        except (ValueError, RecipeError):
             raise UsageError(f"{option} {word!r}: give {wanted}") from None
         if not fits(value):
             raise UsageError(f"{option} {word!r}: give {wanted}")

@@ -167,7 +167,7 @@ class CompressRun:
                     self.outputs.save(view.model, tokenizer, plan, journal)
                 self.seconds["total"] = time.perf_counter() - begun
                 notes = list(dict.fromkeys(str(w.message) for w in caught if w.category is UserWarning))
-                report = self._report(context, plan, found, blocks) | {"warnings": notes}
+                report = self._report(context, plan, found, blocks) | {"warnings": notes, "fingerprint": journal.record}
                 write_report(out, self.asked.to_yaml(), report)
                 journal.finish()
         return Result(out, report, found.resumed)

@@ -191,6 +191,7 @@ class PruneRun:
                 report = self._cut(view, tokenizer, blocks, device)
                 self.seconds["total"] = time.perf_counter() - begun
                 report["seconds"] = {key: round(value, 3) for key, value in self.seconds.items()}
+                report["fingerprint"] = journal.record
                 report["warnings"] = list(dict.fromkeys(str(w.message) for w in caught if w.category is UserWarning))
                 write_report(out, _recipe_yaml(self.recipe), report)
                 journal.finish()

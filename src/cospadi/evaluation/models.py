@@ -112,7 +112,7 @@ def inspect(directory: str | Path) -> dict[str, Any]:
         row |= {key: reported.get(row["name"], {}).get(key) for key in ("layer", "error")}
     cut: dict[str, Any] = {key: told[key] for key in ("blocks_before", "blocks_after", "prune") if key in told}
     return {
-        "directory": path.name,
+        "directory": path.absolute().name,
         "kind": "pruned" if (stored.not_stock if stored else cut) else "compressed" if stored else "dense",
         "model": told.get("model") or model_name(path),
         "architecture": next(iter(config.architectures or []), None),
