@@ -25,7 +25,7 @@ CALIBRATION = {_RENAMED.get(field, field): field for field in Calibration.model_
 SETTINGS = (*(name for name in Recipe.model_fields if name not in CALIBRATION), *CALIBRATION)
 """Flat names of everything that a recipe holds."""
 
-PRUNE = ("method", "blocks", "keep_blocks", "options", *CALIBRATION, "device", "seed")
+PRUNE = ("method", "blocks", "keep_blocks", "options", *CALIBRATION, "drop_extra", "device", "seed")
 """Flat names of everything that a run takes which only prunes."""
 
 

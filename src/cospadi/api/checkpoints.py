@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from cospadi import checkpoint, evaluation
 from cospadi.api.directories import check_new_directory
 from cospadi.api.runs import Bos, Model, Tokenizer
 from cospadi.engine.doctor import examine
+from cospadi.io import expanded
 from cospadi.report.results import Contents, Continuation, Diagnosis, Export
 
 
 def inspect(directory: str | os.PathLike[str]) -> Contents:
-    """What is in a compressed checkpoint; every file is verified.
+    """What is in a checkpoint: compressed, pruned or dense. Every file is verified.
 
     Args:
-        directory: a local checkpoint of any registered format.
+        directory: a local checkpoint.
 
     Returns:
-        a dictionary that shows itself briefly: ``groups``: a row for each stored group, with its error if
-        ``report.json`` is there; ``bytes_before``, ``bytes_after`` and ``keep_actual`` of all groups, or of the whole
-        pruned part as the report says it where the format does not know the original sizes (None without a report);
-        ``file_bytes``.
+        a dictionary that shows itself briefly: ``kind`` ("compressed", "pruned" or "dense"), ``model``,
+        ``architecture``, ``parameters``, ``file_bytes``, ``checksums``: whether ``SHA256SUMS`` was there to compare
+        with. ``groups``: a row for each stored group, with its error if ``report.json`` is there; ``tensors``: where
+        nothing is stored in a format of ours, a row for each kind of tensor. ``bytes_before``, ``bytes_after`` and
+        ``keep_actual`` of all groups, or of the whole pruned part as the report says it (None without a report). Of
+        pruned checkpoints also ``blocks_before``, ``blocks_after`` and ``prune``, as in the report.
 
     Raises:
-        CheckpointError: if it is damaged or not compressed by cospadi.
+        CheckpointError: if it is damaged.
+        ModelError: if it is not a model.
     """
-    return Contents(evaluation.inspect(Path(directory)))
+    return Contents(evaluation.inspect(expanded(directory)))
 
 
 def export(directory: str | os.PathLike[str], out: str | os.PathLike[str], *, dtype: str = "auto") -> Export:
-    """Write a stock checkpoint that loads without cospadi and is as large as the original.
+    """Write a stock checkpoint that loads without cospadi.
+
+    Stored factors are multiplied out, which makes it as large as the original. What is stock already (dense, or with
+    blocks removed) is verified and copied, unless another `dtype` is asked for.
 
     Args:
-        directory: a compressed checkpoint.
+        directory: a compressed, pruned or dense checkpoint.
         out: new or empty directory.
         dtype: of the weights written: ``auto`` (that of the checkpoint), ``bfloat16``, ``float16`` or ``float32``.
 
@@ -42,13 +48,14 @@ def export(directory: str | os.PathLike[str], out: str | os.PathLike[str], *, dt
         ``{"out", "file_bytes"}``.
 
     Raises:
-        CheckpointError: if the checkpoint is damaged, not compressed, or of a format that no stock model can express.
+        CheckpointError: if the checkpoint is damaged, no checkpoint, of another package's format, or of a format that
+            no stock model can express.
         NumericalError: if a weight is NaN or Inf, or becomes so in `dtype`.
         OutputError: if `out` is not empty or cannot be written.
     """
-    target = Path(out)
+    target = expanded(out)
     check_new_directory(target)
-    checkpoint.export_dense(Path(directory), target, dtype=dtype)
+    checkpoint.export_dense(expanded(directory), target, dtype=dtype)
     return Export({"out": str(target), "file_bytes": checkpoint.file_bytes(target)})
 
 

@@ -54,7 +54,7 @@ def numbers(
     Args:
         value: the list.
         name: of the option, for messages.
-        kind: ``int`` or ``float``.
+        kind: what reads one, such as ``int``.
         fits: whether a number is allowed.
         wanted: what is allowed, for messages.
 
@@ -65,7 +65,7 @@ def numbers(
     for word in words(value):
         try:
             number = kind(word)
-        except ValueError:
+        except (ValueError, RecipeError):
             raise RecipeError(f"{name} {word!r}: give {wanted}") from None
         if not fits(number):
             raise RecipeError(f"{name} {word!r}: give {wanted}")
@@ -97,8 +97,8 @@ def ways(keep: Words, bits: Words, prefix: str = "") -> tuple[tuple[float, int],
     found: list[tuple[float, int]] = []
     for word in words(keep):
         share, _, width = word.partition(":")
-        wanted = "shares above 0 and up to 1, such as 0.6,0.4 or 0.6:16,0.4:8"
-        keeps = numbers(share, f"{prefix}keep", float, lambda keep: 0 < keep <= 1, wanted)
+        wanted = "shares above 0 and up to 1, such as 0.6,0.4 or 60%:16,40%:8"
+        keeps = numbers(share, f"{prefix}keep", parse_share, lambda keep: 0 < keep <= 1, wanted)
         found += [(keep, own) for keep in keeps for own in (_widths(width, f"{prefix}keep") if width else widths)]
     if not found:
         raise RecipeError(f"nothing to measure: {prefix}keep and {prefix}bits each need at least one number")

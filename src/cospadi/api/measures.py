@@ -16,7 +16,7 @@ from cospadi.calibration import TextSource
 from cospadi.engine.inputs import given_text
 from cospadi.errors import RecipeError
 from cospadi.evaluation.speed import Settings, run_benchmark
-from cospadi.model_view import open_config
+from cospadi.io import expanded
 from cospadi.options import recipe_from
 from cospadi.recipe import Recipe
 from cospadi.report import write_all
@@ -72,8 +72,6 @@ def evaluate(
         CalibrationError: if there is no usable text or task.
         ResourceError: if tasks are given and lm-eval is not installed.
     """
-    if isinstance(against, (str, os.PathLike)):
-        open_config(os.fspath(against))  # a wrong name should not surface only after the first model has been measured
     with showing(progress) as reporting:
         return Evaluation(
             evaluation.evaluate(
@@ -171,7 +169,7 @@ def compare(
     Raises:
         CospadiError: see `cospadi.errors`; what befalls a single row is told in its ``reason`` instead.
     """
-    folder = Path(out)
+    folder = expanded(out)
     texts, section = given_text(calibration)
     flags: dict[str, Any] = {"samples": samples, "seq_len": seq_len, "text_field": text_field, "bos": bos}
     flags |= {"calibration": section, "only": only, "device": device, "seed": seed}
@@ -294,7 +292,7 @@ def benchmark(
         device=device,
         seed=seed,
     )
-    folder = None if out is None else Path(out)
+    folder = None if out is None else expanded(out)
     if folder is not None:
         check_new_directory(folder)
 

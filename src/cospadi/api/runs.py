@@ -17,6 +17,7 @@ from cospadi.engine.estimate import estimate as estimation
 from cospadi.engine.estimate.estimate import Estimate
 from cospadi.engine.inputs import given_text
 from cospadi.engine.prune import PruneResult
+from cospadi.io import expanded
 from cospadi.recipe import Recipe
 from cospadi.report import pages_written, write_all
 from cospadi.report.depth import write_depth
@@ -30,7 +31,7 @@ Allocation = Literal["uniform", "pooled", "truncation", "rocket", "knapsack"]
 Gram = Literal["plain", "loss"]
 Bos = Literal["auto", "on", "off"]
 
-_NO_OPTIONS = ("model", "out", "tokenizer", "recipe", "calibration", "fresh", "progress", "command", "more")
+_NO_OPTIONS = ("model", "out", "tokenizer", "recipe", "calibration", "fresh", "progress", "command", "rehearse", "more")
 
 
 def compress(
@@ -53,6 +54,7 @@ def compress(
     anchor: bool | None = None,
     anchor_share: float | None = None,
     refine: bool | dict[str, Any] | None = None,
+    drop_extra: bool | None = None,
     calibration: TextSource | dict[str, Any] | None = None,
     text_field: str | None = None,
     samples: int | None = None,
@@ -91,6 +93,7 @@ def compress(
         anchor: fit each layer to the original outputs, given inputs from the already compressed layers.
         anchor_share: share of that correction to apply.
         refine: tune each decoder layer after it is factorised: True, or a section of settings.
+        drop_extra: leave out stored tensors that the model's class does not take, instead of copying them.
         calibration: the text: a file, a directory, a hub data set, or documents in memory such as a list, a generator
             or a ``Dataset``; or the section ``calibration`` of a recipe. Not needed where nothing reads it.
         text_field: field of the records that holds the text or messages; left out: ``text``, ``messages``, or
@@ -116,7 +119,7 @@ def compress(
     with showing(progress) as reporting:
         result = compression.compress(
             model,
-            Path(out),
+            expanded(out),
             tokenizer=tokenizer,
             calibration=calibration,
             recipe=recipe,
@@ -141,6 +144,7 @@ def prune(
     keep_blocks: float | str | None = None,
     recipe: AnyRecipe = None,
     options: dict[str, Any] | None = None,
+    drop_extra: bool | None = None,
     calibration: TextSource | dict[str, Any] | None = None,
     text_field: str | None = None,
     samples: int | None = None,
@@ -169,6 +173,7 @@ def prune(
         recipe: a recipe, its keys and values, or the path of one, with a section ``prune``; the other arguments
             override it.
         options: options of the method; each can also be an argument of its own, such as ``merge=4``.
+        drop_extra: leave out stored tensors that the model's class does not take, instead of copying them.
         calibration: the text: a file, a directory, a hub data set, or documents in memory such as a list, a generator
             or a ``Dataset``; or the section ``calibration`` of a recipe. Not needed where nothing reads it.
         text_field: field of the records that holds the text or messages; left out: ``text``, ``messages``, or
@@ -193,7 +198,7 @@ def prune(
     with showing(progress) as reporting:
         result = pruning.prune(
             model,
-            Path(out),
+            expanded(out),
             tokenizer=tokenizer,
             calibration=calibration,
             recipe=recipe,
@@ -225,10 +230,12 @@ def estimate(
     anchor: bool | None = None,
     anchor_share: float | None = None,
     refine: bool | dict[str, Any] | None = None,
+    drop_extra: bool | None = None,
     calibration: TextSource | dict[str, Any] | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
     device: Any = None,
+    rehearse: bool = False,
     **more: Any,
 ) -> Estimate:
     """Sizes, layer table, memory and time, from the configuration alone: no weights are read.
@@ -251,10 +258,13 @@ def estimate(
         anchor: fit each layer to the original outputs.
         anchor_share: share of that correction to apply.
         refine: tune each decoder layer after it is factorised.
+        drop_extra: leave out stored tensors that the model's class does not take; with `rehearse`.
         calibration: the text, or the section ``calibration`` of a recipe; the text is not read.
         samples: number of calibration sequences.
         seq_len: tokens per calibration sequence.
         device: where the run would compute.
+        rehearse: also save and open a result without content, and look at the headers of the weights that are here, as
+            a run does before its work.
         **more: options of the method, and whatever else :func:`cospadi.compress` takes from a recipe.
 
     Raises:
@@ -264,7 +274,7 @@ def estimate(
         CalibrationError: if the model has no positions for sequences of that length.
     """
     given = _options(locals(), more)
-    return estimation.estimate(model, recipe, calibration=given_text(calibration)[1], **given)
+    return estimation.estimate(model, recipe, calibration=given_text(calibration)[1], rehearse=rehearse, **given)
 
 
 def _options(arguments: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from cospadi.cli.common import (
     CalibrationOption,
     DeviceOption,
     DirArgument,
+    DropExtraOption,
     GramOption,
     GroupingOption,
     JsonOption,
@@ -99,6 +100,7 @@ def compress(
     gram: GramOption = None,
     anchor: AnchorOption = None,
     refine: RefineOption = None,
+    drop_extra: DropExtraOption = None,
     calibration: CalibrationOption = None,
     text_field: TextFieldOption = None,
     samples: SamplesOption = None,
@@ -129,11 +131,12 @@ def compress(
         gram=gram,
         anchor=anchor,
         refine=refine,
+        drop_extra=drop_extra,
         device=device,
         seed=seed,
     )
     if dry_run:
-        _print_estimate(model, merged, json_)
+        _print_estimate(model, merged, json_, rehearse=True)
         return
     from cospadi.api.runs import compress as run
     from cospadi.report import ProgressDisplay, print_summary
@@ -155,18 +158,18 @@ def compress(
         print_json(report | {"out": str(out)})
         return
     print_summary(report, stdout)
-    hints = (
-        f'\nReport: {out / "report.html"}\nTry:    cospadi generate {shlex.quote(str(out))} --prompt "Once upon a time"'
-    )
+    hints = f"\nReport: {out / 'report.html'}"
+    if report.get("generates", True):
+        hints += f'\nTry:    cospadi generate {shlex.quote(str(out))} --prompt "Once upon a time"'
     stdout.print(Text(hints), soft_wrap=True)
 
 
-def _print_estimate(model: str, merged: Any, json_: bool) -> None:
+def _print_estimate(model: str, merged: Any, json_: bool, *, rehearse: bool = False) -> None:
     from cospadi.api.runs import estimate as run
     from cospadi.report import print_estimate
 
     quiet_transformers()
-    data = run(model, merged).to_dict()
+    data = run(model, merged, rehearse=rehearse).to_dict()
     if json_:
         print_json(data)
     else:
@@ -219,7 +222,7 @@ def inspect(
     directory: DirArgument,
     json_: JsonOption = False,
 ) -> None:
-    """Show the contents of a compressed checkpoint (groups, bytes, errors) and verify every file."""
+    """Show the contents of a checkpoint (groups or tensors, bytes, errors) and verify every file."""
     from cospadi.api.checkpoints import inspect as run
     from cospadi.report import print_inspect
 
@@ -327,11 +330,11 @@ def generate(
 def export(
     directory: DirArgument,
     out: OutArgument,
-    dense: Annotated[bool, typer.Option("--dense", help="Multiply the factors out into a stock checkpoint.")] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="Write a stock checkpoint.")] = False,
     dtype: Annotated[FloatName, typer.Option(help="Data type of the exported weights.")] = "auto",
     json_: JsonOption = False,
 ) -> None:
-    """Export a checkpoint. With --dense the result loads without cospadi and is as large as the original."""
+    """Export a checkpoint. With --dense the result loads without cospadi; factors are multiplied out."""
     if not dense:
         raise UsageError("no export format given: pass --dense for a stock checkpoint")
     from cospadi.api.checkpoints import export as run

@@ -18,6 +18,7 @@ from cospadi.cli.common import (
     command_line,
     consoles,
     expand_home,
+    local_path,
     print_json,
     quiet_transformers,
     usage_errors,
@@ -71,7 +72,9 @@ def benchmark(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="New directory for the numbers and the plot.", show_default=False, callback=expand_home),
+        typer.Option(
+            help="New directory for the numbers and the plot.", show_default=False, parser=local_path, metavar="PATH"
+        ),
     ] = None,
     device: DeviceOption = None,
     seed: SeedOption = None,

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 import yaml
 
-from cospadi.errors import CospadiError, RecipeError
+from cospadi.errors import CospadiError, OutputError, RecipeError
+from cospadi.io import expanded
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,32 +26,34 @@ class UsageError(CospadiError):
 
 
 def expand_home(value: Any) -> Any:
-    """A path option with ``~`` replaced by the home directory; every path option has this callback.
-
-    Shells leave ``~`` alone within quotes and in ``--out=~/dir``, and programs that start commands do not expand it.
+    """A path option with ``~`` replaced by the home directory; every option that is kept as text has this callback.
 
     Args:
-        value: a path as text or :class:`~pathlib.Path`, several in a list, or None. ``NAME=PATH`` is expanded after the
-            equals sign.
+        value: a path as text, several in a list, or None. ``NAME=PATH`` is expanded after the equals sign.
 
     Raises:
         UsageError: if it begins with the name of a user who does not exist.
     """
     if isinstance(value, (list, tuple)):
         return [expand_home(item) for item in value]
-    if isinstance(value, Path):
-        return Path(expand_home(str(value)))
-    name, equals, path = value.partition("=") if isinstance(value, str) else ("", "", "")
+    if not isinstance(value, str):
+        return value
+    name, equals, path = value.partition("=")
     if equals and path.startswith("~"):
         return f"{name}={expand_home(path)}"
-    if not isinstance(value, str) or not value.startswith("~"):
-        return value
+    return str(local_path(value)) if value.startswith(("~", "./~")) else value
+
+
+def local_path(text: str) -> Path:
+    """The path of an option that is a :class:`~pathlib.Path`, ``~`` expanded.
+
+    Raises:
+        UsageError: if it begins with the name of a user who does not exist.
+    """
     try:
-        return str(Path(value).expanduser())
-    except RuntimeError:
-        raise UsageError(
-            f"{value}: there is no such home directory; for a name that begins with ~ write ./{value}"
-        ) from None
+        return expanded(text)
+    except OutputError as error:
+        raise UsageError(str(error)) from None
 
 
 def split_paths(text: str | None) -> str | None:
@@ -80,7 +83,7 @@ OutArgument = Annotated[
     typer.Argument(
         metavar="OUT",
         help="Output directory: new, empty, or from an interrupted run of the same command.",
-        callback=expand_home,
+        parser=local_path,
     ),
 ]
 KeepOption = Annotated[
@@ -109,7 +112,9 @@ MethodOption = Annotated[
 ]
 RecipeOption = Annotated[
     Path | None,
-    typer.Option(help="YAML file with settings; flags override it.", show_default=False, callback=expand_home),
+    typer.Option(
+        help="YAML file with settings; flags override it.", show_default=False, parser=local_path, metavar="PATH"
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -154,6 +159,14 @@ AnchorOption = Annotated[
 RefineOption = Annotated[
     bool | None,
     typer.Option("--refine/--no-refine", help="Tune each decoder layer after it is factorised.", show_default="no"),
+]
+DropExtraOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--drop-extra",
+        help="Leave out stored tensors that the model's class does not take, such as mtp.*, instead of copying them.",
+        show_default=False,
+    ),
 ]
 OnlyOption = Annotated[
     str | None,

@@ -24,6 +24,7 @@ from cospadi.cli.common import (
     command_line,
     consoles,
     expand_home,
+    local_path,
     parse_settings,
     print_json,
     quiet_transformers,
@@ -107,7 +108,10 @@ def compare(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Directory for the table, the plot and finished rows.", show_default=False, callback=expand_home
+            help="Directory for the table, the plot and finished rows.",
+            show_default=False,
+            parser=local_path,
+            metavar="PATH",
         ),
     ] = None,
     recipe: Annotated[

@@ -13,7 +13,7 @@ from rich.text import Text
 from cospadi.cli.common import (
     JsonOption,
     consoles,
-    expand_home,
+    local_path,
     print_json,
     quiet_transformers,
     share,
@@ -21,7 +21,7 @@ from cospadi.cli.common import (
 
 
 def demo(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory.", callback=expand_home)] = Path(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory.", parser=local_path)] = Path(
         "demo-report"
     ),
     keep: Annotated[

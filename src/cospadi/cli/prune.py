@@ -13,6 +13,7 @@ from cospadi.cli.common import (
     BosOption,
     CalibrationOption,
     DeviceOption,
+    DropExtraOption,
     JsonOption,
     KeepBlocksOption,
     LengthOption,
@@ -52,6 +53,7 @@ def prune(
     keep_blocks: KeepBlocksOption = None,
     recipe: RecipeOption = None,
     set_: SetOption = None,
+    drop_extra: DropExtraOption = None,
     calibration: CalibrationOption = None,
     text_field: TextFieldOption = None,
     samples: SamplesOption = None,
@@ -73,6 +75,7 @@ def prune(
             "blocks": blocks,
             "keep_blocks": keep_blocks,
             "options": parse_settings(set_) or None,
+            "drop_extra": drop_extra,
             "calibration": calibration,
             "text_field": text_field,
             "samples": samples,
@@ -101,8 +104,10 @@ def prune(
         print_json(result.report | {"out": str(out)})
         return
     print_prune(result.report, stdout)
-    hint = f'Try:    cospadi generate {shlex.quote(str(out))} --prompt "Once upon a time"'
-    stdout.print(f"\nReport: {out / 'report.html'}\n{hint}", markup=False, soft_wrap=True)
+    hints = f"\nReport: {out / 'report.html'}"
+    if result.report.get("generates", True):
+        hints += f'\nTry:    cospadi generate {shlex.quote(str(out))} --prompt "Once upon a time"'
+    stdout.print(hints, markup=False, soft_wrap=True)
 
 
 def _recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
@@ -122,11 +127,11 @@ def _recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
 
 
 def _print_plan(model: str, merged: Recipe, json_: bool) -> None:
-    from cospadi.engine.plan.pruning import estimate_prune
+    from cospadi.engine.prune import plan_prune
     from cospadi.report.text import arrow, human_bytes
 
     quiet_transformers()
-    data = estimate_prune(model, merged)
+    data = plan_prune(model, merged)
     if json_:
         print_json(data)
         return
@@ -137,6 +142,8 @@ def _print_plan(model: str, merged: Recipe, json_: bool) -> None:
         markup=False,
         soft_wrap=True,
     )
+    for line in data["warnings"]:
+        consoles()[1].print(f"warning: {line}", markup=False, soft_wrap=True)
 
 
 def register(app: typer.Typer) -> Callable[..., None]:

@@ -17,20 +17,23 @@ from transformers import PreTrainedModel
 
 from cospadi.calibration import TextSource, TokenBlocks, fisher
 from cospadi.checkpoint import storage_dtype
-from cospadi.engine.allocate.rules import final_plan
+from cospadi.engine.allocate.rules import final_plan, require_loss
 from cospadi.engine.context import RunContext
 from cospadi.engine.factorise import factorise_group
 from cospadi.engine.inputs import Inputs, given_text
 from cospadi.engine.journal import Journal, check_complete, check_output
 from cospadi.engine.outputs import Checkpoint, environment, write_report
+from cospadi.engine.plan.extra import carried_tensors, extra_bytes, without_extra
 from cospadi.engine.plan.order import order_of, plain_share
 from cospadi.engine.plan.plan import Plan, make_plan
 from cospadi.engine.plan.pruning import check_section, prune_first
 from cospadi.engine.plan.selection import chosen_modules, restricted
 from cospadi.engine.plan.text import needs_text
+from cospadi.engine.rehearsal import rehearse
 from cospadi.engine.tune.sequential import Outcome, Sequential, require_layers
+from cospadi.io import expanded
 from cospadi.methods import get_method
-from cospadi.model_view import ModelView, check_weights, discover, model_source
+from cospadi.model_view import ModelView, check_weights, discover, model_source, predicts_tokens
 from cospadi.options import recipe_from
 from cospadi.progress import Progress, silent
 from cospadi.recipe import Recipe
@@ -106,7 +109,7 @@ def compress(
     merged, progress = recipe_from(recipe, options | {"calibration": section}), progress or silent
     inputs = Inputs(model_source(model, tokenizer), merged, texts, progress)
     with memory_errors():
-        return CompressRun(inputs, Checkpoint(Path(out), progress), merged, progress, command).go(fresh)
+        return CompressRun(inputs, Checkpoint(expanded(out), progress), merged, progress, command).go(fresh)
 
 
 class CompressRun:
@@ -137,7 +140,9 @@ class CompressRun:
             warnings.simplefilter("always", UserWarning)
             self.progress("read", 0, 1, "text and model")
             model, tokenizer = self.inputs.open("compress")
+            require_loss(model, self.recipe)
             view = self._view(model)
+            self._carry(view)
             plan = self._planned(view) if self.recipe.prune is None else None
             blocks = self.inputs.tokens(model, tokenizer)
             self.progress("read", 1, 1)
@@ -149,6 +154,7 @@ class CompressRun:
                     journal.finish()  # in case the run was stopped just before it did
                     return Result(out, finished, len(finished.get("groups", [])), complete=True)
                 self.seconds["read"] = time.perf_counter() - begun
+                rehearse(view, plan, tokenizer, self.outputs.extra)
                 if plan is None:
                     view, plan = self._prune(view, blocks, device)
                 context = self._context(view, blocks, device, journal)
@@ -159,7 +165,7 @@ class CompressRun:
                     self.outputs.save(view.model, tokenizer, plan, journal)
                 self.seconds["total"] = time.perf_counter() - begun
                 notes = list(dict.fromkeys(str(w.message) for w in caught if w.category is UserWarning))
-                report = self._report(context, plan, found, blocks) | {"warnings": notes}
+                report = self._report(context, plan, found, blocks) | {"warnings": notes, "fingerprint": journal.record}
                 write_report(out, self.asked.to_yaml(), report)
                 journal.finish()
         return Result(out, report, found.resumed)
@@ -186,8 +192,13 @@ class CompressRun:
         check_weights(view)
         return restricted(view, chosen_modules(view, self.recipe))
 
+    def _carry(self, view: ModelView) -> None:
+        """Find the stored tensors that are copied; a size of all files holds for them, too."""
+        self.outputs.extra = carried_tensors(self.inputs.source, view, self.recipe)
+        self.recipe = without_extra(self.recipe, self.outputs.extra)
+
     def _planned(self, view: ModelView) -> Plan:
-        plan = make_plan(view, self.recipe)
+        plan = make_plan(view, self.recipe, indexed=bool(self.outputs.extra))
         if order_of(self.recipe, plan).layers:
             require_layers(plan)
         return plan
@@ -249,17 +260,18 @@ class CompressRun:
             "command": self.command,
             "model": self.inputs.name,
             "architecture": (model.config.architectures or [type(model).__name__])[0],
+            "generates": predicts_tokens(model),
             "method": self.recipe.method,
             "keep_requested": plan.keep_requested,
             "keep_actual": plan.keep_actual,
             "bytes_before": plan.bytes_before,
             "bytes_after": plan.bytes_after,
             # Compressed layers are counted at 16 bits a weight on both sides; the rest in the model's own dtype.
-            "file_bytes_before": plan.bytes_before + plan.other_bytes,
+            "file_bytes_before": plan.bytes_before + plan.other_bytes + extra_bytes(self.outputs.extra),
             "parameters": plan.bytes_before // 2 + plan.other_bytes // model.dtype.itemsize,
             "seconds": {key: round(value, 3) for key, value in self.seconds.items()},
             "seed": self.recipe.seed,
-            "recipe": self.recipe.model_dump(mode="json", exclude_none=True),
+            "recipe": self.asked.model_dump(mode="json", exclude_none=True),
             "calibration": blocks.facts,
             "groups": [group.row() | info for group, info in zip(plan.groups, found.groups, strict=True)],
         }
@@ -284,5 +296,4 @@ class CompressRun:
             "other_bytes": plan.other_bytes,
             "file_bytes_before": self.pruned["file_bytes_before"],
             "parameters": self.pruned["parameters"],
-            "recipe": self.asked.model_dump(mode="json", exclude_none=True),
         }

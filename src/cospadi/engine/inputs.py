@@ -23,6 +23,7 @@ from cospadi.calibration import (
     token_weights,
 )
 from cospadi.checkpoint import is_compressed
+from cospadi.checkpoint.companions import fetch_companions
 from cospadi.errors import CalibrationError, ModelError
 from cospadi.model_view import InMemory, ModelView, Source, check_ids, check_length, name_of, open_model
 from cospadi.progress import Progress
@@ -100,7 +101,11 @@ class Inputs:
         if self.has_text:
             self.documents  # noqa: B018 - read first: that is quick, and it is where most mistakes are
         given = self.source if isinstance(self.source, InMemory) else None
-        model, tokenizer = (given.model, given.tokenizer) if given else open_model(str(self.source))
+        if given:
+            model, tokenizer = given.model, given.tokenizer
+        else:
+            model, tokenizer = open_model(str(self.source), warn=False)  # `carried_tensors` tells of them
+            fetch_companions(str(model.name_or_path))
         if is_compressed(model.config):
             raise ModelError(f"{self.source} is already compressed by cospadi: {verb} the dense model instead")
         if self.has_text:

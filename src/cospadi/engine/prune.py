@@ -19,9 +19,12 @@ from cospadi.checkpoint.headers import read_directory
 from cospadi.engine.inputs import Inputs, given_text
 from cospadi.engine.journal import Journal, check_output
 from cospadi.engine.outputs import PrunedCheckpoint, environment, write_report
-from cospadi.engine.plan.pruning import check_section, decide
+from cospadi.engine.plan.extra import carried_tensors
+from cospadi.engine.plan.pruning import check_section, decide, estimate_prune
+from cospadi.engine.rehearsal import rehearse
 from cospadi.errors import CheckpointError, NumericalError, OutputError
-from cospadi.model_view import ModelView, discover_layers, model_source
+from cospadi.io import expanded
+from cospadi.model_view import ModelView, discover_layers, model_source, open_config, predicts_tokens, skeleton
 from cospadi.options import prune_recipe_from
 from cospadi.progress import Progress, silent
 from cospadi.pruning import block_bytes, get_pruning_method
@@ -30,7 +33,7 @@ from cospadi.runtime.devices import resolve_device, widened
 from cospadi.runtime.fingerprints import versions
 from cospadi.runtime.memory import memory_errors
 
-_RECIPE_KEYS = {"prune", "calibration", "device", "seed"}
+_RECIPE_KEYS = {"prune", "calibration", "drop_extra", "device", "seed"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -104,7 +107,22 @@ def prune(
     merged, progress = prune_recipe_from(recipe, options | {"calibration": section}), progress or silent
     inputs = Inputs(model_source(model, tokenizer), merged, texts, progress)
     with memory_errors():
-        return PruneRun(inputs, PrunedCheckpoint(Path(out), progress), merged, progress, command).go(fresh)
+        return PruneRun(inputs, PrunedCheckpoint(expanded(out), progress), merged, progress, command).go(fresh)
+
+
+def plan_prune(model: str | Path, recipe: Recipe) -> dict[str, Any]:
+    """How much would go, once it is known that the result could be saved and opened; no weights are read.
+
+    Raises:
+        CospadiError: see :func:`prune`.
+    """
+    planned = estimate_prune(model, recipe)
+    view = discover_layers(skeleton(open_config(model)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        extra = carried_tensors(model, view, recipe)
+    rehearse(view, None, None, extra)
+    return planned | {"warnings": [str(w.message) for w in caught if w.category is UserWarning]}
 
 
 def check_matrices(view: ModelView) -> None:
@@ -155,6 +173,7 @@ class PruneRun:
             self.progress("read", 0, 1, "text and model")
             model, tokenizer = self.inputs.open("prune")
             view = discover_layers(model)
+            self.outputs.extra = carried_tensors(self.inputs.source, view, self.recipe)
             check_matrices(view)
             blocks = self.inputs.tokens(model, tokenizer)
             self.progress("read", 1, 1)
@@ -165,10 +184,12 @@ class PruneRun:
                     _check_whole(out)
                     journal.finish()
                     return PruneResult(out, finished, complete=True)
+                rehearse(view, None, tokenizer, self.outputs.extra)
                 self.seconds["read"] = time.perf_counter() - begun
                 report = self._cut(view, tokenizer, blocks, device)
                 self.seconds["total"] = time.perf_counter() - begun
                 report["seconds"] = {key: round(value, 3) for key, value in self.seconds.items()}
+                report["fingerprint"] = journal.record
                 report["warnings"] = list(dict.fromkeys(str(w.message) for w in caught if w.category is UserWarning))
                 write_report(out, _recipe_yaml(self.recipe), report)
                 journal.finish()
@@ -210,6 +231,7 @@ class PruneRun:
             "command": self.command,
             "model": self.inputs.name,
             "architecture": (model.config.architectures or [type(model).__name__])[0],
+            "generates": predicts_tokens(model),
             "method": self.section.method,
             "stock": not is_compressed(model.config),
             "keep_requested": self.section.keep_blocks,

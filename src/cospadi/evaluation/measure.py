@@ -16,7 +16,7 @@ from cospadi.errors import CalibrationError
 from cospadi.evaluation.models import opened, stored_bytes
 from cospadi.evaluation.perplexity import perplexity
 from cospadi.evaluation.tasks import find_tasks, require_lm_eval, run_tasks
-from cospadi.model_view import model_source
+from cospadi.model_view import kind_of, model_source, require_predictions
 from cospadi.progress import Progress, silent
 from cospadi.runtime.devices import device_name
 from cospadi.runtime.fingerprints import versions
@@ -72,6 +72,8 @@ def evaluate(
     if tasks:
         find_tasks(tasks, limit)
         require_lm_eval()
+    for measured in [model] if against is None else [model, against]:
+        require_predictions(kind_of(measured), "evaluate", "measure the model on its own task")
     result: dict[str, Any] = {"bos": canonical_bos(bos)}
     texts = None
     if text is not None:

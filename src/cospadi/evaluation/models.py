@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import re
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,14 +20,19 @@ from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokeniz
 
 from cospadi import checkpoint
 from cospadi.calibration.begin import prompt_ids
+from cospadi.checkpoint.checksums import check_checksums, has_checksums
+from cospadi.checkpoint.headers import Entry
 from cospadi.errors import CheckpointError, NumericalError
+from cospadi.io import expanded
 from cospadi.model_view import (
     check_ids,
+    kind_of,
     model_name,
     model_source,
     open_config,
     open_model,
     open_tokenizer,
+    require_predictions,
     where_not_finite,
 )
 from cospadi.runtime.devices import compute_dtype, resolve_device
@@ -56,6 +65,8 @@ def load(
             model, tokenizer = checkpoint.load(source, dtype=dtype, compose=compose), open_tokenizer(source)
         else:
             model, tokenizer = open_model(source)
+            if has_checksums(expanded(source)):
+                check_checksums(expanded(source))
         module: torch.nn.Module = model
         wanted = dtype if isinstance(dtype, torch.dtype) else compute_dtype(weight_bytes(model), target)
         if wanted is not None and model.dtype != wanted:
@@ -94,44 +105,73 @@ def weight_bytes(model: PreTrainedModel) -> int:
 
 def stored_bytes(source: object, model: PreTrainedModel) -> int:
     """Bytes of a checkpoint's weight files; of a hub id or a model in memory, those of the parameters in memory."""
-    local = isinstance(source, (str, Path)) and Path(source).is_dir()
-    return checkpoint.file_bytes(str(source)) if local else weight_bytes(model)
+    folder = expanded(source) if isinstance(source, (str, os.PathLike)) else None
+    return checkpoint.file_bytes(folder) if folder is not None and folder.is_dir() else weight_bytes(model)
 
 
 def inspect(directory: str | Path) -> dict[str, Any]:
-    """What is in a compressed checkpoint; every file is checked.
+    """What is in a checkpoint: compressed, pruned or dense. Every file is checked.
 
     Args:
-        directory: a local checkpoint of any registered format.
+        directory: a local checkpoint.
 
     Returns:
-        ``groups``: a row for each stored group, with its error if ``report.json`` is there; ``bytes_before``,
-        ``bytes_after`` and ``keep_actual`` of all groups, or of the whole pruned part as the report says it where the
-        format does not know the original sizes (None without a report).
+        ``kind`` ("compressed", "pruned" or "dense"), ``model``, ``architecture``, ``parameters``, ``file_bytes``,
+        ``checksums``: whether ``SHA256SUMS`` was there to compare with. ``groups``: a row for each stored group, with
+        its error if ``report.json`` is there; ``tensors``: where nothing is stored in a format of ours, a row for each
+        kind of tensor. ``bytes_before``, ``bytes_after`` and ``keep_actual`` of all groups, or of the whole pruned part
+        as the report says it (None without a report). Of pruned checkpoints also ``blocks_before``, ``blocks_after``
+        and ``prune``, as in the report.
 
     Raises:
-        CheckpointError: if it is damaged or not compressed by cospadi.
+        CheckpointError: if it is damaged.
+        ModelError: if it is not a model.
     """
-    path = Path(directory)
+    path = expanded(directory)
     config = open_config(path)
-    if not checkpoint.is_compressed(config):
-        raise CheckpointError(f"{path} is not compressed by cospadi: its config.json has no such quantization_config")
-    rows = checkpoint.read_format(path)[0].rows(checkpoint.validate(path))
+    stored = checkpoint.read_format(path)[0] if checkpoint.is_compressed(config) else None
+    rows = stored.rows(checkpoint.validate(path)) if stored is not None else []
+    tensors = kinds_of_tensors(checkpoint.check_stock(path)) if stored is None else []
     told, reported = _told(path / "report.json")
     sizes = {key: told.get(key) for key in ("bytes_before", "bytes_after", "keep_actual")}
-    if all(row["bytes_before"] is not None for row in rows):
+    if rows and all(row["bytes_before"] is not None for row in rows):
         before, after = (sum(row[key] for row in rows) for key in ("bytes_before", "bytes"))
         sizes = {"bytes_before": before, "bytes_after": after, "keep_actual": after / before}
     for row in rows:
         row |= {key: reported.get(row["name"], {}).get(key) for key in ("layer", "error")}
+    cut: dict[str, Any] = {key: told[key] for key in ("blocks_before", "blocks_after", "prune") if key in told}
     return {
-        "directory": path.name,
-        "model": told.get("model"),
+        "directory": path.absolute().name,
+        "kind": "pruned" if (stored.not_stock if stored else cut) else "compressed" if stored else "dense",
+        "model": told.get("model") or model_name(path),
+        "architecture": next(iter(config.architectures or []), None),
         "method": told.get("method"),
+        "parameters": told.get("parameters") if stored else sum(row["parameters"] for row in tensors),
         **sizes,
+        **cut,
         "file_bytes": checkpoint.file_bytes(path),
+        "checksums": has_checksums(path),
         "groups": rows,
+        "tensors": tensors,
     }
+
+
+def kinds_of_tensors(entries: Mapping[str, Entry]) -> list[dict[str, Any]]:
+    """A row for each kind of tensor: the same name in all layers, the same shape and dtype."""
+    kinds = Counter(
+        (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), entry.shape, entry.dtype) for name, entry in entries.items()
+    )
+    return [
+        {
+            "name": name,
+            "count": count,
+            "shape": list(shape),
+            "dtype": str(dtype).removeprefix("torch."),
+            "parameters": count * math.prod(shape),
+            "bytes": count * math.prod(shape) * dtype.itemsize,
+        }
+        for (name, shape, dtype), count in kinds.items()
+    ]
 
 
 def _told(report: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -184,6 +224,7 @@ def generate(
         ModelError: if the model has no embedding for a token of the prompt.
         NumericalError: if the logits are NaN, from which any token would follow.
     """
+    require_predictions(kind_of(model), "generate", "use the model with transformers")
     with opened(model, tokenizer, device) as (runnable, reader, _):
         return _continued(runnable, reader, prompt, max_new_tokens, temperature, seed, bos)
 

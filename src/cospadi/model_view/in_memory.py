@@ -15,7 +15,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cospadi.errors import ModelError
-from cospadi.model_view.loading import model_name, open_config, open_tokenizer, source_name
+from cospadi.model_view.classes import model_class
+from cospadi.model_view.loading import open_config, open_tokenizer
+from cospadi.model_view.locating import model_name, source_name
 from cospadi.runtime.devices import compute_dtype, placed
 from cospadi.runtime.memory import guard_memory
 
@@ -139,12 +141,23 @@ def config_of(model: object) -> tuple[PreTrainedConfig, str]:
     """
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, PreTrainedModel):
-        config = copy.deepcopy(model.config)
+        config = _config_of_class(model)
         config.dtype = model.dtype  # it may have been cast since it was loaded
         return config, model_label(model)
     source = model_source(model)
     assert isinstance(source, str)
     return open_config(source), model_name(source)
+
+
+def kind_of(model: object) -> type[PreTrainedModel]:
+    """The class of a model that need not be read; one in memory needs no tokenizer.
+
+    Raises:
+        ModelError: if there is no readable configuration, or the class is not supported.
+    """
+    model = getattr(model, "_orig_mod", model)
+    model = model.model if isinstance(model, InMemory) else model
+    return type(model) if isinstance(model, PreTrainedModel) else model_class(config_of(model)[0])[0]
 
 
 def model_label(model: PreTrainedModel) -> str:
@@ -164,13 +177,21 @@ def _not_a_model(model: object) -> str:
     return f"{expected}, not a {kind}"
 
 
+def _config_of_class(model: PreTrainedModel) -> PreTrainedConfig:
+    """A copy of a model's configuration that names its class, as when it is saved."""
+    config: PreTrainedConfig = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    return config
+
+
 def _check_in_memory(model: PreTrainedModel) -> None:
-    """Refuse models whose weights are not what their layers hold.
+    """Refuse models of classes that are not supported, and those whose weights are not what their layers hold.
 
     Raises:
-        ModelError: if weights are offloaded, quantised, or have an adapter beside them.
+        ModelError: if it is no decoder, or if weights are offloaded, quantised, or have an adapter beside them.
     """
     name = type(model).__name__
+    model_class(_config_of_class(model))
     absent = next((key for key, tensor in model.named_parameters() if tensor.device.type == "meta"), None)
     if absent is not None:
         raise ModelError(

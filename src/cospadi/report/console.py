@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cospadi.report.measured import estimate_facts, evaluation_facts, task_rows
+from cospadi.report.measured import contents_facts, estimate_facts, evaluation_facts, task_rows, tensor_rows
 from cospadi.report.terminal import Table, print_facts, print_heading, print_warnings
 from cospadi.report.text import (
     DASH,
@@ -86,14 +86,20 @@ def print_estimate(estimate: Mapping[str, Any], console: Console) -> None:
 
 
 def print_inspect(report: Mapping[str, Any], console: Console) -> None:
-    """Print the contents of a compressed checkpoint, group by group.
+    """Print the contents of a checkpoint: its groups, or the kinds of its tensors where it has none.
 
     Args:
-        report: the content of ``report.json``, or the part of it that the checkpoint's ``config.json`` contains.
+        report: see :func:`cospadi.evaluation.inspect`.
         console: where to print.
     """
-    print_heading(console, model_name(report), report.get("architecture"), report.get("method"))
-    print_facts(console, headlines(report))
+    print_heading(console, model_name(report), report.get("architecture"), report.get("kind"), report.get("method"))
+    print_facts(console, contents_facts(report))
+    tensors = Table(
+        ("tensor", "left"), ("number", "right"), ("shape", "right"), ("dtype", "left"), ("bytes", "right")
+    )  # fmt: skip
+    for cells in tensor_rows(report):
+        tensors.add(*cells)
+    tensors.print(console)
     rows = read_groups(report)
     table = Table(
         ("layer", "right"), ("projection", "left"), ("method", "left"), ("atoms", "right"),

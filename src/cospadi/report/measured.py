@@ -1,20 +1,23 @@
-"""The facts of an estimate and of an evaluation, for consoles and notebooks."""
+"""The facts of an estimate, of an evaluation and of a checkpoint, for consoles and notebooks."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from cospadi.report.depth import depth_headlines
 from cospadi.report.text import (
     DASH,
     arrow,
     human_bytes,
     human_count,
     human_seconds,
+    integer_text,
     mapping,
     number,
     percent,
     perplexity_text,
+    sequence,
 )
-from cospadi.report.view import Fact, perplexity_fact, read_groups, requested, share, stated, total
+from cospadi.report.view import Fact, headlines, perplexity_fact, read_groups, requested, share, stated, total
 
 
 def estimate_facts(estimate: Mapping[str, Any]) -> list[Fact]:
@@ -73,3 +76,27 @@ def task_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             if real is not None:
                 found.append((str(task), str(metric), f"{real:.4f}"))
     return found
+
+
+def contents_facts(contents: Mapping[str, Any]) -> list[Fact]:
+    """What is in a checkpoint, and what was verified; see :func:`cospadi.inspect`."""
+    pruned = contents.get("prune") and contents.get("kind") == "pruned"
+    facts = depth_headlines(contents) if pruned else headlines(contents)
+    if not any(fact.label == "Parameters" for fact in facts):
+        facts = [Fact("Parameters", human_count(contents.get("parameters"))), *facts]
+    hashes = "and its hash in SHA256SUMS" if contents.get("checksums") else "there are no hashes"
+    return [*facts, Fact("Verified", "every file", hashes)]
+
+
+def tensor_rows(contents: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """Name, number, shape, dtype and bytes of the kinds of tensors in a checkpoint without groups."""
+    return [
+        (
+            str(row.get("name")),
+            integer_text(row.get("count")),
+            " × ".join(map(str, sequence(row.get("shape")))),
+            str(row.get("dtype")),
+            human_bytes(row.get("bytes")),
+        )
+        for row in map(mapping, sequence(contents.get("tensors")))
+    ]

@@ -10,7 +10,7 @@ from cospadi.report.comparison import comparison_rows
 from cospadi.report.depth import depth_headlines
 from cospadi.report.html import kind_table
 from cospadi.report.html_parts import html_cards, html_code, html_folded, html_fragment, html_table, html_warnings
-from cospadi.report.measured import estimate_facts, evaluation_facts, task_rows
+from cospadi.report.measured import contents_facts, estimate_facts, evaluation_facts, task_rows, tensor_rows
 from cospadi.report.text import human_bytes, mapping, perplexity_text, publishable, sequence
 from cospadi.report.view import (
     Fact,
@@ -151,14 +151,18 @@ class Contents(Figures):
     """What is in a checkpoint; see :func:`cospadi.inspect`."""
 
     def _facts(self) -> list[Fact]:
-        return headlines(self)
+        return contents_facts(self)
 
     def _told(self) -> str:
-        return f"{len(sequence(self.get('groups')))} groups"
+        groups = len(sequence(self.get("groups")))
+        return f"{self.get('kind')}, {groups} groups" if groups else str(self.get("kind"))
 
     def _page(self) -> tuple[str, list[str]]:
+        columns = [("tensor", False), ("number", True), ("shape", True), ("dtype", False), ("bytes", True)]
+        rows = [[escape(cell) for cell in row] for row in tensor_rows(self)]
         return f"{model_name(self)} · {self.get('directory')}", [
-            html_folded("Projections", kind_table(by_kind(read_groups(self))))
+            html_folded("Projections", kind_table(by_kind(read_groups(self)))),
+            html_folded("Tensors", html_table(columns, rows) if rows else ""),
         ]
 
 

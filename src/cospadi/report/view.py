@@ -237,6 +237,14 @@ def by_kind(rows: Sequence[GroupRow]) -> list[KindRow]:
     ]
 
 
+def opener(report: Mapping[str, Any]) -> str:
+    """The class of transformers that opens the result: the automatic one for causal language models."""
+    kind = report.get("architecture")
+    if not isinstance(kind, str) or not re.fullmatch(r"[A-Za-z]\w*", kind) or kind.endswith("ForCausalLM"):
+        return "AutoModelForCausalLM"
+    return kind
+
+
 def model_name(report: Mapping[str, Any]) -> str:
     """Name of the model; ``"unnamed model"`` where the report has none."""
     return str(report.get("model") or "unnamed model")

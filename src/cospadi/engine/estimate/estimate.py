@@ -18,14 +18,17 @@ import torch
 from cospadi.calibration import sequences_per_batch
 from cospadi.calibration.statistics import CHUNK_TOKENS
 from cospadi.calibration.token_weights import LOGITS, PART_TOKENS
-from cospadi.engine.allocate.rules import allocation_rule
+from cospadi.checkpoint.headers import Entry
+from cospadi.engine.allocate.rules import allocation_rule, require_loss
 from cospadi.engine.estimate.planning_work import SOFTMAX, parts, planning_work
 from cospadi.engine.estimate.solver_work import solver_work
 from cospadi.engine.estimate.speed import START, measure_speed
+from cospadi.engine.plan.extra import carried_tensors, without_extra
 from cospadi.engine.plan.order import order_of, plain_share
 from cospadi.engine.plan.plan import Plan, make_plan
 from cospadi.engine.plan.pruning import check_section, prune_skeleton
 from cospadi.engine.plan.text import reads_text
+from cospadi.engine.rehearsal import rehearse as try_the_end
 from cospadi.engine.tune.tuner import EVALUATIONS
 from cospadi.errors import RecipeError
 from cospadi.format import GroupSpec
@@ -111,12 +114,19 @@ class Estimate:
         return estimate_fragment(self.to_dict())
 
 
-def estimate(model: object, recipe: Recipe | dict[str, Any] | str | Path | None = None, **options: Any) -> Estimate:
+def estimate(
+    model: object,
+    recipe: Recipe | dict[str, Any] | str | Path | None = None,
+    *,
+    rehearse: bool = False,
+    **options: Any,
+) -> Estimate:
     """Sizes, layer table, memory and time, from the configuration alone; see :func:`cospadi.estimate`.
 
     Args:
         model: local directory, hub id, or a transformers model.
         recipe: a recipe, its keys and values, or the path of one; left out: the defaults.
+        rehearse: also save and open a result without content, and look at the headers of the weights that are here.
         **options: see :func:`~cospadi.options.recipe_from`; they override the recipe.
 
     Raises:
@@ -137,11 +147,20 @@ def estimate(model: object, recipe: Recipe | dict[str, Any] | str | Path | None 
         warnings.simplefilter("always", UserWarning)
         if reads_text(recipe):
             check_length(empty, recipe.calibration.seq_len)
+    require_loss(empty, recipe)
     view = discover(empty)
     parameters, removed, asked = empty.num_parameters(), 0, recipe
+    extra: dict[str, Entry] = {}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        if rehearse:
+            extra = carried_tensors(model, view, recipe)
+            recipe = without_extra(recipe, extra)
     if recipe.prune is not None:
         view, recipe, removed = prune_skeleton(view, recipe)
-    plan = make_plan(view, recipe)
+    plan = make_plan(view, recipe, indexed=bool(extra))
+    if rehearse:
+        try_the_end(view, plan, None, extra)
     try:
         device: torch.device | None = resolve_device(recipe.device)
     except RecipeError:  # sizes are of use on a machine without the one that will do the work, too
@@ -157,7 +176,7 @@ def estimate(model: object, recipe: Recipe | dict[str, Any] | str | Path | None 
         seconds=seconds(work, view, device),
         device=None if device is None else device_name(device),
         removed_bytes=removed,
-        notes=[str(w.message) for w in caught if w.category is UserWarning],
+        notes=[str(w.message) for w in (*caught, *told) if w.category is UserWarning],
     )
 
 

@@ -59,11 +59,14 @@ class Plan:
         groups: in model order.
         keep_requested: share of bytes asked for.
         other_bytes: bytes of everything that is left alone (embeddings, norms, head).
+        indexed: an index lists all tensors, whatever their size, since tensors that are copied have a file of their
+            own.
     """
 
     groups: tuple[PlannedGroup, ...]
     keep_requested: float
     other_bytes: int
+    indexed: bool = False
 
     @property
     def bytes_before(self) -> int:
@@ -164,8 +167,13 @@ def target_keep(target: int, before: int, others: int) -> float:
     return (target - others) / before
 
 
-def make_plan(view: ModelView, recipe: Recipe) -> Plan:
+def make_plan(view: ModelView, recipe: Recipe, *, indexed: bool = False) -> Plan:
     """Plan a run on a real or a meta model.
+
+    Args:
+        view: of the model.
+        recipe: of the run.
+        indexed: see :class:`Plan`.
 
     Raises:
         BudgetError: if the size cannot be reached.
@@ -184,23 +192,38 @@ def make_plan(view: ModelView, recipe: Recipe) -> Plan:
     if recipe.keep is not None:
         keep = recipe.keep
     else:
-        keep = _keep_for_target(parse_size(str(recipe.target_size)), view, shapes, method, others, recipe.options)
+        target = parse_size(str(recipe.target_size))
+        keep = _keep_for_target(target, view, shapes, method, others, recipe.options, indexed)
     specs = uniform_specs(shapes, method, keep, recipe.options)
     groups = tuple(
         PlannedGroup(item.sources[0].layer, item.sources, spec, recipe.options)
         for item, spec in zip(together, specs, strict=True)
     )
-    return Plan(groups, keep, others)
+    return Plan(groups, keep, others, indexed)
 
 
 def _keep_for_target(
-    target: int, view: ModelView, shapes: Sequence[GroupShape], method: Method, others: int, options: dict[str, Any]
+    target: int,
+    view: ModelView,
+    shapes: Sequence[GroupShape],
+    method: Method,
+    others: int,
+    options: dict[str, Any],
+    indexed: bool,
 ) -> float:
     """The share to keep so that all files together fit into `target` bytes."""
     before, least = sum(shape.dense_bytes for shape in shapes), least_keep(shapes, method, options)
-    # What stands beside the tensors hardly depends on how much of them is kept: any plan tells it.
-    sides = side_bytes(view.model, uniform_specs(shapes, method, max(least, 0.5), options), target)
+    # What stands beside the tensors hardly depends on how much of them is kept: any plan tells it, or the next one.
+    specs = uniform_specs(shapes, method, max(least, 0.5), options)
+    sides = side_bytes(view.model, specs, target, indexed=indexed)
     keep = target_keep(target, before, others + sides)
+    while keep >= least:
+        specs = uniform_specs(shapes, method, keep, options)
+        more = side_bytes(view.model, specs, target, indexed=indexed)
+        if more <= sides or others + more + sum(spec.bytes for spec in specs) <= target:
+            break
+        sides = more
+        keep = target_keep(target, before, others + sides)
     if keep < least:
         lowest = others + sides + ceil(least * before)
         raise BudgetError(
