@@ -190,7 +190,7 @@ def check_opens(directory: Path, extra: Mapping[str, Any]) -> None:
             kind, own = model_class(config)
             with quietly():
                 kind.from_pretrained(directory, config=own, dtype="auto", use_safetensors=True, local_files_only=True)
-    except (MemoryError, torch.OutOfMemoryError):
+    except (CheckpointError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         fault = " ".join(f"{type(error).__name__}: {error}".split())[:240]
