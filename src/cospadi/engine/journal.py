@@ -26,6 +26,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from cospadi.checkpoint import validate
+from cospadi.checkpoint.checksums import CHECKSUMS
 from cospadi.checkpoint.companions import remove_companions
 from cospadi.errors import CheckpointError, CospadiError, OutputError, ResourceError
 from cospadi.io import disk_errors, write_durably
@@ -298,8 +299,8 @@ def held(out: Path) -> IO[str] | None:
 
 def _is_ours(out: Path) -> bool:
     """Whether a directory holds a run of ours, under way, interrupted or finished."""
-    if (out / FOLDER).is_dir():
-        return True
+    if (out / FOLDER).is_dir() or all((out / name).is_file() for name in ("recipe.yaml", CHECKSUMS)):
+        return True  # the second: a finished run whose report was deleted; it is made again
     for name, mark in ((REPORT, '"cospadi_version"'), (ROWS, '{"fingerprint": "')):
         with suppress(OSError):
             if mark in (out / name).read_text(encoding="utf-8", errors="replace"):

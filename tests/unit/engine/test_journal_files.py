@@ -1,6 +1,7 @@
 """The pieces of the journal, one by one; whole interrupted runs are in the integration tests."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -126,6 +127,15 @@ def test_output_directories(tmp_path):
         with pytest.raises(OutputError, match="not empty"):
             check_output(tmp_path)
         (tmp_path / name).unlink()
+
+
+def test_a_finished_run_without_its_report_is_made_again(tmp_path):
+    for name in ("recipe.yaml", "SHA256SUMS", "config.json", "model.safetensors"):
+        with pytest.raises(OutputError, match="not empty") if name == "SHA256SUMS" else nullcontext():
+            check_output(tmp_path)
+        (tmp_path / name).write_text("{}")
+    with Journal(tmp_path, {"a": 1}) as journal:
+        assert journal.report() is None
 
 
 def finished(out, **fingerprint):
