@@ -12,8 +12,8 @@ import typer
 import cospadi
 from command import command
 from cospadi import Recipe, checkpoint, evaluation
+from cospadi.api.lists import ways
 from cospadi.cli.app import app
-from cospadi.cli.benchmark import _ways
 from cospadi.evaluation.compare import compare
 from cospadi.evaluation.entries import make_entries
 from tiny import save_tiny, tiny_text
@@ -119,7 +119,7 @@ def test_shares_may_be_in_percent_wherever_they_stand(tmp_path):
     (tmp_path / "r.yaml").write_text("keep: 0.8\nanchor_share: a quarter\n")
     done = command("estimate", "~/tiny", "--recipe", "r.yaml")
     assert done.code == 1 and "anchor_share" in done.error and "0.8 or 80%" in done.error
-    assert _ways("60%,0.4,0.6:4", (16, 8)) == ((0.6, 16), (0.6, 8), (0.4, 16), (0.4, 8), (0.6, 4))
+    assert ways("60%,0.4,0.6:4", (16, 8)) == ((0.6, 16), (0.6, 8), (0.4, 16), (0.4, 8), (0.6, 4))
     done = command("benchmark", "--keep", "most")
     assert done.code == 2 and "'most'" in done.error and "60%" in done.error
     entries = make_entries(recipe, ["svd"], ["60%", 0.6], {}, {}, [])

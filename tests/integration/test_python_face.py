@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 import cospadi
 from command import command, weights
@@ -167,6 +168,35 @@ def test_a_model_without_a_name_is_called_by_its_class(tmp_path):
     assert cospadi.estimate(model, method="rtn", keep=0.4).model == "gone"
 
 
+def test_a_size_of_all_files_counts_the_tokenizer_of_a_model_in_memory(tmp_path):
+    model = tiny_model("llama", hidden_size=64, intermediate_size=128)
+    model.name_or_path = model.config.name_or_path = "/somewhere/that/is/gone"
+    asked = {"method": "rtn", "target_size": "210kB", "calibration": TEXT, "samples": 4, "seq_len": 32}
+    assert cospadi.estimate(model, **asked).plan.keep_actual < 1
+    cospadi.compress(model, tmp_path / "o", tokenizer=byte_tokenizer(), **asked)
+    names = ("model", "config", "generation", "tokenizer", "special")
+    assert 200_000 < sum(f.stat().st_size for f in (tmp_path / "o").iterdir() if f.name.startswith(names)) <= 210_000
+
+
+def test_a_classifier_in_memory_is_compressed_as_one(tmp_path):
+    from transformers import LlamaForSequenceClassification
+
+    model, tokenizer = LlamaForSequenceClassification(tiny_config("llama", num_labels=2)), byte_tokenizer()
+    model.config.architectures = ["LlamaForCausalLM"]  # as it was when it was loaded
+    cospadi.compress(model, tmp_path / "o", tokenizer=tokenizer, method="rtn", keep=0.5)
+    small, _ = cospadi.load(tmp_path / "o")
+    assert type(small) is LlamaForSequenceClassification
+    assert cospadi.estimate(model, method="rtn", keep=0.5).architecture == "LlamaForSequenceClassification"
+    with pytest.raises(ModelError, match="evaluate needs predictions of the next token"):
+        cospadi.evaluate(model, tokenizer=tokenizer, text=TEXT)
+    with pytest.raises(ModelError, match="generate needs predictions of the next token"):
+        cospadi.generate(model, "a", tokenizer=tokenizer)
+    with pytest.raises(ModelError, match="a comparison needs predictions of the next token"):
+        cospadi.compare(model, tmp_path / "c", tokenizer=tokenizer, methods="rtn", keep=0.5, text=TEXT)
+    with pytest.raises(ModelError, match="gram 'loss' needs predictions"):
+        cospadi.estimate(model, method="svd_llm", keep=0.5, gram="loss")
+
+
 def test_a_copy_keeps_ties_and_leaves_hooks_behind(model, tiny):
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
@@ -186,6 +216,8 @@ def test_models_in_memory_that_cannot_be_used(model, tiny, tmp_path):
         assert "\n" not in str(caught.value) and not (tmp_path / "o").exists()
 
     refused(nn.Linear(2, 2), "not a Linear")
+    sizes = {"vocab_size": 258, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    refused(T5ForConditionalGeneration(T5Config(**sizes)), "encoder-decoder model")
     refused(tiny, "a directory or hub id has its own")
     refused(model, "not a dict: load it with AutoTokenizer", {"input_ids": []})
     adapted = nn.Module()
@@ -215,6 +247,7 @@ def test_results_are_short_and_safe(tiny, tmp_path):
         cospadi.estimate(place, keep=0.5),
         cospadi.evaluate(result.out, text=TEXT, seq_len=64, against=place),
         cospadi.inspect(result.out),
+        cospadi.inspect(place),
         cospadi.export(result.out, tmp_path / "<u>dense"),
         cospadi.generate(result.out, "<p>", max_new_tokens=2),
         cospadi.doctor(),

@@ -15,6 +15,7 @@ from cospadi.errors import CheckpointError, ModelError
 from cospadi.evaluation import generate
 from cospadi.evaluation.compare import compare
 from cospadi.format import GroupSpec, MatrixSpec
+from cospadi.methods import all_methods
 from cospadi.model_view import skeleton
 from released import save_released
 from tiny import byte_tokenizer, save_tiny, tiny_model, tiny_text
@@ -70,6 +71,14 @@ def test_a_result_that_cannot_be_opened_is_not_called_finished(tmp_path, unopena
     with pytest.raises(CheckpointError, match=r"the result cannot be opened as LlamaForCausalLM \(.*no weight"):
         save(model, byte_tokenizer(), tmp_path / "out", [spec])
     assert not [*(tmp_path / "out").glob("*")]
+
+
+@pytest.mark.parametrize("method", sorted(all_methods()))
+def test_every_method_passes(tmp_path, method):
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
+    source = save_tiny(tmp_path / "model", **shape)
+    found = estimate(source, rehearse=True, keep=0.4, method=method, calibration={"samples": 4, "seq_len": 32})
+    assert found.plan.keep_actual <= 0.4
 
 
 def test_what_cannot_be_saved_is_found_at_the_start(tmp_path, monkeypatch, worked):

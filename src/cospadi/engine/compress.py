@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cospadi.calibration import TextSource, TokenBlocks, fisher
 from cospadi.checkpoint import storage_dtype
@@ -28,6 +28,7 @@ from cospadi.engine.plan.order import order_of, plain_share
 from cospadi.engine.plan.plan import Plan, make_plan
 from cospadi.engine.plan.pruning import check_section, prune_first
 from cospadi.engine.plan.selection import chosen_modules, restricted
+from cospadi.engine.plan.target import Beside
 from cospadi.engine.plan.text import needs_text
 from cospadi.engine.rehearsal import rehearse
 from cospadi.engine.tune.sequential import Outcome, Sequential, require_layers
@@ -143,7 +144,7 @@ class CompressRun:
             require_loss(model, self.recipe)
             view = self._view(model)
             self._carry(view)
-            plan = self._planned(view) if self.recipe.prune is None else None
+            plan = self._planned(view, tokenizer) if self.recipe.prune is None else None
             blocks = self.inputs.tokens(model, tokenizer)
             self.progress("read", 1, 1)
             fingerprint = self.inputs.fingerprint(model, blocks, device, self.recipe)
@@ -156,7 +157,7 @@ class CompressRun:
                 self.seconds["read"] = time.perf_counter() - begun
                 rehearse(view, plan, tokenizer, self.outputs.extra)
                 if plan is None:
-                    view, plan = self._prune(view, blocks, device)
+                    view, plan = self._prune(view, tokenizer, blocks, device)
                 context = self._context(view, blocks, device, journal)
                 with self._timed("allocate"):
                     plan = final_plan(context, self.recipe, plan, journal)
@@ -197,17 +198,19 @@ class CompressRun:
         self.outputs.extra = carried_tensors(self.inputs.source, view, self.recipe)
         self.recipe = without_extra(self.recipe, self.outputs.extra)
 
-    def _planned(self, view: ModelView) -> Plan:
-        plan = make_plan(view, self.recipe, indexed=bool(self.outputs.extra))
+    def _planned(self, view: ModelView, tokenizer: PreTrainedTokenizerBase) -> Plan:
+        plan = make_plan(view, self.recipe, Beside(tokenizer, indexed=bool(self.outputs.extra)))
         if order_of(self.recipe, plan).layers:
             require_layers(plan)
         return plan
 
-    def _prune(self, view: ModelView, blocks: TokenBlocks, device: torch.device) -> tuple[ModelView, Plan]:
+    def _prune(
+        self, view: ModelView, tokenizer: PreTrainedTokenizerBase, blocks: TokenBlocks, device: torch.device
+    ) -> tuple[ModelView, Plan]:
         """Remove blocks first; from then on the recipe's keep counts against the pruned model."""
         with self._timed("prune"):
             view, self.recipe, self.pruned = prune_first(view, self.recipe, blocks.ids, device, self.progress)
-        return view, self._planned(view)
+        return view, self._planned(view, tokenizer)
 
     def _context(self, view: ModelView, blocks: TokenBlocks, device: torch.device, journal: Journal) -> RunContext:
         """Statistics of every group's input, and whatever else the method needs."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from cospadi.errors import ModelError
 from cospadi.model_view.classes import model_class
 from cospadi.model_view.loading import open_config, open_tokenizer
-from cospadi.model_view.locating import model_name, source_name
+from cospadi.model_view.locating import is_here, model_name, source_name
 from cospadi.runtime.devices import compute_dtype, placed
 from cospadi.runtime.memory import guard_memory
 
@@ -143,6 +143,8 @@ def config_of(model: object) -> tuple[PreTrainedConfig, str]:
     if isinstance(model, PreTrainedModel):
         config = _config_of_class(model)
         config.dtype = model.dtype  # it may have been cast since it was loaded
+        if not is_here(str(config.name_or_path or "")):
+            config.name_or_path = ""
         return config, model_label(model)
     source = model_source(model)
     assert isinstance(source, str)

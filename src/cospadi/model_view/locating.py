@@ -118,6 +118,15 @@ def inside(options: dict[str, Any], name: str = "") -> Path:
     return Path(options["pretrained_model_name_or_path"], name)
 
 
+def is_here(name: str) -> bool:
+    """Whether a directory or hub id can be read without any network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if _is_folder(Path(name).expanduser()):
+        return True
+    return _HUB_ID.fullmatch(name) is not None and isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
 def weights_directory(source: str | Path) -> Path | None:
     """The local directory of a model's weights; None if they were never fetched from the hub."""
     from huggingface_hub import try_to_load_from_cache

@@ -111,7 +111,7 @@ def _within_target(decided: Plan, choose: Choose, plan: Plan, context: RunContex
     """A smaller plan, where another mixture of representations needs more beside the tensors than was reckoned with."""
 
     def beside(of: Plan) -> int:
-        return side_bytes(context.view.model, of.specs, of.other_bytes + of.bytes_after, indexed=plan.indexed)
+        return side_bytes(context.view.model, of.specs, of.other_bytes + of.bytes_after, plan.beside)
 
     whole, reckoned = plan.budget, beside(plan)
     budget = whole

@@ -27,6 +27,7 @@ from cospadi.engine.plan.extra import carried_tensors, without_extra
 from cospadi.engine.plan.order import order_of, plain_share
 from cospadi.engine.plan.plan import Plan, make_plan
 from cospadi.engine.plan.pruning import check_section, prune_skeleton
+from cospadi.engine.plan.target import Beside
 from cospadi.engine.plan.text import reads_text
 from cospadi.engine.rehearsal import rehearse as try_the_end
 from cospadi.engine.tune.tuner import EVALUATIONS
@@ -158,7 +159,7 @@ def estimate(
             recipe = without_extra(recipe, extra)
     if recipe.prune is not None:
         view, recipe, removed = prune_skeleton(view, recipe)
-    plan = make_plan(view, recipe, indexed=bool(extra))
+    plan = make_plan(view, recipe, Beside(indexed=bool(extra)))
     if rehearse:
         try_the_end(view, plan, None, extra)
     try:
