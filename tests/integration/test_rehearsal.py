@@ -97,8 +97,8 @@ def test_what_cannot_be_saved_is_found_at_the_start(tmp_path, monkeypatch, worke
 @pytest.mark.parametrize("method", ["rtn", "svd", "cospadi", "sparsegpt", "basis_sharing", "gptq"])
 def test_a_small_model_of_the_same_kinds_is_written_opened_and_run(tmp_path, monkeypatch, method):
     written = []
-    original = rehearsal.save
-    monkeypatch.setattr(rehearsal, "save", lambda model, *a: (written.append(model.config), original(model, *a)))
+    original = rehearsal.write_model
+    monkeypatch.setattr(rehearsal, "write_model", lambda model, *a: (written.append(model.config), original(model, *a)))
     source = save_tiny(tmp_path, num_hidden_layers=6)
     before = torch.random.get_rng_state()
     estimate(source, rehearse=True, keep=0.6, method=method, calibration={"seq_len": 64})
@@ -108,8 +108,8 @@ def test_a_small_model_of_the_same_kinds_is_written_opened_and_run(tmp_path, mon
 
 def test_the_small_model_has_a_block_of_every_kind(tmp_path, monkeypatch):
     written = []
-    original = rehearsal.save
-    monkeypatch.setattr(rehearsal, "save", lambda model, *a: (written.append(model.config), original(model, *a)))
+    original = rehearsal.write_model
+    monkeypatch.setattr(rehearsal, "write_model", lambda model, *a: (written.append(model.config), original(model, *a)))
     source = save_released(tmp_path, "NemotronHForCausalLM")
     estimate(source, rehearse=True, keep=0.6, method="rtn", calibration={"seq_len": 64})
     assert {*written[0].layer_types} == {"linear_attention", "full_attention", "mlp"}

@@ -21,10 +21,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from cospadi.checkpoint import attach, format_for, save
+from cospadi.checkpoint import attach, format_for
 from cospadi.checkpoint.fitting import fit, quietly
 from cospadi.checkpoint.headers import Entry
-from cospadi.checkpoint.write import write_side_files
+from cospadi.checkpoint.write import write_model, write_side_files
 from cospadi.engine.plan.plan import Plan
 from cospadi.errors import BudgetError, CheckpointError, ModelError, OutputError
 from cospadi.format import GroupSpec, Spec
@@ -114,7 +114,9 @@ def _write_small(view: ModelView, specs: Sequence[Spec]) -> None:
     with TemporaryDirectory() as folder:
         if shutil.disk_usage(folder).free < 3 * size:
             return
-        save(model, None, folder, few)
+        attach(model, few)
+        with format_for(few).stored_dtypes(model):
+            write_model(model, None, Path(folder))
         opened: Any = type(model).from_pretrained(folder, dtype="auto")
         with torch.no_grad():
             opened(input_ids=torch.arange(8)[None], use_cache=False)
