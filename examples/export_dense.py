@@ -4,15 +4,14 @@ import sys
 
 from transformers import AutoModelForCausalLM
 
-from cospadi import Recipe, compress, evaluate
-from cospadi.checkpoint import export_dense
+from cospadi import compress, evaluate, export
 from cospadi.embedded import model_path, stdlib_texts
 
 out = sys.argv[1] if len(sys.argv) > 1 else "example-output/export"
-recipe = Recipe(method="wanda", keep=0.8, calibration={"samples": 16, "seq_len": 256})
 small, dense = f"{out}/small", f"{out}/dense"
-compress(model_path(), small, recipe=recipe, calibration=stdlib_texts("calibration")[:4])
-export_dense(small, dense)
+texts = stdlib_texts("calibration")[:4]
+compress(model_path(), small, method="wanda", keep=0.8, calibration=texts, samples=16, seq_len=256)
+export(small, dense)
 
 assert AutoModelForCausalLM.from_pretrained(dense).get_submodule("model.layers.0.self_attn.q_proj").weight.ndim == 2
 figures = evaluate(small, text=stdlib_texts("heldout")[:2], against=dense, seq_len=256, max_blocks=4)

@@ -26,13 +26,34 @@ from cospadi.errors import (
 )
 
 if TYPE_CHECKING:
-    from cospadi.engine.compress import Result, compress
-    from cospadi.engine.estimate.estimate import Estimate, estimate
-    from cospadi.engine.prune import PruneResult, prune
-    from cospadi.evaluation import evaluate, load
+    from cospadi.api.checkpoints import doctor, export, generate, inspect
+    from cospadi.api.measures import benchmark, compare, evaluate
+    from cospadi.api.runs import compress, estimate, prune
+    from cospadi.engine.compress import Result
+    from cospadi.engine.estimate.estimate import Estimate
+    from cospadi.engine.prune import PruneResult
+    from cospadi.evaluation import load
     from cospadi.recipe import Recipe
 
     __version__: str
+
+_HOMES = {
+    "Estimate": "cospadi.engine.estimate.estimate",
+    "PruneResult": "cospadi.engine.prune",
+    "Recipe": "cospadi.recipe",
+    "Result": "cospadi.engine.compress",
+    "benchmark": "cospadi.api.measures",
+    "compare": "cospadi.api.measures",
+    "compress": "cospadi.api.runs",
+    "doctor": "cospadi.api.checkpoints",
+    "estimate": "cospadi.api.runs",
+    "evaluate": "cospadi.api.measures",
+    "export": "cospadi.api.checkpoints",
+    "generate": "cospadi.api.checkpoints",
+    "inspect": "cospadi.api.checkpoints",
+    "load": "cospadi.evaluation",
+    "prune": "cospadi.api.runs",
+}
 
 __all__ = [
     "BudgetError",
@@ -48,24 +69,18 @@ __all__ = [
     "RecipeError",
     "ResourceError",
     "Result",
+    "benchmark",
+    "compare",
     "compress",
+    "doctor",
     "estimate",
     "evaluate",
+    "export",
+    "generate",
+    "inspect",
     "load",
     "prune",
 ]
-
-_HOMES = {
-    "Estimate": "cospadi.engine.estimate.estimate",
-    "PruneResult": "cospadi.engine.prune",
-    "Recipe": "cospadi.recipe",
-    "Result": "cospadi.engine.compress",
-    "compress": "cospadi.engine.compress",
-    "estimate": "cospadi.engine.estimate.estimate",
-    "evaluate": "cospadi.evaluation",
-    "load": "cospadi.evaluation",
-    "prune": "cospadi.engine.prune",
-}
 
 _cospadi_autoload.autoload()
 

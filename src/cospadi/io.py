@@ -50,6 +50,29 @@ def _error_number(error: Exception) -> int | None:
     return int(found[1]) if found else None
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path as its user means it: a leading ``~`` is the home directory. All paths that users give go through here.
+
+    Shells leave ``~`` alone within quotes and in ``--out=~/dir``, and programs that start commands do not expand it.
+
+    Args:
+        path: ``./~name`` is a path whose name begins with ``~``; it becomes absolute, and so may be expanded again.
+
+    Raises:
+        OutputError: if it begins with the name of a user who does not exist.
+    """
+    text = os.fspath(path)
+    if not text.startswith("~"):
+        found = Path(text)
+        return Path.cwd() / found if str(found).startswith("~") else found
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise OutputError(
+            f"{text}: there is no such home directory; for a name that begins with ~ write ./{text}"
+        ) from None
+
+
 def write_durably(path: str | os.PathLike[str], content: bytes | str) -> Path:
     """Write a file that is either complete or absent, even after a power cut.
 

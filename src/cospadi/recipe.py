@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from cospadi.aliases import canonical, canonical_bos
 from cospadi.errors import BudgetError, RecipeError
+from cospadi.io import expanded
 from cospadi.quantities import parse_share, parse_size
 
 DEFAULT_METHOD = "auto"
@@ -83,6 +84,11 @@ class Refine(_Strict):
     output_steps: int = Field(
         0, ge=0, description="Adam steps on all layers together afterwards, to match the original model's predictions."
     )
+
+    @field_validator("held_out", "probe", mode="before")
+    @classmethod
+    def _shares_in_percent(cls, value: Any) -> Any:
+        return _number_of(value)
 
 
 class Prune(_Strict):
@@ -168,13 +174,18 @@ class Recipe(_Strict):
     refine: Refine | None = Field(
         None, description="Tune each decoder layer after it is factorised: true, or a section of settings."
     )
+    drop_extra: bool = Field(
+        False,
+        description="Leave out stored tensors that the model's class does not take, such as multi-token prediction "
+        "heads, instead of copying them.",
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     seed: int = Field(0, ge=0, description="Seed of every random choice.")
 
-    @field_validator("keep", mode="before")
+    @field_validator("keep", "anchor_share", mode="before")
     @classmethod
-    def _keep_in_percent(cls, keep: Any) -> Any:
-        return _number_of(keep)
+    def _shares_in_percent(cls, share: Any) -> Any:
+        return _number_of(share)
 
     @field_validator("options")
     @classmethod
@@ -272,7 +283,7 @@ class Recipe(_Strict):
         Raises:
             RecipeError: if the file is missing, is not YAML, or has unknown keys or wrong values.
         """
-        path = Path(path).expanduser()
+        path = expanded(path)
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:

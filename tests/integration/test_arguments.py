@@ -9,8 +9,13 @@ from pathlib import Path
 import pytest
 import typer
 
+import cospadi
 from command import command
+from cospadi import Recipe, checkpoint, evaluation
+from cospadi.api.lists import ways
 from cospadi.cli.app import app
+from cospadi.evaluation.compare import compare
+from cospadi.evaluation.entries import make_entries
 from tiny import save_tiny, tiny_text
 
 PATHS = {"MODEL", "DIR", "OUT", "[DIR]", "[NAME=]PATH"}
@@ -40,12 +45,14 @@ def elsewhere(home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize(("of", "option"), path_options())
+@pytest.mark.parametrize(("of", "option"), list(path_options()))
 def test_every_path_option_expands_the_home_directory(of, option, home):
     context = of.make_context(of.name, [], resilient_parsing=True)
     for typed, expected in (("~/a b", home / "a b"), ("b/~", Path("b/~"))):
         found = option.process_value(context, [typed] if option.multiple else typed)
         assert [Path(item) for item in (found if option.multiple else [found])] == [expected]
+    named = option.process_value(context, ["./~x"] if option.multiple else "./~x")  # what the message below advises
+    assert [Path(item) for item in (named if option.multiple else [named])] == [Path.cwd() / "~x"]
 
 
 def test_named_recipes_and_lists_of_tasks_expand_the_home_directory(home):
@@ -67,6 +74,27 @@ def test_a_run_below_the_home_directory_leaves_no_directory_named_tilde(home, tm
     assert json.loads((home / "out/report.json").read_text(encoding="utf-8"))["keep_requested"] == 0.8
 
 
+def test_functions_expand_the_home_directory_too(home, tmp_path):
+    text = {"calibration": {"source": "~/text.txt", "samples": 4, "seq_len": 32}}
+    (home / "recipe.yaml").write_text(json.dumps(text | {"method": "svd", "keep": 0.8}), encoding="utf-8")
+    small = cospadi.compress("~/tiny", "~/small", recipe="~/recipe.yaml").out
+    short = cospadi.prune("~/tiny", Path("~/short"), method="uidl", blocks=1, recipe=text).out
+    assert (small, short) == (home / "small", home / "short")
+    assert evaluation.inspect("~/small")["kind"] == "compressed"
+    checkpoint.export_dense("~/small", "~/dense")
+    model = checkpoint.load("~/small")
+    checkpoint.save(model, None, "~/again", checkpoint.read_config("~/small"))
+    assert checkpoint.file_bytes("~/again") == checkpoint.file_bytes("~/small")
+    cospadi.load("~/dense")
+    measured = cospadi.evaluate("~/short", text="~/text.txt", seq_len=32, max_blocks=1, against="~/dense")
+    assert measured["bytes"] == checkpoint.file_bytes("~/short")
+    run = {"methods": ["svd"], "keeps": [0.8], "text": "~/text.txt", "references": [], "seq_len": 32}
+    compare("~/tiny", "~/table", recipe=Recipe(**text), **run)
+    assert (home / "table").is_dir()
+    assert cospadi.estimate("~/tiny", "~/recipe.yaml").plan.keep_actual < 0.81
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_home_directory_of_a_user_who_does_not_exist_is_refused(tmp_path):
     done = command("compress", "~/tiny", "~no-such-user/out", "--keep", "0.5")
     assert done.code == 2 and "~no-such-user/out" in done.error and "no such home directory" in done.error
@@ -82,6 +110,20 @@ def test_the_share_of_blocks_may_be_in_percent():
     prune = ["prune", "~/tiny", "out", "--method", "uidl", "--dry-run", "--json", "--keep-blocks"]
     found = [command(*prune, typed).json for typed in ("0.7", "70%", "0,7")]
     assert found[0] == found[1] == found[2] and found[0]["blocks_after"] == 2
+
+
+def test_shares_may_be_in_percent_wherever_they_stand(tmp_path):
+    (tmp_path / "r.yaml").write_text("keep: 80%\nanchor_share: 25%\nrefine: {held_out: 12.5%, probe: 10 %}\n")
+    recipe = Recipe.load("r.yaml")
+    assert (recipe.keep, recipe.anchor_share, recipe.refine.held_out, recipe.refine.probe) == (0.8, 0.25, 0.125, 0.1)
+    (tmp_path / "r.yaml").write_text("keep: 0.8\nanchor_share: a quarter\n")
+    done = command("estimate", "~/tiny", "--recipe", "r.yaml")
+    assert done.code == 1 and "anchor_share" in done.error and "0.8 or 80%" in done.error
+    assert ways("60%,0.4,0.6:4", (16, 8)) == ((0.6, 16), (0.6, 8), (0.4, 16), (0.4, 8), (0.6, 4))
+    done = command("benchmark", "--keep", "most")
+    assert done.code == 2 and "'most'" in done.error and "60%" in done.error
+    entries = make_entries(recipe, ["svd"], ["60%", 0.6], {}, {}, [])
+    assert [entry.slug for entry in entries] == ["svd-0.6"]
 
 
 @pytest.mark.parametrize("typed", ["half", "0.3.1", "%", "1/2"])

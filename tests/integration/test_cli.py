@@ -530,10 +530,8 @@ def test_damaged_checkpoints(tmp_path, damage, word):
     assert not (tmp_path / "dense").exists()
 
 
-def test_what_is_not_a_compressed_checkpoint():
-    refused(command("inspect", "tiny"), "tiny", "not compressed")
+def test_what_is_no_checkpoint():
     refused(command("inspect", "./nowhere"), "nowhere")
-    refused(command("export", "tiny", "dense", "--dense"), "not a checkpoint of cospadi")
     refused(command("evaluate", "./nowhere", "--text", "text.txt"), "nowhere")
     refused(command("evaluate", "small", "--text", "text.txt", "--against", "./nowhere"), "nowhere")
     refused(command("generate", "./nowhere", "--prompt", "a"), "nowhere")

@@ -42,7 +42,6 @@ def test_table_files_and_one_object_on_the_last_line(run, tmp_path):
     found = {path.name for path in (tmp_path / "out").iterdir()}
     assert found == {
         "rows.jsonl",
-        ".cospadi",
         *(f"comparison.{kind}" for kind in ("json", "csv", "html", "png", "svg")),
     }
     with (tmp_path / "out" / "comparison.csv").open(encoding="utf-8") as file:

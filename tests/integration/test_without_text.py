@@ -80,6 +80,7 @@ def test_the_estimate_and_the_dry_run_count_no_calibration():
         ("--sequential",),
         ("--anchor",),
         ("--refine",),
+        ("--gram", "loss"),
         ("--allocation", "knapsack"),
         ("--method", "auto"),
     ],

@@ -2,12 +2,13 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
 from cospadi.errors import OutputError
-from cospadi.io import disk_errors, write_durably
+from cospadi.io import disk_errors, expanded, write_durably
 
 
 @pytest.mark.parametrize(
@@ -68,3 +69,27 @@ def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "x").write_text("")
     with pytest.raises(OutputError, match=r"x/y cannot be written"):
         write_durably(tmp_path / "x" / "y", b"")
+
+
+def test_the_home_directory_is_expanded_once_and_for_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    home = tmp_path / "home"
+    for given, meant in {
+        "~": home,
+        "~/a b": home / "a b",
+        Path("~/x"): home / "x",
+        "a/~": Path("a/~"),
+        "": Path(),
+        "./~x": tmp_path / "~x",
+        "./~": tmp_path / "~",
+        "/~x": Path("/~x"),
+    }.items():
+        assert expanded(given) == expanded(expanded(given)) == meant
+
+
+def test_the_home_of_nobody_is_refused_with_a_spelling_that_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match=r"~nobody-here/x: there is no such home .* write \./~nobody-here/x"):
+        expanded("~nobody-here/x")
+    assert expanded("./~nobody-here/x") == tmp_path / "~nobody-here/x"

@@ -26,7 +26,8 @@ def python(code: str) -> str:
 
 def test_the_public_names():
     assert set(OTHERS) == {
-        "Estimate", "PruneResult", "Recipe", "Result", "compress", "estimate", "evaluate", "load", "prune"
+        "Estimate", "PruneResult", "Recipe", "Result", "benchmark", "compare", "compress", "doctor", "estimate",
+        "evaluate", "export", "generate", "inspect", "load", "prune",
     }  # fmt: skip
     assert set(ERRORS) == {
         "BudgetError", "CalibrationError", "CheckpointError", "CospadiError", "ModelError", "NumericalError",

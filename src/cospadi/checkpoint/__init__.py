@@ -7,13 +7,14 @@ from cospadi.checkpoint.hooks import attach, register
 from cospadi.checkpoint.load import load
 from cospadi.checkpoint.save import save
 from cospadi.checkpoint.sizes import factor_bytes, file_bytes
-from cospadi.checkpoint.validate import read_config, read_format, validate
+from cospadi.checkpoint.validate import check_stock, read_config, read_format, validate
 
 __all__ = [
     "FORMATS",
     "Format",
     "GroupedFormat",
     "attach",
+    "check_stock",
     "export_dense",
     "factor_bytes",
     "file_bytes",

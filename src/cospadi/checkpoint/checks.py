@@ -63,7 +63,7 @@ class FileTensors(Mapping[str, Tensor]):
         self._entries, self._module = entries, module
 
     def __getitem__(self, leaf: str) -> Tensor:
-        name = f"{self._module}.{leaf}"
+        name = f"{self._module}.{leaf}" if self._module else leaf
         file = self._entries[name].file
         try:
             with safe_open(file, framework="pt") as reader:
@@ -79,6 +79,12 @@ class FileTensors(Mapping[str, Tensor]):
         return sum(1 for _ in self)
 
 
+def check_all_finite(entries: Mapping[str, Entry]) -> None:
+    """:func:`check_finite` for every module on disk."""
+    for module in dict.fromkeys(name.rpartition(".")[0] for name in entries):
+        check_finite(entries, module)
+
+
 def check_finite(entries: Mapping[str, Entry], module: str) -> None:
     """Check that the floating-point tensors of one module on disk hold neither NaN nor Inf.
 
@@ -86,6 +92,7 @@ def check_finite(entries: Mapping[str, Entry], module: str) -> None:
         CheckpointError: naming file and tensor.
     """
     for leaf, tensor in FileTensors(entries, module).items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            name = f"{module}.{leaf}"
+        readable = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+        if tensor.is_floating_point() and not bool(readable.isfinite().all()):
+            name = f"{module}.{leaf}" if module else leaf
             raise CheckpointError(f"{entries[name].file}: tensor {name}: holds NaN or Inf")

@@ -22,6 +22,15 @@ def write_checksums(directory: Path) -> None:
     (directory / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
 
+def has_checksums(directory: Path) -> bool:
+    """Whether a directory has a ``SHA256SUMS`` of weight files alone, as ours are; others may list anything."""
+    try:
+        lines = (directory / CHECKSUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    return bool(lines) and all(line.endswith(".safetensors") for line in lines)
+
+
 def check_checksums(directory: Path) -> None:
     """Compare the weight files with their hashes; a directory without ``SHA256SUMS`` passes.
 

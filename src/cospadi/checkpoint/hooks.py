@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cospadi.checkpoint.formats.base import FORMATS, Format, format_for, format_of
 from cospadi.checkpoint.headers import Entry, read_header
+from cospadi.checkpoint.tensor_names import save_under_module_names, save_under_released_names
 from cospadi.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -74,8 +75,9 @@ class FormatQuantizer(HfQuantizer):
         if directory is not None:
             self._format.check_headers(self._entries, specs, directory)
         here = self._format.named_as_in(model, specs)
+        self._stored, here = self._format.within(model, specs, here)
         self._format.replace(model, here, dtype if isinstance(dtype, torch.dtype) else None)
-        self._stored, self._here = specs, here
+        self._here = here
         if here != specs:  # saved again, the tensors will have the names that the modules have here
             self.quantization_config = FormatConfig(**(data | self._format.describe(here)))
         return model
@@ -85,6 +87,7 @@ class FormatQuantizer(HfQuantizer):
             self._format.dense(model)
         else:
             self._format.finish(model, self._stored, self._here, self._entries)
+            save_under_module_names(model)
         self._entries, self._stored, self._here = {}, (), ()
         return model
 
@@ -93,6 +96,7 @@ class FormatQuantizer(HfQuantizer):
             raise NotImplementedError(f"{self._format.name} cannot be dequantized: {self._format.not_stock}")
         self._format.dense(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         model.config._is_quantized = False
+        save_under_released_names(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -168,3 +172,4 @@ def attach(model: PreTrainedModel, specs: Sequence[Any]) -> None:
     }
     for key, value in marks.items():
         setattr(model, key, value)
+    save_under_module_names(model)

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from cospadi.checkpoint.checksums import check_checksums
-from cospadi.checkpoint.formats.base import format_of
+from cospadi.checkpoint.checksums import check_checksums, has_checksums
+from cospadi.checkpoint.extra_file import extra_names
+from cospadi.checkpoint.formats.base import beyond, format_of
 from cospadi.checkpoint.headers import read_directory, read_json
 from cospadi.checkpoint.hooks import register
 from cospadi.checkpoint.validate import validate
 from cospadi.errors import CheckpointError, CospadiError, ResourceError
+from cospadi.io import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,12 +78,17 @@ def load(
         raise ResourceError(f"{directory}: not enough memory to load the model: {_first_line(error)}") from error
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{directory}: cannot be loaded: {_first_line(error)}") from error
+    extra = extra_names(directory)
     for kind in ("missing", "mismatched", "unexpected"):
         names = sorted(str(name) for name in info.get(f"{kind}_keys") or ())
-        if names and (stored is not None or kind != "unexpected"):
+        if kwargs:  # fewer layers may have been asked for
+            names = [name for name in names if not beyond(model, name)]
+        if kind == "unexpected":
+            names = [] if stored is None else [name for name in names if name not in extra]
+        if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(f"{directory}: {kind} tensor {names[0]}{more}; copy the checkpoint again")
-    if stored is not None and checksums:
+    if checksums and (stored is not None or has_checksums(directory)):
         check_checksums(directory)  # last: the checks above name the tensor
     if compose and stored is not None and not stored.not_stock and getattr(model, "hf_quantizer", None) is not None:
         model.dequantize(dtype=model.dtype)
@@ -90,7 +97,7 @@ def load(
 
 
 def _locate(path: str | Path, revision: str | None) -> Path:
-    directory = Path(path)
+    directory = expanded(path)
     if directory.is_dir():
         return directory
     if isinstance(path, Path) or path.count("/") > 1 or path.startswith((".", "/", "~")):

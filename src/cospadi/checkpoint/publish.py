@@ -48,7 +48,7 @@ def staged(out: Path) -> Iterator[Path]:
 
 
 def _publish(staging: Path, out: Path) -> None:
-    new = sorted(path.name for path in staging.iterdir())
+    new = sorted(str(path.relative_to(staging)) for path in staging.rglob("*") if path.is_file())
     mode = (staging / CONFIG).stat().st_mode  # what the user's umask allows; safetensors writes for the owner only
     for name in new:
         (staging / name).chmod(mode)
@@ -58,6 +58,7 @@ def _publish(staging: Path, out: Path) -> None:
         if (_WEIGHTS.fullmatch(old.name) or old.name == INDEX) and old.name not in new:
             old.unlink()
     for name in sorted(new, key=lambda name: name == CONFIG):
+        (out / name).parent.mkdir(exist_ok=True)
         os.replace(staging / name, out / name)  # noqa: PTH105
     flush(out)
 

@@ -6,6 +6,7 @@ from cospadi.checkpoint.checks import entry_of
 from cospadi.checkpoint.headers import INDEX, SINGLE, read_directory, read_json
 from cospadi.checkpoint.validate import read_format
 from cospadi.errors import CheckpointError
+from cospadi.io import expanded
 
 
 def file_bytes(path: str | Path) -> int:
@@ -14,7 +15,7 @@ def file_bytes(path: str | Path) -> int:
     Raises:
         CheckpointError: if there are none, or one of the index is missing.
     """
-    directory = Path(path)
+    directory = expanded(path)
     if (directory / SINGLE).exists():
         names = {SINGLE}
     else:
@@ -32,7 +33,7 @@ def factor_bytes(path: str | Path) -> int:
     Raises:
         CheckpointError: if the directory is damaged or not of a registered format.
     """
-    directory = Path(path)
+    directory = expanded(path)
     stored, specs = read_format(directory)
     entries = read_directory(directory)
     return sum(entry_of(entries, name, directory).bytes for name in stored.names(specs))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cospadi.checkpoint.checksums import check_checksums
+from cospadi.checkpoint.checks import check_all_finite
+from cospadi.checkpoint.checksums import check_checksums, has_checksums
 from cospadi.checkpoint.formats.base import Format, format_of
-from cospadi.checkpoint.headers import read_directory, read_json
+from cospadi.checkpoint.headers import Entry, read_directory, read_json
 from cospadi.errors import CheckpointError
+from cospadi.io import expanded
 
 
 def read_format(path: str | Path) -> tuple[Format[Any], tuple[Any, ...]]:
@@ -17,7 +19,7 @@ def read_format(path: str | Path) -> tuple[Format[Any], tuple[Any, ...]]:
     Raises:
         CheckpointError: if it is not of a registered format, of an unknown version, or impossible.
     """
-    file = Path(path) / "config.json"
+    file = expanded(path) / "config.json"
     data = read_json(file).get("quantization_config")
     found = format_of(data)
     if found is None:
@@ -36,6 +38,27 @@ def read_config(path: str | Path) -> tuple[Any, ...]:
     return read_format(path)[1]
 
 
+def check_stock(path: str | Path) -> dict[str, Entry]:
+    """Check the weight files of a checkpoint without quantisation: headers, numbers, and our ``SHA256SUMS``.
+
+    Returns:
+        its tensors.
+
+    Raises:
+        CheckpointError: naming file and tensor; or if it is of a format that is not registered.
+    """
+    directory = expanded(path)
+    description = read_json(directory / "config.json").get("quantization_config")
+    if description is not None:
+        kind = description.get("quant_method") if isinstance(description, dict) else description
+        raise CheckpointError(f"{path}: is stored in the format {kind!r} of another package: use that package for it")
+    entries = read_directory(directory)
+    check_all_finite(entries)
+    if has_checksums(directory):
+        check_checksums(directory)
+    return entries
+
+
 def validate(path: str | Path, *, deep: bool = True) -> tuple[Any, ...]:
     """Check a compressed checkpoint directory without building the model.
 
@@ -49,7 +72,7 @@ def validate(path: str | Path, *, deep: bool = True) -> tuple[Any, ...]:
     Raises:
         CheckpointError: naming file and tensor.
     """
-    directory = Path(path)
+    directory = expanded(path)
     found, specs = read_format(directory)
     entries = read_directory(directory)
     found.check_headers(entries, specs, directory)

@@ -17,6 +17,7 @@ from cospadi.cli.common import (
     CalibrationOption,
     DeviceOption,
     DirArgument,
+    DropExtraOption,
     GramOption,
     GroupingOption,
     JsonOption,
@@ -35,16 +36,14 @@ from cospadi.cli.common import (
     SizeOption,
     TextFieldOption,
     UsageError,
-    check_new_directory,
     command_line,
     consoles,
     expand_home,
     make_recipe,
-    pages_written,
     print_json,
     quiet_transformers,
 )
-from cospadi.cli.compare import LimitOption, TasksOption, printable, register, split
+from cospadi.cli.compare import LimitOption, TasksOption, printable, register
 from cospadi.cli.demo import register as register_demo
 from cospadi.cli.prune import register as register_prune
 
@@ -101,6 +100,7 @@ def compress(
     gram: GramOption = None,
     anchor: AnchorOption = None,
     refine: RefineOption = None,
+    drop_extra: DropExtraOption = None,
     calibration: CalibrationOption = None,
     text_field: TextFieldOption = None,
     samples: SamplesOption = None,
@@ -131,14 +131,15 @@ def compress(
         gram=gram,
         anchor=anchor,
         refine=refine,
+        drop_extra=drop_extra,
         device=device,
         seed=seed,
     )
     if dry_run:
-        _print_estimate(model, merged, json_)
+        _print_estimate(model, merged, json_, rehearse=True)
         return
-    from cospadi.engine.compress import compress as run
-    from cospadi.report import ProgressDisplay, print_summary, write_all
+    from cospadi.api.runs import compress as run
+    from cospadi.report import ProgressDisplay, print_summary
 
     quiet_transformers()
     stdout, stderr = consoles()
@@ -151,27 +152,24 @@ def compress(
         )
     elif result.resumed:
         stderr.print(f"resumed: {result.resumed} of {groups} groups were already finished")
-    # a run interrupted between its last weight and its last page is complete except for the pages
-    if not result.complete or not pages_written(out):
-        write_all(report, out)
     if json_:
         for line in report["warnings"]:
             stderr.print(Text(f"warning: {line}"), soft_wrap=True)
         print_json(report | {"out": str(out)})
         return
     print_summary(report, stdout)
-    hints = (
-        f'\nReport: {out / "report.html"}\nTry:    cospadi generate {shlex.quote(str(out))} --prompt "Once upon a time"'
-    )
+    hints = f"\nReport: {out / 'report.html'}"
+    if report.get("generates", True):
+        hints += f'\nTry:    cospadi generate {shlex.quote(str(out))} --prompt "Once upon a time"'
     stdout.print(Text(hints), soft_wrap=True)
 
 
-def _print_estimate(model: str, merged: Any, json_: bool) -> None:
-    from cospadi.engine.estimate.estimate import estimate as run
+def _print_estimate(model: str, merged: Any, json_: bool, *, rehearse: bool = False) -> None:
+    from cospadi.api.runs import estimate as run
     from cospadi.report import print_estimate
 
     quiet_transformers()
-    data = run(model, merged).to_dict()
+    data = run(model, merged, rehearse=rehearse).to_dict()
     if json_:
         print_json(data)
     else:
@@ -224,8 +222,8 @@ def inspect(
     directory: DirArgument,
     json_: JsonOption = False,
 ) -> None:
-    """Show the contents of a compressed checkpoint (groups, bytes, errors) and verify every file."""
-    from cospadi.evaluation import inspect as run
+    """Show the contents of a checkpoint (groups or tensors, bytes, errors) and verify every file."""
+    from cospadi.api.checkpoints import inspect as run
     from cospadi.report import print_inspect
 
     data = run(directory)
@@ -263,20 +261,17 @@ def evaluate(
     """Measure perplexity and task scores of any checkpoint that transformers can load."""
     if text is None and not tasks:
         raise UsageError("nothing to evaluate: pass --text FILE or --tasks FILE")
-    from cospadi.evaluation import evaluate as run
-    from cospadi.model_view import open_config
+    from cospadi.api.measures import evaluate as run
     from cospadi.report import ProgressDisplay, print_evaluation
 
     quiet_transformers()
-    if against is not None:
-        open_config(against)  # a wrong name should not surface only after the first model has been measured
     stdout, stderr = consoles()
     with ProgressDisplay(stderr) as display:
         data = run(
             directory,
             text=text,
             text_field=text_field,
-            tasks=split(tasks),
+            tasks=tasks,
             limit=limit,
             against=against,
             seq_len=seq_len,
@@ -311,7 +306,7 @@ def generate(
     json_: JsonOption = False,
 ) -> None:
     """Generate text with a checkpoint."""
-    from cospadi.evaluation import generate as run
+    from cospadi.api.checkpoints import generate as run
 
     quiet_transformers()
     stdout, stderr = consoles()
@@ -335,25 +330,23 @@ def generate(
 def export(
     directory: DirArgument,
     out: OutArgument,
-    dense: Annotated[bool, typer.Option("--dense", help="Multiply the factors out into a stock checkpoint.")] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="Write a stock checkpoint.")] = False,
     dtype: Annotated[FloatName, typer.Option(help="Data type of the exported weights.")] = "auto",
     json_: JsonOption = False,
 ) -> None:
-    """Export a checkpoint. With --dense the result loads without cospadi and is as large as the original."""
+    """Export a checkpoint. With --dense the result loads without cospadi; factors are multiplied out."""
     if not dense:
         raise UsageError("no export format given: pass --dense for a stock checkpoint")
-    check_new_directory(out)
-    from cospadi.checkpoint import file_bytes
-    from cospadi.evaluation import export_dense
+    from cospadi.api.checkpoints import export as run
     from cospadi.report.text import human_bytes
 
     quiet_transformers()
-    export_dense(directory, out, dtype=dtype)
-    size = file_bytes(out)
+    data = run(directory, out, dtype=dtype)
     if json_:
-        print_json({"out": str(out), "file_bytes": size})
+        print_json(data)
     else:
-        consoles()[0].print(Text(f"{out}: a stock checkpoint of {human_bytes(size)}"), soft_wrap=True)
+        line = f"{data['out']}: a stock checkpoint of {human_bytes(data['file_bytes'])}"
+        consoles()[0].print(Text(line), soft_wrap=True)
 
 
 @app.command()
@@ -380,10 +373,10 @@ def methods(
 @app.command()
 def doctor(json_: JsonOption = False) -> None:
     """Check the installation: versions, devices, optional packages, and a tiny run."""
+    from cospadi.api.checkpoints import doctor as run
     from cospadi.cli.listing import doctor_table
-    from cospadi.engine.doctor import examine
 
-    data = examine()
+    data = run()
     if json_:
         print_json(data)
     else:

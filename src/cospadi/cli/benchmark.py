@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 import typer
 
+from cospadi.api.directories import check_new_directory
+from cospadi.api.lists import token_counts, ways
 from cospadi.cli.common import (
     DeviceOption,
     JsonOption,
     SeedOption,
     UsageError,
-    check_new_directory,
     command_line,
     consoles,
     expand_home,
+    local_path,
     print_json,
     quiet_transformers,
+    usage_errors,
 )
-from cospadi.cli.compare import split
-
-Number = TypeVar("Number", int, float)
 
 
 def benchmark(
@@ -72,7 +72,9 @@ def benchmark(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="New directory for the numbers and the plot.", show_default=False, callback=expand_home),
+        typer.Option(
+            help="New directory for the numbers and the plot.", show_default=False, parser=local_path, metavar="PATH"
+        ),
     ] = None,
     device: DeviceOption = None,
     seed: SeedOption = None,
@@ -83,91 +85,46 @@ def benchmark(
         raise UsageError("both a model and --shapes are given: give one of them")
     if load and out is None:
         raise UsageError("--load writes temporary checkpoints: name a directory for them with --out DIR")
-    widths = _widths(bits, "--bits")
-    ways = _ways(keep, widths)
-    counts = _numbers(tokens or "", "--tokens", int, lambda count: count > 0, "whole numbers above 0, such as 1,2048")
-    if not ways:
-        raise UsageError("nothing to measure: --keep and --bits each need at least one number")
+    with usage_errors():
+        ways(keep, bits, "--")
+        token_counts(tokens, "--tokens")
     if out is not None:
         check_new_directory(out)
 
-    from cospadi.evaluation.speed import Settings
-    from cospadi.evaluation.speed import benchmark as run
+    from cospadi.api.measures import benchmark as run
     from cospadi.report import ProgressDisplay
-    from cospadi.report.speed import print_speed, write_numbers, write_speed
+    from cospadi.report.speed import print_speed
 
     quiet_transformers()
     stdout, stderr = consoles()
-    settings = Settings(
-        model=model,
-        shapes=tuple(split(shapes)),
-        ways=ways,
-        tokens=counts,
-        layers=layers,
-        prompt=prompt,
-        products=products,
-        whole=whole,
-        load=load,
-        quick=quick,
-        jobs=jobs or 0,
-        compile=compile_,
-        device=device or "auto",
-        seed=seed or 0,
-    )
-
-    def keep_partial(found: dict[str, Any]) -> None:
-        if out is not None:
-            write_numbers(found, out)
-
     with ProgressDisplay(stderr) as display:
-        data = run(settings, out=out, command=command_line(), progress=display.update, partial=keep_partial)
-    files = [] if out is None else write_speed(data, out)
+        data = run(
+            model,
+            shapes=shapes,
+            keep=keep,
+            bits=bits,
+            tokens=tokens,
+            layers=layers,
+            prompt=prompt,
+            products=products,
+            whole=whole,
+            load=load,
+            quick=quick,
+            compile=compile_,
+            jobs=jobs,
+            out=out,
+            device=device or "auto",
+            seed=seed or 0,
+            progress=display.update,
+            command=command_line(),
+        )
     if json_:
         print_json(data)
         return
     print_speed(data, stdout)
-    if files:
-        kinds = ",".join(path.suffix.removeprefix(".") for path in files)
-        stdout.print(f"\nFiles: {files[0].with_suffix('')}.{{{kinds}}}", markup=False, soft_wrap=True)
-
-
-def _widths(text: str, option: str) -> tuple[int, ...]:
-    return _numbers(text, option, int, lambda width: width in (16, 8, 4, 3, 2), "some of 16,8,4,3,2")
-
-
-def _ways(text: str, widths: tuple[int, ...]) -> tuple[tuple[float, int], ...]:
-    """Pairs of keep and bits; a keep without its own bits is combined with all of `widths`.
-
-    Raises:
-        UsageError: if a word is not a share, or not a number of bits.
-    """
-    found: list[tuple[float, int]] = []
-    for word in split(text):
-        share, _, width = word.partition(":")
-        wanted = "shares above 0 and up to 1, such as 0.6,0.4 or 0.6:16,0.4:8"
-        keeps = _numbers(share, "--keep", float, lambda keep: 0 < keep <= 1, wanted)
-        found += [(keep, own) for keep in keeps for own in (_widths(width, "--keep") if width else widths)]
-    return tuple(dict.fromkeys(found))
-
-
-def _numbers(
-    text: str, option: str, kind: Callable[[str], Number], fits: Callable[[Number], bool], wanted: str
-) -> tuple[Number, ...]:
-    """The distinct numbers of a comma-separated list, in the order given.
-
-    Raises:
-        UsageError: if a word is not a number, or does not fit.
-    """
-    found: list[Number] = []
-    for word in split(text):
-        try:
-            value = kind(word)
-        except ValueError:
-            raise UsageError(f"{option} {word!r}: give {wanted}") from None
-        if not fits(value):
-            raise UsageError(f"{option} {word!r}: give {wanted}")
-        found.append(value)
-    return tuple(dict.fromkeys(found))
+    if out is not None:
+        kinds = ",".join(data["files"])
+        stdout.print(f"\nFiles: {out / 'benchmark'}.{{{kinds}}}", markup=False, soft_wrap=True)
 
 
 def register(app: typer.Typer) -> Callable[..., None]:

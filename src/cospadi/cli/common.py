@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 import yaml
 
-from cospadi.errors import CospadiError, OutputError
+from cospadi.errors import CospadiError, OutputError, RecipeError
+from cospadi.io import expanded
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,32 +26,34 @@ class UsageError(CospadiError):
 
 
 def expand_home(value: Any) -> Any:
-    """A path option with ``~`` replaced by the home directory; every path option has this callback.
-
-    Shells leave ``~`` alone within quotes and in ``--out=~/dir``, and programs that start commands do not expand it.
+    """A path option with ``~`` replaced by the home directory; every option that is kept as text has this callback.
 
     Args:
-        value: a path as text or :class:`~pathlib.Path`, several in a list, or None. ``NAME=PATH`` is expanded after the
-            equals sign.
+        value: a path as text, several in a list, or None. ``NAME=PATH`` is expanded after the equals sign.
 
     Raises:
         UsageError: if it begins with the name of a user who does not exist.
     """
     if isinstance(value, (list, tuple)):
         return [expand_home(item) for item in value]
-    if isinstance(value, Path):
-        return Path(expand_home(str(value)))
-    name, equals, path = value.partition("=") if isinstance(value, str) else ("", "", "")
+    if not isinstance(value, str):
+        return value
+    name, equals, path = value.partition("=")
     if equals and path.startswith("~"):
         return f"{name}={expand_home(path)}"
-    if not isinstance(value, str) or not value.startswith("~"):
-        return value
+    return str(local_path(value)) if value.startswith(("~", "./~")) else value
+
+
+def local_path(text: str) -> Path:
+    """The path of an option that is a :class:`~pathlib.Path`, ``~`` expanded.
+
+    Raises:
+        UsageError: if it begins with the name of a user who does not exist.
+    """
     try:
-        return str(Path(value).expanduser())
-    except RuntimeError:
-        raise UsageError(
-            f"{value}: there is no such home directory; for a name that begins with ~ write ./{value}"
-        ) from None
+        return expanded(text)
+    except OutputError as error:
+        raise UsageError(str(error)) from None
 
 
 def split_paths(text: str | None) -> str | None:
@@ -78,7 +83,7 @@ OutArgument = Annotated[
     typer.Argument(
         metavar="OUT",
         help="Output directory: new, empty, or from an interrupted run of the same command.",
-        callback=expand_home,
+        parser=local_path,
     ),
 ]
 KeepOption = Annotated[
@@ -107,7 +112,9 @@ MethodOption = Annotated[
 ]
 RecipeOption = Annotated[
     Path | None,
-    typer.Option(help="YAML file with settings; flags override it.", show_default=False, callback=expand_home),
+    typer.Option(
+        help="YAML file with settings; flags override it.", show_default=False, parser=local_path, metavar="PATH"
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -152,6 +159,14 @@ AnchorOption = Annotated[
 RefineOption = Annotated[
     bool | None,
     typer.Option("--refine/--no-refine", help="Tune each decoder layer after it is factorised.", show_default="no"),
+]
+DropExtraOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--drop-extra",
+        help="Leave out stored tensors that the model's class does not take, such as mtp.*, instead of copying them.",
+        show_default=False,
+    ),
 ]
 OnlyOption = Annotated[
     str | None,
@@ -225,44 +240,18 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
     return out
 
 
-def calibration_section(
-    source: str | None, samples: int | None, seq_len: int | None, bos: str | None, text_field: str | None
-) -> dict[str, Any]:
-    """A recipe's section ``calibration`` from the flags that are given (not None)."""
-    section = {"source": source, "samples": samples, "seq_len": seq_len, "bos": bos, "field": text_field}
-    return {key: value for key, value in section.items() if value is not None}
-
-
-def make_recipe(
-    recipe: Path | None,
-    *,
-    settings: list[str] | None = None,
-    calibration: str | None = None,
-    samples: int | None = None,
-    seq_len: int | None = None,
-    bos: str | None = None,
-    text_field: str | None = None,
-    **fields: Any,
-) -> Recipe:
+def make_recipe(recipe: Path | None, *, settings: list[str] | None = None, **flags: Any) -> Recipe:
     """The recipe of a file, overridden by the flags that are given (not None).
 
     Raises:
         RecipeError: on an unknown key or a wrong value.
         UsageError: if no size is given, or two flags give one.
     """
-    from cospadi.recipe import Recipe
+    from cospadi.options import recipe_from
 
-    base = Recipe.load(recipe) if recipe is not None else Recipe()
-    changes: dict[str, Any] = {key: value for key, value in fields.items() if value is not None}
-    if "keep" in changes and "target_size" in changes:
+    if flags.get("keep") is not None and flags.get("target_size") is not None:
         raise UsageError("--keep and --target-size are both given: pass only one")
-    section = calibration_section(calibration, samples, seq_len, bos, text_field)
-    if section:
-        changes["calibration"] = section
-    options = parse_settings(settings)
-    if options:
-        changes["options"] = options
-    merged = base.merged(changes, source="command line")
+    merged = recipe_from(recipe, flags | {"options": parse_settings(settings) or None}, source="command line")
     if merged.keep is None and merged.target_size is None:
         raise UsageError("no size given: pass --keep or --target-size")
     return merged
@@ -281,21 +270,17 @@ def quiet_transformers() -> None:
         hub.enable_progress_bars()
 
 
-def check_new_directory(out: Path) -> None:
-    """Refuse an output directory that is not empty: its files may not be ours to overwrite.
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Report a value that an option cannot have as wrong usage.
 
     Raises:
-        OutputError: if it is a file, or not empty.
+        UsageError: in place of a :class:`~cospadi.errors.RecipeError`.
     """
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file: pass a directory")
-    if out.is_dir() and any(out.iterdir()):
-        raise OutputError(f"{out} is not empty: choose a new directory")
-
-
-def pages_written(out: Path) -> bool:
-    """Whether the pages of a finished run exist; they are written last, so an interruption may have prevented it."""
-    return all((out / name).exists() for name in ("report.html", "README.md"))
+    try:
+        yield
+    except RecipeError as error:
+        raise UsageError(str(error)) from None
 
 
 def command_line() -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from cospadi.api.lists import shares, words
 from cospadi.cli.common import (
     BosOption,
     CalibrationOption,
@@ -20,16 +21,17 @@ from cospadi.cli.common import (
     SeedOption,
     TextFieldOption,
     UsageError,
-    calibration_section,
     command_line,
     consoles,
     expand_home,
+    local_path,
     parse_settings,
     print_json,
     quiet_transformers,
     split_paths,
+    usage_errors,
 )
-from cospadi.errors import BudgetError, RecipeError
+from cospadi.errors import BudgetError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,31 +47,6 @@ TasksOption = Annotated[
     ),
 ]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Number of examples per task.", show_default="all")]
-
-
-def split(text: str | None) -> list[str]:
-    """The parts of a comma-separated list."""
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
-
-
-def _shares(text: str | None) -> list[float]:
-    """The shares of ``0.8,60%``.
-
-    Raises:
-        UsageError: if one is not a number.
-        BudgetError: if one is not between 0 and 1; here a comma separates shares, so ``0,3`` is two of them.
-    """
-    from cospadi.quantities import parse_share
-
-    try:
-        shares = [parse_share(part) for part in split(text)]
-    except RecipeError:
-        raise UsageError(f"--keep {text!r}: pass shares separated by commas, for example --keep 0.8,0.6") from None
-    if not all(0 < share < 1 for share in shares):
-        raise BudgetError(
-            f"--keep {text!r}: each share must lie between 0 and 1; write 0.3 or 30%, and several as 0.8,0.6"
-        )
-    return shares
 
 
 def _options(settings: Iterable[str], methods: list[str]) -> dict[str, dict[str, Any]]:
@@ -131,7 +108,10 @@ def compare(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Directory for the table, the plot and finished rows.", show_default=False, callback=expand_home
+            help="Directory for the table, the plot and finished rows.",
+            show_default=False,
+            parser=local_path,
+            metavar="PATH",
         ),
     ] = None,
     recipe: Annotated[
@@ -176,9 +156,7 @@ def compare(
     json_: JsonOption = False,
 ) -> None:
     """Compare methods at the same number of bytes: table, CSV and plot. Finished rows are reused."""
-    from cospadi.recipe import Recipe
-
-    names = split(methods)
+    names = words(methods)
     common, named = _recipes(recipe or [])
     if not names and not named:
         raise UsageError("nothing to compare: pass --methods, for example --methods svd,pursuit")
@@ -188,18 +166,14 @@ def compare(
         raise UsageError("standard input can be read only once: pass - to one of --text and --calibration")
     if out is None:
         raise UsageError("no output directory given: pass --out DIR")
-    shares = _shares(keep)
-    if not shares and (names or not all(of_row.keep for of_row in named.values())):
+    with usage_errors():
+        found = shares(keep, "--keep")
+    if not found and (names or not all(of_row.keep for of_row in named.values())):
         raise UsageError("no size given: pass --keep, for example --keep 0.8,0.6")
     options = _options(set_ or [], names)
-    section = calibration_section(calibration, samples, seq_len, bos, text_field)
-    flags = {"device": device, "seed": seed, "only": only, "calibration": section}
-    changes = {key: value for key, value in flags.items() if value is not None}
-    merged = (common or Recipe()).merged(changes, source="command line")
 
-    from cospadi.evaluation.compare import compare as run
+    from cospadi.api.measures import compare as run
     from cospadi.report import ProgressDisplay
-    from cospadi.report.comparison import write_comparison
 
     quiet_transformers()
     stdout, stderr = consoles()
@@ -208,51 +182,39 @@ def compare(
             model,
             out,
             methods=names,
-            keeps=shares,
+            keep=found,
             text=_texts(text),
-            recipe=merged,
-            options=options,
+            recipe=common,
             recipes=named,
-            references=[] if references == "none" else split(references),
-            seq_len=eval_seq_len,
+            options=options,
+            references=references,
+            only=only,
+            calibration=calibration,
+            text_field=text_field,
+            samples=samples,
+            seq_len=seq_len,
+            bos=bos,
+            device=device,
+            seed=seed,
+            eval_seq_len=eval_seq_len,
             max_blocks=max_blocks,
             batch=batch,
             arithmetic=arithmetic,
-            tasks=split(tasks),
+            tasks=tasks,
             limit=limit,
             save=save,
             fresh=fresh,
             progress=display.update,
             command=command_line(),
         )
-    files = write_comparison(data, out)
-    if save:
-        _write_pages(data, out)
     if json_:
         for line in data["warnings"]:
             stderr.print(f"warning: {line}", markup=False, soft_wrap=True)
-        print_json(data | {"files": {kind: path.name for kind, path in files.items()}})
+        print_json(data)
     else:
-        _print(data, list(files.values()), stdout)
+        _print(data, out, stdout)
     if all(row.get("reason") for row in data["rows"]):
         raise BudgetError(f"no row could be produced: {data['rows'][0]['reason']}")
-
-
-def _write_pages(data: dict[str, Any], out: Path) -> None:
-    """Write report page and model card next to every checkpoint, including the measurements."""
-    import json
-
-    from cospadi.report import write_all
-    from cospadi.report.depth import write_depth
-
-    for row in data["rows"]:
-        if row.get("directory"):
-            folder = out / row["directory"]
-            report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-            keys = ("perplexity", "tasks")
-            dense = {f"dense_{key}": data["dense"].get(key) for key in keys}
-            report["evaluation"] = {"text": data["text"], **{key: row.get(key) for key in keys}, **dense}
-            (write_depth if "distances" in report else write_all)(report, folder)
 
 
 def printable(data: dict[str, Any]) -> dict[str, Any]:
@@ -265,7 +227,7 @@ def printable(data: dict[str, Any]) -> dict[str, Any]:
     return data | {"tasks": scores}
 
 
-def _print(data: dict[str, Any], files: list[Path], console: Console) -> None:
+def _print(data: dict[str, Any], out: Path, console: Console) -> None:
     from cospadi.report import print_comparison
     from cospadi.report.comparison import all_rows
 
@@ -279,8 +241,8 @@ def _print(data: dict[str, Any], files: list[Path], console: Console) -> None:
     for line in data["warnings"]:
         console.print(f"warning: {line}", style="yellow", markup=False, soft_wrap=True)
     console.print(f"Perplexity on {data['text']}, measured {data['measured']}.", style="dim", markup=False)
-    names = ",".join(path.suffix.removeprefix(".") for path in files)
-    console.print(f"\nFiles: {files[0].with_suffix('')}.{{{names}}}", markup=False, soft_wrap=True)
+    kinds = ",".join(data["files"])
+    console.print(f"\nFiles: {out / 'comparison'}.{{{kinds}}}", markup=False, soft_wrap=True)
 
 
 def register(app: typer.Typer) -> Callable[..., None]:

@@ -13,8 +13,7 @@ from rich.text import Text
 from cospadi.cli.common import (
     JsonOption,
     consoles,
-    expand_home,
-    pages_written,
+    local_path,
     print_json,
     quiet_transformers,
     share,
@@ -22,7 +21,7 @@ from cospadi.cli.common import (
 
 
 def demo(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory.", callback=expand_home)] = Path(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory.", parser=local_path)] = Path(
         "demo-report"
     ),
     keep: Annotated[
@@ -35,7 +34,7 @@ def demo(
 ) -> None:
     """A two-minute end-to-end run on the embedded model: compress, evaluate, compare; needs no network."""
     from cospadi.evaluation.demo import KEEPS, run_demo
-    from cospadi.report import ProgressDisplay, print_comparison, write_all
+    from cospadi.report import ProgressDisplay, pages_written, print_comparison, write_all
     from cospadi.report.text import human_count
 
     quiet_transformers()

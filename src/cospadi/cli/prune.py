@@ -13,6 +13,7 @@ from cospadi.cli.common import (
     BosOption,
     CalibrationOption,
     DeviceOption,
+    DropExtraOption,
     JsonOption,
     KeepBlocksOption,
     LengthOption,
@@ -24,10 +25,8 @@ from cospadi.cli.common import (
     SetOption,
     TextFieldOption,
     UsageError,
-    calibration_section,
     command_line,
     consoles,
-    pages_written,
     parse_settings,
     print_json,
     quiet_transformers,
@@ -54,6 +53,7 @@ def prune(
     keep_blocks: KeepBlocksOption = None,
     recipe: RecipeOption = None,
     set_: SetOption = None,
+    drop_extra: DropExtraOption = None,
     calibration: CalibrationOption = None,
     text_field: TextFieldOption = None,
     samples: SamplesOption = None,
@@ -68,16 +68,29 @@ def prune(
     """Remove whole decoder layers (depth) or part of their width. Depth methods write stock checkpoints."""
     if blocks is not None and keep_blocks is not None:
         raise UsageError("--blocks and --keep-blocks exclude each other: give one of them")
-    section = calibration_section(calibration, samples, seq_len, bos, text_field)
-    flags = {"device": device, "seed": seed, "calibration": section or None}
-    changes = {key: value for key, value in flags.items() if value is not None}
-    merged = _recipe(recipe, changes, method, blocks, keep_blocks, parse_settings(set_))
+    merged = _recipe(
+        recipe,
+        {
+            "method": method,
+            "blocks": blocks,
+            "keep_blocks": keep_blocks,
+            "options": parse_settings(set_) or None,
+            "drop_extra": drop_extra,
+            "calibration": calibration,
+            "text_field": text_field,
+            "samples": samples,
+            "seq_len": seq_len,
+            "bos": bos,
+            "device": device,
+            "seed": seed,
+        },
+    )
     if dry_run:
         _print_plan(model, merged, json_)
         return
-    from cospadi.engine.prune import prune as run
+    from cospadi.api.runs import prune as run
     from cospadi.report import ProgressDisplay
-    from cospadi.report.depth import print_prune, write_depth
+    from cospadi.report.depth import print_prune
 
     quiet_transformers()
     stdout, stderr = consoles()
@@ -85,36 +98,28 @@ def prune(
         result = run(model, out, recipe=merged, fresh=fresh, progress=display.update, command=command_line())
     if result.complete:
         stderr.print(f"{out} is already complete and was not changed; pass --fresh to prune again", markup=False)
-    if not result.complete or not pages_written(out):
-        write_depth(result.report, out)
     if json_:
         for line in result.report["warnings"]:
             stderr.print(f"warning: {line}", markup=False, soft_wrap=True)
         print_json(result.report | {"out": str(out)})
         return
     print_prune(result.report, stdout)
-    hint = f'Try:    cospadi generate {shlex.quote(str(out))} --prompt "Once upon a time"'
-    stdout.print(f"\nReport: {out / 'report.html'}\n{hint}", markup=False, soft_wrap=True)
+    hints = f"\nReport: {out / 'report.html'}"
+    if result.report.get("generates", True):
+        hints += f'\nTry:    cospadi generate {shlex.quote(str(out))} --prompt "Once upon a time"'
+    stdout.print(hints, markup=False, soft_wrap=True)
 
 
-def _recipe(
-    path: Path | None,
-    changes: dict[str, Any],
-    method: str | None,
-    blocks: int | None,
-    keep_blocks: float | None,
-    options: dict[str, Any],
-) -> Recipe:
+def _recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
     """The recipe file, if any, with the flags applied on top.
 
     Raises:
         RecipeError: on an unknown key or an invalid value.
         UsageError: if there is no size.
     """
-    from cospadi.recipe import Recipe, with_prune
+    from cospadi.options import prune_recipe_from
 
-    base = Recipe.load(path) if path is not None else Recipe()
-    merged = with_prune(base.merged(changes, source="command line"), method, blocks, keep_blocks, options)
+    merged = prune_recipe_from(path, flags, source="command line")
     assert merged.prune is not None
     if merged.prune.blocks is None and merged.prune.keep_blocks is None:
         raise UsageError("no size given: pass --blocks (such as 2) or --keep-blocks (such as 0.75)")
@@ -122,11 +127,11 @@ def _recipe(
 
 
 def _print_plan(model: str, merged: Recipe, json_: bool) -> None:
-    from cospadi.engine.plan.pruning import estimate_prune
+    from cospadi.engine.prune import plan_prune
     from cospadi.report.text import arrow, human_bytes
 
     quiet_transformers()
-    data = estimate_prune(model, merged)
+    data = plan_prune(model, merged)
     if json_:
         print_json(data)
         return
@@ -137,6 +142,8 @@ def _print_plan(model: str, merged: Recipe, json_: bool) -> None:
         markup=False,
         soft_wrap=True,
     )
+    for line in data["warnings"]:
+        consoles()[1].print(f"warning: {line}", markup=False, soft_wrap=True)
 
 
 def register(app: typer.Typer) -> Callable[..., None]:

@@ -13,34 +13,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cospadi.calibration import TextSource, TokenBlocks, described, fisher
+from cospadi.calibration import TextSource, TokenBlocks, fisher
 from cospadi.checkpoint import storage_dtype
-from cospadi.engine.allocate.rules import final_plan
+from cospadi.engine.allocate.rules import final_plan, require_loss
 from cospadi.engine.context import RunContext
 from cospadi.engine.factorise import factorise_group
-from cospadi.engine.inputs import Inputs
+from cospadi.engine.inputs import Inputs, given_text
 from cospadi.engine.journal import Journal, check_complete, check_output
 from cospadi.engine.outputs import Checkpoint, environment, write_report
+from cospadi.engine.plan.extra import carried_tensors, extra_bytes, without_extra
 from cospadi.engine.plan.order import order_of, plain_share
 from cospadi.engine.plan.plan import Plan, make_plan
 from cospadi.engine.plan.pruning import check_section, prune_first
 from cospadi.engine.plan.selection import chosen_modules, restricted
+from cospadi.engine.plan.target import Beside
 from cospadi.engine.plan.text import needs_text
+from cospadi.engine.rehearsal import rehearse
 from cospadi.engine.tune.sequential import Outcome, Sequential, require_layers
+from cospadi.io import expanded
 from cospadi.methods import get_method
-from cospadi.model_view import ModelView, check_weights, discover, source_name
+from cospadi.model_view import ModelView, check_weights, discover, model_source, predicts_tokens
+from cospadi.options import recipe_from
 from cospadi.progress import Progress, silent
 from cospadi.recipe import Recipe
 from cospadi.runtime.devices import resolve_device
 from cospadi.runtime.fingerprints import versions
 from cospadi.runtime.memory import memory_errors
 
-"""Called as progress(phase, done, total, detail="", error=None)."""
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """What a run left behind.
 
@@ -61,36 +64,41 @@ class Result:
         """Share of the compressed layers' bytes that is kept."""
         return float(self.report["keep_actual"])
 
+    def __repr__(self) -> str:
+        from cospadi.report.results import run_line
+
+        return run_line(self.out, self.report)
+
+    def _repr_html_(self) -> str:
+        from cospadi.report.results import run_fragment
+
+        return run_fragment(self.out, self.report)
+
 
 def compress(
-    model: str | Path,
+    model: object,
     out: str | Path,
     *,
-    keep: float | None = None,
-    method: str | None = None,
-    calibration: TextSource | None = None,
+    tokenizer: object = None,
+    calibration: TextSource | dict[str, Any] | None = None,
     recipe: Recipe | dict[str, Any] | str | Path | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
     command: str = "",
-    **changes: Any,
+    **options: Any,
 ) -> Result:
-    """Compress a model into a directory that ``from_pretrained`` loads.
-
-    The same call after an interruption resumes where it stopped and writes the same bytes.
+    """Compress a model into a directory that ``from_pretrained`` loads; see :func:`cospadi.compress`.
 
     Args:
-        model: local directory or hub id.
+        model: local directory, hub id, or a transformers model, which stays as it is.
         out: output directory: new, empty, or of the same run.
-        keep: share of the linear layers' 16-bit bytes to keep, in (0, 1).
-        method: name of a method; left out: the recipe's, else the default.
-        calibration: whatever :func:`~cospadi.calibration.read_texts` takes: a file, a directory, a hub data set, or
-            documents in memory such as a list, a generator or a ``Dataset``.
+        tokenizer: of a model in memory.
+        calibration: whatever :func:`~cospadi.engine.inputs.given_text` takes.
         recipe: a recipe, its keys and values, or the path of one; the other arguments override it.
         fresh: forget an earlier run in `out`.
         progress: called with (phase, done, total, detail, error so far).
         command: the command line, for the report.
-        **changes: any other field of :class:`~cospadi.recipe.Recipe`.
+        **options: see :func:`~cospadi.options.recipe_from`.
 
     Returns:
         paths, sizes and errors.
@@ -98,18 +106,11 @@ def compress(
     Raises:
         CospadiError: see `cospadi.errors`; the message names cause and remedy.
     """
-    base = Recipe.of(recipe)
-    texts = None if isinstance(calibration, (str, Path)) else calibration
-    if calibration is not None:
-        changes["calibration"] = {"source": described(calibration)} | dict(changes.get("calibration", {}))
-    if keep is not None:
-        changes |= {"keep": keep, "target_size": changes.get("target_size")}
-    if method is not None:
-        changes["method"] = method
-    merged, progress = base.merged(changes), progress or silent
-    inputs = Inputs(source_name(model), merged, texts, progress)
+    texts, section = given_text(calibration)
+    merged, progress = recipe_from(recipe, options | {"calibration": section}), progress or silent
+    inputs = Inputs(model_source(model, tokenizer), merged, texts, progress)
     with memory_errors():
-        return CompressRun(inputs, Checkpoint(Path(out), progress), merged, progress, command).go(fresh)
+        return CompressRun(inputs, Checkpoint(expanded(out), progress), merged, progress, command).go(fresh)
 
 
 class CompressRun:
@@ -140,8 +141,10 @@ class CompressRun:
             warnings.simplefilter("always", UserWarning)
             self.progress("read", 0, 1, "text and model")
             model, tokenizer = self.inputs.open("compress")
+            require_loss(model, self.recipe)
             view = self._view(model)
-            plan = self._planned(view) if self.recipe.prune is None else None
+            self._carry(view)
+            plan = self._planned(view, tokenizer) if self.recipe.prune is None else None
             blocks = self.inputs.tokens(model, tokenizer)
             self.progress("read", 1, 1)
             fingerprint = self.inputs.fingerprint(model, blocks, device, self.recipe)
@@ -152,8 +155,9 @@ class CompressRun:
                     journal.finish()  # in case the run was stopped just before it did
                     return Result(out, finished, len(finished.get("groups", [])), complete=True)
                 self.seconds["read"] = time.perf_counter() - begun
+                rehearse(view, plan, tokenizer, self.outputs.extra)
                 if plan is None:
-                    view, plan = self._prune(view, blocks, device)
+                    view, plan = self._prune(view, tokenizer, blocks, device)
                 context = self._context(view, blocks, device, journal)
                 with self._timed("allocate"):
                     plan = final_plan(context, self.recipe, plan, journal)
@@ -162,7 +166,7 @@ class CompressRun:
                     self.outputs.save(view.model, tokenizer, plan, journal)
                 self.seconds["total"] = time.perf_counter() - begun
                 notes = list(dict.fromkeys(str(w.message) for w in caught if w.category is UserWarning))
-                report = self._report(context, plan, found, blocks) | {"warnings": notes}
+                report = self._report(context, plan, found, blocks) | {"warnings": notes, "fingerprint": journal.record}
                 write_report(out, self.asked.to_yaml(), report)
                 journal.finish()
         return Result(out, report, found.resumed)
@@ -189,17 +193,24 @@ class CompressRun:
         check_weights(view)
         return restricted(view, chosen_modules(view, self.recipe))
 
-    def _planned(self, view: ModelView) -> Plan:
-        plan = make_plan(view, self.recipe)
+    def _carry(self, view: ModelView) -> None:
+        """Find the stored tensors that are copied; a size of all files holds for them, too."""
+        self.outputs.extra = carried_tensors(self.inputs.source, view, self.recipe)
+        self.recipe = without_extra(self.recipe, self.outputs.extra)
+
+    def _planned(self, view: ModelView, tokenizer: PreTrainedTokenizerBase) -> Plan:
+        plan = make_plan(view, self.recipe, Beside(tokenizer, indexed=bool(self.outputs.extra)))
         if order_of(self.recipe, plan).layers:
             require_layers(plan)
         return plan
 
-    def _prune(self, view: ModelView, blocks: TokenBlocks, device: torch.device) -> tuple[ModelView, Plan]:
+    def _prune(
+        self, view: ModelView, tokenizer: PreTrainedTokenizerBase, blocks: TokenBlocks, device: torch.device
+    ) -> tuple[ModelView, Plan]:
         """Remove blocks first; from then on the recipe's keep counts against the pruned model."""
         with self._timed("prune"):
             view, self.recipe, self.pruned = prune_first(view, self.recipe, blocks.ids, device, self.progress)
-        return view, self._planned(view)
+        return view, self._planned(view, tokenizer)
 
     def _context(self, view: ModelView, blocks: TokenBlocks, device: torch.device, journal: Journal) -> RunContext:
         """Statistics of every group's input, and whatever else the method needs."""
@@ -252,17 +263,18 @@ class CompressRun:
             "command": self.command,
             "model": self.inputs.name,
             "architecture": (model.config.architectures or [type(model).__name__])[0],
+            "generates": predicts_tokens(model),
             "method": self.recipe.method,
             "keep_requested": plan.keep_requested,
             "keep_actual": plan.keep_actual,
             "bytes_before": plan.bytes_before,
             "bytes_after": plan.bytes_after,
             # Compressed layers are counted at 16 bits a weight on both sides; the rest in the model's own dtype.
-            "file_bytes_before": plan.bytes_before + plan.other_bytes,
+            "file_bytes_before": plan.bytes_before + plan.other_bytes + extra_bytes(self.outputs.extra),
             "parameters": plan.bytes_before // 2 + plan.other_bytes // model.dtype.itemsize,
             "seconds": {key: round(value, 3) for key, value in self.seconds.items()},
             "seed": self.recipe.seed,
-            "recipe": self.recipe.model_dump(mode="json", exclude_none=True),
+            "recipe": self.asked.model_dump(mode="json", exclude_none=True),
             "calibration": blocks.facts,
             "groups": [group.row() | info for group, info in zip(plan.groups, found.groups, strict=True)],
         }
@@ -287,5 +299,4 @@ class CompressRun:
             "other_bytes": plan.other_bytes,
             "file_bytes_before": self.pruned["file_bytes_before"],
             "parameters": self.pruned["parameters"],
-            "recipe": self.asked.model_dump(mode="json", exclude_none=True),
         }

@@ -47,10 +47,14 @@ class RunContext:
     def statistics(self, modules: Sequence[str], sources: Sequence[LinearGroup]) -> list[Statistics]:
         """What the store has of these layers' inputs, loss-weighted Grams included where solves get them.
 
+        Empty in a run without text.
+
         Args:
             modules: names of the layers.
             sources: the layers that read the same input: one set for all modules, or one for each.
         """
+        if not len(self.ids):
+            return []
         wanted = [modules] if len(sources) == 1 else [[name] for name in modules]
         if self.weights is None:
             return [self.store.load(source) for source in sources]
@@ -80,12 +84,11 @@ class RunContext:
             sources: the layers that read the same input: one set for all modules, or one for each.
             name: of the group; the seed of its random choices derives from it.
         """
-        known = self.statistics(modules, sources) if len(self.ids) else []
-        return self.problem_of(modules, known, name)
+        return self.problem_of(modules, self.statistics(modules, sources), name)
 
     def problem_of(self, modules: Sequence[str], statistics: Sequence[Statistics], name: str) -> Problem:
-        """The same from statistics that were read before."""
-        wanted = [modules] if len(statistics) == 1 else [[module] for module in modules]
+        """The same from statistics that were read before; without any, a problem without Grams."""
+        wanted = [modules] if len(statistics) == 1 else [[module] for module in modules if statistics]
         return Problem(
             name=name,
             weights=tuple(self.view.weight(module).to(self.device).float() for module in modules),

@@ -17,13 +17,15 @@ from cospadi.calibration import (
     TokenBlocks,
     TokenWeights,
     collect,
+    described,
     read_texts,
     token_blocks,
     token_weights,
 )
 from cospadi.checkpoint import is_compressed
+from cospadi.checkpoint.companions import fetch_companions
 from cospadi.errors import CalibrationError, ModelError
-from cospadi.model_view import ModelView, check_ids, check_length, model_name, open_model
+from cospadi.model_view import InMemory, ModelView, Source, check_ids, check_length, name_of, open_model
 from cospadi.progress import Progress
 from cospadi.pruning import Evidence, Tokens
 from cospadi.recipe import Recipe
@@ -31,19 +33,40 @@ from cospadi.runtime.devices import widened
 from cospadi.runtime.fingerprints import versions, weights_sha256
 
 
+def given_text(
+    calibration: TextSource | dict[str, Any] | None,
+) -> tuple[TextSource | None, str | dict[str, Any] | None]:
+    """A calibration text as functions take it.
+
+    Args:
+        calibration: whatever :func:`~cospadi.calibration.read_texts` takes: a file, a directory, a hub data set, or
+            documents in memory such as a list, a generator or a ``Dataset``; or a whole section ``calibration`` of a
+            recipe.
+
+    Returns:
+        the documents, where they are in memory; and what the recipe says: a file, directory or hub data set, what the
+        documents are, or the section.
+    """
+    if calibration is None or type(calibration) is dict:
+        return None, calibration
+    if isinstance(calibration, (str, Path)):
+        return None, str(calibration)
+    return calibration, described(calibration)
+
+
 class Inputs:
     """Reads what a run needs, by itself; a comparison lends it instead.
 
     Args:
-        source: of the model: local directory or hub id.
+        source: of the model: local directory, hub id, or a model in memory, of which the run changes a copy.
         recipe: of the run: calibration text and seed.
         texts: calibration documents in memory, where they are not to be read from the recipe's source.
         progress: called as progress(phase, done, total, detail, error).
     """
 
-    def __init__(self, source: str, recipe: Recipe, texts: TextSource | None, progress: Progress) -> None:
+    def __init__(self, source: Source, recipe: Recipe, texts: TextSource | None, progress: Progress) -> None:
         self.source, self.recipe, self.texts, self.progress = source, recipe, texts, progress
-        self.name = model_name(source)
+        self.name = name_of(source)
 
     @property
     def has_text(self) -> bool:
@@ -77,12 +100,17 @@ class Inputs:
         """
         if self.has_text:
             self.documents  # noqa: B018 - read first: that is quick, and it is where most mistakes are
-        model, tokenizer = open_model(self.source)
+        given = self.source if isinstance(self.source, InMemory) else None
+        if given:
+            model, tokenizer = given.model, given.tokenizer
+        else:
+            model, tokenizer = open_model(str(self.source), warn=False)  # `carried_tensors` tells of them
+            fetch_companions(str(model.name_or_path))
         if is_compressed(model.config):
             raise ModelError(f"{self.source} is already compressed by cospadi: {verb} the dense model instead")
         if self.has_text:
             check_length(model, self.recipe.calibration.seq_len)
-        return model, tokenizer
+        return (given.copied() if given else model), tokenizer
 
     def tokens(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
         """The calibration text in blocks of tokens; no blocks if there is none.

@@ -4,11 +4,14 @@ A run's directory holds ``.cospadi/`` while it works: ``fingerprint.json`` (what
 ``plan.json`` (the plan after calibration) and sections of numbered entries: ``groups/NNNN.safetensors`` with the packed
 factors and, as metadata, what the report says of them; ``layers/`` and ``predictions/`` for tuning. Every file is
 written under another name, flushed to disk and renamed, so a file that is there is whole.
+
+A finished run has no ``.cospadi/``. Its report says what it was, so that the same command knows that it is done.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -23,6 +26,8 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from cospadi.checkpoint import validate
+from cospadi.checkpoint.checksums import CHECKSUMS
+from cospadi.checkpoint.companions import remove_companions
 from cospadi.errors import CheckpointError, CospadiError, OutputError, ResourceError
 from cospadi.io import disk_errors, write_durably
 
@@ -52,6 +57,12 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else "unset" if value is None else json.dumps(value)
     return text if len(text) <= 24 else text[:10] + "…" + text[-6:]
+
+
+def _recorded(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """A fingerprint as the report holds it: its hash decides, since paths in a report may be shortened."""
+    digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+    return fingerprint | {"sha256": digest}
 
 
 class Section:
@@ -124,63 +135,83 @@ class Journal:
 
     def __init__(self, out: Path, fingerprint: dict[str, Any], *, fresh: bool = False) -> None:
         self.out, self.folder = out, out / FOLDER
+        self.record = _recorded(json.loads(json.dumps(fingerprint)))
+        """What the report of the finished run is to hold as its ``fingerprint``."""
         self.groups, self.layers, self.predictions = (Section(self.folder / name) for name in SECTIONS)
         self._lock: IO[str] | None = None
         check_output(out)
         self._made = [path for path in (self.folder, out, *out.parents) if not path.exists()]
         try:
             with disk_errors(out):
-                self.folder.mkdir(parents=True, exist_ok=True)
                 self._take_lock()
                 if fresh:
                     self._forget()
-            self._claim(json.loads(json.dumps(fingerprint)))
+            self._claim()
         except BaseException:
+            if self._lock is not None and self.folder in self._made:
+                shutil.rmtree(self.folder, ignore_errors=True)
             self.close()
             raise
 
-    def _claim(self, fingerprint: dict[str, Any]) -> None:
+    def _claim(self) -> None:
+        earlier = self._earlier()
+        if earlier is not None and earlier.get("sha256") != self.record["sha256"]:
+            finished = (self.out / REPORT).exists()
+            if finished or self._worth_keeping():
+                changed = "; ".join(differences(earlier | {"sha256": self.record["sha256"]}, self.record))
+                raise OutputError(
+                    f"{self.out} holds {'a finished' if finished else 'an unfinished'} run with other settings "
+                    f"({changed if earlier else 'its report does not say which'}): choose another directory, or "
+                    "replace that run with --fresh"
+                )
+            shutil.rmtree(self.statistics, ignore_errors=True)
+        own = {key: value for key, value in self.record.items() if key != "sha256"}
+        write_durably(self.folder / MARKER, json.dumps(own, indent=1, sort_keys=True).encode())
+
+    def _earlier(self) -> dict[str, Any] | None:
+        """What the run that is there was, with the hash; None if there is none."""
         marker = self.folder / MARKER
         if marker.exists():
             try:
-                earlier = json.loads(marker.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+                found: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
+                return _recorded(found)
+            except (OSError, ValueError, TypeError):
                 raise OutputError(f"{marker} is damaged: forget that run with --fresh") from None
-            changed = differences(earlier, fingerprint)
-            if not changed:
-                return
-            finished = (self.out / REPORT).exists()
-            if finished or self._worth_keeping():
-                raise OutputError(
-                    f"{self.out} holds {'a finished' if finished else 'an unfinished'} run with other settings "
-                    f"({'; '.join(changed)}): choose another directory, or replace that run with --fresh"
-                )
-            shutil.rmtree(self.statistics, ignore_errors=True)
-        write_durably(marker, json.dumps(fingerprint, indent=1, sort_keys=True).encode())
+        report = self.report()
+        if report is None:
+            return None
+        kept = report.get("fingerprint")
+        return kept if isinstance(kept, dict) else {}
 
     def _worth_keeping(self) -> bool:
         return any(self.statistics.rglob("*.safetensors")) or bool(self.groups)
 
     def _take_lock(self) -> None:
-        self._lock = (self.folder / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(
-                f"another run is working in {self.out}: wait for it or choose another directory"
-            ) from None
+        lock = held(self.out)
+        if lock is None:
+            raise OutputError(f"another run is working in {self.out}: wait for it or choose another directory")
+        self._lock = lock
 
     def _forget(self) -> None:
         # The report goes first, for it says that the run is done; the fingerprint last: an interruption on the way
         # leaves an unfinished run. Whatever else lies here is not ours to delete.
+        copied = self._copied()
         for path in [self.out / REPORT, self.out / "config.json", *self.out.iterdir()]:
             if path.name in (REPORT, "config.json") or _CHECKPOINT.fullmatch(path.name):
                 path.unlink(missing_ok=True)
+        remove_companions(self.out, copied)
         for name in (*SECTIONS, "statistics"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         others = [path for path in self.folder.iterdir() if path.is_file() and path.name not in (MARKER, "lock")]
         for path in [*others, self.folder / MARKER]:
             path.unlink(missing_ok=True)
+
+    def _copied(self) -> Any:
+        """What the finished run in `out` says it copied from its model's directory."""
+        try:
+            return json.loads((self.out / REPORT).read_text(encoding="utf-8")).get("copied_files", [])
+        except (OSError, ValueError, AttributeError):
+            return []
 
     @property
     def statistics(self) -> Path:
@@ -220,9 +251,12 @@ class Journal:
         return found
 
     def finish(self) -> None:
-        """Forget what only the run needed; the fingerprint stays, so that the same command knows it is done."""
-        for name in (*SECTIONS, "statistics"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+        """Forget what only the run needed; the report is written already, and says what the run was."""
+        report = self.report()
+        if report is not None and "fingerprint" not in report:  # of a version that kept it elsewhere
+            content = json.dumps(report | {"fingerprint": self.record}, indent=2, sort_keys=True, ensure_ascii=False)
+            write_durably(self.out / REPORT, content + "\n")
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
         """Release the lock."""
@@ -243,6 +277,37 @@ class Journal:
         self.close()
 
 
+def held(out: Path) -> IO[str] | None:
+    """The lock of an output directory, made if absent; None if another process holds it. Closing it releases it."""
+    while True:
+        (out / FOLDER).mkdir(parents=True, exist_ok=True)
+        try:
+            lock = (out / FOLDER / "lock").open("w")
+        except FileNotFoundError:  # another run finished meanwhile, and removed the folder
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(lock.fileno()).st_ino == (out / FOLDER / "lock").stat().st_ino:
+                return lock
+        except BlockingIOError:
+            lock.close()
+            return None
+        except FileNotFoundError:
+            pass
+        lock.close()
+
+
+def _is_ours(out: Path) -> bool:
+    """Whether a directory holds a run of ours, under way, interrupted or finished."""
+    if (out / FOLDER).is_dir() or all((out / name).is_file() for name in ("recipe.yaml", CHECKSUMS)):
+        return True  # the second: a finished run whose report was deleted; it is made again
+    for name, mark in ((REPORT, '"cospadi_version"'), (ROWS, '{"fingerprint": "')):
+        with suppress(OSError):
+            if mark in (out / name).read_text(encoding="utf-8", errors="replace"):
+                return True
+    return False
+
+
 def check_output(out: Path, comparison: bool = False) -> None:
     """Refuse an output directory that is neither new, empty, nor a run of ours, or that cannot be written.
 
@@ -260,7 +325,7 @@ def check_output(out: Path, comparison: bool = False) -> None:
         raise OutputError(f"{out} cannot be made: {nearest} is a file")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise OutputError(f"{out} cannot be written: no permission in {nearest}; choose another directory")
-    if out.is_dir() and not (out / FOLDER).is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(out.iterdir()) and not _is_ours(out):
         raise OutputError(f"{out} is not empty and holds no run of cospadi: choose another directory or empty it")
     if comparison and ((out / "config.json").exists() or (out / FOLDER / MARKER).exists()):
         raise OutputError(f"{out} holds a checkpoint: choose another directory for the comparison")

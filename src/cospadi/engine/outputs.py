@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cospadi.checkpoint import file_bytes, format_for, save
 from cospadi.checkpoint.checksums import write_checksums
-from cospadi.checkpoint.headers import read_directory
+from cospadi.checkpoint.headers import Entry, read_directory
 from cospadi.checkpoint.publish import staged
+from cospadi.checkpoint.write import write_model
 from cospadi.engine.journal import Journal
 from cospadi.engine.plan.plan import Plan
 from cospadi.io import disk_errors, write_durably
@@ -32,10 +34,14 @@ class Output:
 
     def __init__(self, out: Path, progress: Progress) -> None:
         self.out, self.progress = out, progress
+        self.extra: Mapping[str, Entry] = {}
+        """Stored tensors of the original that its class does not take; they are copied."""
+        self.copied: list[str] = []
+        """Names of the files that were copied from the model's directory."""
 
     def facts(self) -> dict[str, Any]:
         """What the report says of the files."""
-        return {"file_bytes": file_bytes(self.out)}
+        return {"file_bytes": file_bytes(self.out), "copied_files": self.copied}
 
 
 class Checkpoint(Output):
@@ -50,7 +56,7 @@ class Checkpoint(Output):
             with journal.groups.checked(index):
                 stored.install(model, spec, journal.groups.read(index)[0])
         with disk_errors(self.out):
-            save(model, tokenizer, self.out, plan.specs)
+            self.copied = save(model, tokenizer, self.out, plan.specs, extra=self.extra)
         self.progress("save", 1, 1)
 
 
@@ -61,8 +67,7 @@ class PrunedCheckpoint(Output):
         """Write the checkpoint."""
         self.progress("save", 0, 1, self.out.name)
         with disk_errors(self.out), staged(self.out) as staging:
-            model.save_pretrained(staging)
-            tokenizer.save_pretrained(staging)
+            self.copied = write_model(model, tokenizer, staging, extra=self.extra)
             write_checksums(staging)
             read_directory(staging)
         self.progress("save", 1, 1)

@@ -13,26 +13,30 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cospadi.calibration import TextSource, TokenBlocks, described
+from cospadi.calibration import TextSource, TokenBlocks
 from cospadi.checkpoint import is_compressed
 from cospadi.checkpoint.headers import read_directory
-from cospadi.engine.inputs import Inputs
+from cospadi.engine.inputs import Inputs, given_text
 from cospadi.engine.journal import Journal, check_output
 from cospadi.engine.outputs import PrunedCheckpoint, environment, write_report
-from cospadi.engine.plan.pruning import check_section, decide
+from cospadi.engine.plan.extra import carried_tensors
+from cospadi.engine.plan.pruning import check_section, decide, estimate_prune
+from cospadi.engine.rehearsal import rehearse
 from cospadi.errors import CheckpointError, NumericalError, OutputError
-from cospadi.model_view import ModelView, discover_layers, source_name
+from cospadi.io import expanded
+from cospadi.model_view import ModelView, discover_layers, model_source, open_config, predicts_tokens, skeleton
+from cospadi.options import prune_recipe_from
 from cospadi.progress import Progress, silent
 from cospadi.pruning import block_bytes, get_pruning_method
-from cospadi.recipe import Recipe, with_prune
+from cospadi.recipe import Recipe
 from cospadi.runtime.devices import resolve_device, widened
 from cospadi.runtime.fingerprints import versions
 from cospadi.runtime.memory import memory_errors
 
-_RECIPE_KEYS = {"prune", "calibration", "device", "seed"}
+_RECIPE_KEYS = {"prune", "calibration", "drop_extra", "device", "seed"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PruneResult:
     """What a run left behind.
 
@@ -56,42 +60,42 @@ class PruneResult:
         """Share of the blocks' bytes that is kept."""
         return float(self.report["keep_actual"])
 
+    def __repr__(self) -> str:
+        from cospadi.report.results import prune_line
+
+        return prune_line(self.out, self.report)
+
+    def _repr_html_(self) -> str:
+        from cospadi.report.results import prune_fragment
+
+        return prune_fragment(self.out, self.report)
+
 
 def prune(
-    model: str | Path,
+    model: object,
     out: str | Path,
     *,
-    method: str | None = None,
-    blocks: int | None = None,
-    keep_blocks: float | None = None,
-    options: dict[str, Any] | None = None,
-    calibration: TextSource | None = None,
+    tokenizer: object = None,
+    calibration: TextSource | dict[str, Any] | None = None,
     recipe: Recipe | dict[str, Any] | str | Path | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
     command: str = "",
-    **changes: Any,
+    **options: Any,
 ) -> PruneResult:
-    """Remove blocks (or width) from a model, without retraining.
-
-    What comes out is a checkpoint of the original architecture that loads without this package, unless the method or
-    an option of it says otherwise. An interrupted run leaves no checkpoint; the same call does it again.
+    """Remove blocks (or width) from a model, without retraining; see :func:`cospadi.prune`.
 
     Args:
-        model: local directory or hub id.
+        model: local directory, hub id, or a transformers model, which stays as it is.
         out: output directory: new, empty, or of the same run.
-        method: name of a pruning method; left out: the recipe's, else ``replaceme``.
-        blocks: how many go.
-        keep_blocks: instead: share of the blocks' 16-bit bytes that stays, in (0, 1).
-        options: of the method.
-        calibration: whatever :func:`~cospadi.calibration.read_texts` takes: a file, a directory, a hub data set, or
-            documents in memory such as a list, a generator or a ``Dataset``.
+        tokenizer: of a model in memory.
+        calibration: whatever :func:`~cospadi.engine.inputs.given_text` takes.
         recipe: a recipe, its keys and values, or the path of one, with a section ``prune``; the other arguments
             override it.
         fresh: forget an earlier run in `out`.
         progress: called with (phase, done, total, detail, error).
         command: the command line, for the report.
-        **changes: ``device`` and ``seed``, as in a recipe.
+        **options: see :func:`~cospadi.options.prune_recipe_from`.
 
     Returns:
         paths, sizes, and what was cut.
@@ -99,14 +103,26 @@ def prune(
     Raises:
         CospadiError: see `cospadi.errors`; the message names cause and remedy.
     """
-    base = Recipe.of(recipe)
-    texts = None if isinstance(calibration, (str, Path)) else calibration
-    if calibration is not None:
-        changes["calibration"] = {"source": described(calibration)} | dict(changes.get("calibration", {}))
-    merged, progress = with_prune(base.merged(changes), method, blocks, keep_blocks, options), progress or silent
-    inputs = Inputs(source_name(model), merged, texts, progress)
+    texts, section = given_text(calibration)
+    merged, progress = prune_recipe_from(recipe, options | {"calibration": section}), progress or silent
+    inputs = Inputs(model_source(model, tokenizer), merged, texts, progress)
     with memory_errors():
-        return PruneRun(inputs, PrunedCheckpoint(Path(out), progress), merged, progress, command).go(fresh)
+        return PruneRun(inputs, PrunedCheckpoint(expanded(out), progress), merged, progress, command).go(fresh)
+
+
+def plan_prune(model: str | Path, recipe: Recipe) -> dict[str, Any]:
+    """How much would go, once it is known that the result could be saved and opened; no weights are read.
+
+    Raises:
+        CospadiError: see :func:`prune`.
+    """
+    planned = estimate_prune(model, recipe)
+    view = discover_layers(skeleton(open_config(model)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        extra = carried_tensors(model, view, recipe)
+    rehearse(view, None, None, extra)
+    return planned | {"warnings": [str(w.message) for w in caught if w.category is UserWarning]}
 
 
 def check_matrices(view: ModelView) -> None:
@@ -157,6 +173,7 @@ class PruneRun:
             self.progress("read", 0, 1, "text and model")
             model, tokenizer = self.inputs.open("prune")
             view = discover_layers(model)
+            self.outputs.extra = carried_tensors(self.inputs.source, view, self.recipe)
             check_matrices(view)
             blocks = self.inputs.tokens(model, tokenizer)
             self.progress("read", 1, 1)
@@ -167,10 +184,12 @@ class PruneRun:
                     _check_whole(out)
                     journal.finish()
                     return PruneResult(out, finished, complete=True)
+                rehearse(view, None, tokenizer, self.outputs.extra)
                 self.seconds["read"] = time.perf_counter() - begun
                 report = self._cut(view, tokenizer, blocks, device)
                 self.seconds["total"] = time.perf_counter() - begun
                 report["seconds"] = {key: round(value, 3) for key, value in self.seconds.items()}
+                report["fingerprint"] = journal.record
                 report["warnings"] = list(dict.fromkeys(str(w.message) for w in caught if w.category is UserWarning))
                 write_report(out, _recipe_yaml(self.recipe), report)
                 journal.finish()
@@ -212,6 +231,7 @@ class PruneRun:
             "command": self.command,
             "model": self.inputs.name,
             "architecture": (model.config.architectures or [type(model).__name__])[0],
+            "generates": predicts_tokens(model),
             "method": self.section.method,
             "stock": not is_compressed(model.config),
             "keep_requested": self.section.keep_blocks,

@@ -8,14 +8,13 @@ a method or a size computes only what is new.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import torch
 
 from cospadi.calibration import ACCEPTED, TextSource, TokenBlocks, described, read_texts, short_name, token_blocks
 from cospadi.checkpoint import is_compressed
-from cospadi.engine.journal import FOLDER, ROWS, check_output
+from cospadi.engine.journal import FOLDER, ROWS, check_output, held
 from cospadi.engine.plan.plan import other_bytes
 from cospadi.engine.plan.selection import chosen_modules, narrowed, restricted
 from cospadi.engine.plan.text import needs_text
@@ -41,16 +40,20 @@ from cospadi.evaluation.comparison_row import Shared, compressed_row, pruned_row
 from cospadi.evaluation.entries import Entry, make_entries
 from cospadi.evaluation.tasks import find_tasks, require_lm_eval
 from cospadi.evaluation.yardstick import ARITHMETIC, Yardstick
-from cospadi.io import disk_errors
+from cospadi.io import disk_errors, expanded
 from cospadi.model_view import (
+    InMemory,
     LinearGroup,
+    Source,
     check_ids,
     check_length,
     check_weights,
     discover,
-    model_name,
+    kind_of,
+    model_source,
+    name_of,
     open_model,
-    source_name,
+    require_predictions,
 )
 from cospadi.progress import Progress, labelled, silent
 from cospadi.pruning import get_pruning_method
@@ -64,9 +67,10 @@ UNSOLVED = (BudgetError, ModelError, NumericalError, RecipeError, ResourceError)
 
 
 def compare(
-    model: str | Path,
+    model: object,
     out: str | Path,
     *,
+    tokenizer: object = None,
     methods: Sequence[str] = (),
     keeps: Sequence[float],
     text: TextSource | Mapping[str, TextSource],
@@ -89,7 +93,8 @@ def compare(
     """Compress a model by several methods to several sizes and measure them all in the same way.
 
     Args:
-        model: local directory or hub id.
+        model: local directory, hub id, or a transformers model, which stays as it is.
+        tokenizer: of a model in memory.
         out: directory for finished rows, and for checkpoints with `save`.
         methods: names of methods, and of pruning methods: these remove the fewest blocks (or the least width) within
             each keep.
@@ -148,9 +153,10 @@ def compare(
     if tasks:
         find_tasks(tasks, limit)
         require_lm_eval()
-    comparison = _Comparison(Path(out), yardstick, save, progress or silent, command)
+    out = expanded(out)
+    comparison = _Comparison(out, yardstick, save, progress or silent, command)
     with memory_errors(), comparison.opened(fresh):
-        shared = _shared(source_name(model), base, entries, calibration, Path(out), comparison.progress)
+        shared = _shared(model_source(model, tokenizer), base, entries, calibration, out, comparison.progress)
         return comparison.go(shared, base, entries)
 
 
@@ -167,7 +173,7 @@ def _needs_text(entry: Entry) -> bool:
 
 
 def _shared(
-    source: str,
+    source: Source,
     base: Recipe,
     entries: Sequence[Entry],
     calibration: TextSource | None,
@@ -176,9 +182,12 @@ def _shared(
 ) -> Shared:
     begun = time.perf_counter()
     progress("read", 0, 1, "model")
-    model, tokenizer = open_model(source)
+    require_predictions(kind_of(source), "a comparison", "use compress and your own measure")
+    given = source if isinstance(source, InMemory) else None
+    model, tokenizer = (given.model, given.tokenizer) if given else open_model(str(source))
     if is_compressed(model.config):
         raise ModelError(f"{source} is already compressed by cospadi: compare on the dense model")
+    model = given.copied() if given else model
     wanted = base.calibration
     if wanted.source is not None:
         check_length(model, wanted.seq_len)
@@ -227,18 +236,26 @@ class _Comparison:
         """Hold the output directory, and read what earlier runs left there."""
         check_output(self.out, comparison=True)
         self.fresh = fresh
+        made = not self.out.exists()
         with disk_errors(self.out):
-            (self.out / FOLDER).mkdir(parents=True, exist_ok=True)
-            lock = (self.out / FOLDER / "lock").open("w")
+            lock = held(self.out)
+        if lock is None:
+            raise OutputError(f"another run is working in {self.out}: wait for it or choose another")
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(f"another run is working in {self.out}: wait for it or choose another") from None
             if fresh:
                 (self.out / ROWS).unlink(missing_ok=True)
             self.found = dict(read_rows(self.out / ROWS))
-            yield
+            try:
+                yield
+            except BaseException:
+                if any(path.name != "lock" for path in (self.out / FOLDER).iterdir()) or self.found:
+                    raise  # there is something to resume from
+                shutil.rmtree(self.out / FOLDER, ignore_errors=True)
+                if made:
+                    with suppress(OSError):  # not empty: someone else put something there meanwhile
+                        self.out.rmdir()
+                raise
+            shutil.rmtree(self.out / FOLDER, ignore_errors=True)
 
     def go(self, shared: Shared, base: Recipe, entries: Sequence[Entry]) -> dict[str, Any]:
         """Measure the dense model and every row."""
@@ -254,10 +271,8 @@ class _Comparison:
         for number, entry in enumerate(entries, 1):
             label = f"{entry.slug} ({number}/{len(entries)})"
             (references if entry.keep is None else rows).append(self._row(entry, shared, common, label))
-        shutil.rmtree(self.out / FOLDER / "rows", ignore_errors=True)
-        shutil.rmtree(shared.statistics, ignore_errors=True)
         return {
-            "model": model_name(shared.source),
+            "model": name_of(shared.source),
             "architecture": (shared.model.config.architectures or [type(shared.model).__name__])[0],
             "dense": dense,
             "rows": rows,

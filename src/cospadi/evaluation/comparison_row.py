@@ -25,7 +25,7 @@ from cospadi.engine.outputs import Checkpoint, PrunedCheckpoint
 from cospadi.engine.plan.plan import Plan
 from cospadi.engine.prune import PruneRun
 from cospadi.evaluation.yardstick import Yardstick, peak, reset_peak
-from cospadi.model_view import ModelView
+from cospadi.model_view import ModelView, Source
 from cospadi.progress import Progress
 from cospadi.pruning import Evidence, Tokens
 from cospadi.recipe import Recipe
@@ -40,7 +40,7 @@ class Shared:
     """What is read and collected once for all rows.
 
     Attributes:
-        source: name of the model.
+        source: of the model.
         model: dense; no row ever changes it.
         tokenizer: of the model.
         view: of the model.
@@ -52,7 +52,7 @@ class Shared:
         pruning: statistics that pruning methods share; made when they are first asked for.
     """
 
-    source: str
+    source: Source
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     view: ModelView

@@ -11,6 +11,7 @@ from cospadi.engine.plan.pruning import check_section
 from cospadi.errors import RecipeError
 from cospadi.methods import get_method
 from cospadi.pruning import all_pruning_methods
+from cospadi.quantities import parse_share
 from cospadi.recipe import Recipe
 
 REFERENCE_BITS = (8, 4, 3)
@@ -42,7 +43,7 @@ class Entry:
 def make_entries(
     base: Recipe,
     methods: Sequence[str],
-    keeps: Sequence[float],
+    keeps: Sequence[float | str],
     options: Mapping[str, Mapping[str, Any]],
     recipes: Mapping[str, Recipe],
     references: Sequence[str],
@@ -53,9 +54,10 @@ def make_entries(
         RecipeError: on an unknown method or option, options for a method that is not compared, or a name used twice.
         BudgetError: if a keep is not between 0 and 1.
     """
+    shares = [parse_share(keep) if isinstance(keep, str) else keep for keep in keeps]
     if not methods and not recipes:
         raise RecipeError("nothing to compare: pass --methods, for example --methods svd,pursuit")
-    if not keeps and (methods or not all(recipe.keep for recipe in recipes.values())):
+    if not shares and (methods or not all(recipe.keep for recipe in recipes.values())):
         raise RecipeError("no size given: pass --keep, for example --keep 0.8,0.6")
     for name in options:
         if name not in methods:
@@ -65,7 +67,7 @@ def make_entries(
     entries = []
     bare = base.model_copy(update={"options": {}, "target_size": None})
     pruning = all_pruning_methods()
-    for keep in dict.fromkeys(keeps):
+    for keep in dict.fromkeys(shares):
         for name in dict.fromkeys(methods):
             if name in pruning:
                 entries.append(Entry(name, keep, _pruning(bare, name, keep, options.get(name, {})), only_prunes=True))
@@ -75,7 +77,7 @@ def make_entries(
     common = {"calibration": base.calibration.model_dump(), "device": base.device, "seed": base.seed}
     common |= {"only": base.only} if base.only is not None else {}
     for name, recipe in recipes.items():
-        for keep in [recipe.keep] if recipe.keep else dict.fromkeys(keeps):
+        for keep in [recipe.keep] if recipe.keep else dict.fromkeys(shares):
             made = recipe.merged(common | {"keep": keep, "target_size": None})
             section = made.prune
             if section is not None and section.blocks is None and section.keep_blocks is None:

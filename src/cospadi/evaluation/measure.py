@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,24 +13,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cospadi.aliases import canonical_bos
 from cospadi.calibration import Texts, TextSource, read_texts, short_name
 from cospadi.errors import CalibrationError
-from cospadi.evaluation.models import load, stored_bytes
+from cospadi.evaluation.models import opened, stored_bytes
 from cospadi.evaluation.perplexity import perplexity
 from cospadi.evaluation.tasks import find_tasks, require_lm_eval, run_tasks
-from cospadi.model_view import model_name
+from cospadi.model_view import kind_of, model_source, require_predictions
 from cospadi.progress import Progress, silent
-from cospadi.runtime.devices import device_name, resolve_device
+from cospadi.runtime.devices import device_name
 from cospadi.runtime.fingerprints import versions
 from cospadi.runtime.memory import memory_errors
 
 
 def evaluate(
-    source: str | Path,
+    model: object,
     *,
+    tokenizer: object = None,
     text: TextSource | None = None,
     text_field: str | None = None,
     tasks: Sequence[str] = (),
     limit: int | None = None,
-    against: str | Path | None = None,
+    against: object = None,
     seq_len: int = 1024,
     max_blocks: int | None = None,
     batch: int | None = None,
@@ -40,7 +42,8 @@ def evaluate(
     """Measure perplexity and task scores of a checkpoint and, optionally, of a second one.
 
     Args:
-        source: any checkpoint that transformers can load.
+        model: any checkpoint that transformers can load, or a transformers model, which stays as it is.
+        tokenizer: of models in memory.
         text: whatever :func:`~cospadi.calibration.read_texts` takes: a file, a directory, a hub data set, or documents
             in memory; several documents are joined by the end token.
         text_field: the field of records that holds the text or messages; None: ``text``, ``messages``, or ``prompt``
@@ -51,7 +54,7 @@ def evaluate(
         seq_len: tokens per block.
         max_blocks: evaluate at most this many blocks from the start.
         batch: blocks per batch.
-        device: where the models run.
+        device: where the models run; with ``auto``, a model in memory runs where it is.
         bos: whether blocks and examples begin with the BOS: ``"auto"`` (where the tokenizer adds it), ``"on"`` or
             ``"off"``.
         progress: called with (phase, done, total).
@@ -69,24 +72,32 @@ def evaluate(
     if tasks:
         find_tasks(tasks, limit)
         require_lm_eval()
+    for measured in [model] if against is None else [model, against]:
+        require_predictions(kind_of(measured), "evaluate", "measure the model on its own task")
     result: dict[str, Any] = {"bos": canonical_bos(bos)}
     texts = None
     if text is not None:
         texts = read_texts(text, field=text_field)  # fail before the models are loaded
         result |= {"text": short_name(text), "fields": list(texts.fields)}
-    for prefix, which in (("", source), ("dense_", against)):
+    in_memory = [not isinstance(which, (str, os.PathLike, NoneType)) for which in (model, against)]
+    if not any(in_memory):
+        model_source(model, tokenizer)  # a tokenizer would go with neither
+    for prefix, which, lies_there in zip(("", "dense_"), (model, against), in_memory, strict=True):
         if which is None:
             continue
-        model, tokenizer = load(which, device=device)
-        with memory_errors("use a smaller --batch"):
-            found = _figures(model, tokenizer, texts, seq_len, max_blocks, batch, bos, progress)
+        with (
+            opened(which, tokenizer if lies_there else None, device) as (runnable, reader, name),
+            memory_errors("use a smaller --batch"),
+        ):
+            found = _figures(runnable, reader, texts, seq_len, max_blocks, batch, bos, progress)
             if tasks:
                 report = partial(progress or silent, "tasks")
-                found |= run_tasks(model, tokenizer, tasks, limit=limit, bos=bos, progress=report)
-        found |= {"model": model_name(which), "bytes": stored_bytes(which, model)}
+                found |= run_tasks(runnable, reader, tasks, limit=limit, bos=bos, progress=report)
+            found |= {"model": name, "bytes": stored_bytes(which, runnable)}
+            used = device_name(runnable.device)
         shared = {key: found.pop(key) for key in ("blocks", "seq_len", "harness") if key in found}
         result |= shared | {f"{prefix}{key}": value for key, value in found.items()}
-    return result | {"device": device_name(resolve_device(device)), "versions": versions()}
+    return result | {"device": used, "versions": versions()}
 
 
 def _figures(

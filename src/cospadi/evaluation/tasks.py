@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from cospadi.aliases import canonical_bos
 from cospadi.calibration.begin import begin_ids, begin_text
 from cospadi.errors import CalibrationError, ResourceError
+from cospadi.io import expanded
 from cospadi.progress import PhaseProgress
 
 if TYPE_CHECKING:
@@ -231,7 +232,7 @@ def find_tasks(items: Sequence[str], limit: int | None = None) -> tuple[list[Tas
     paths: list[Path] = []
     names: list[str] = []
     for item in items:
-        path = Path(item).expanduser()
+        path = expanded(item)
         if path.is_dir():
             inside = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
             if not inside:

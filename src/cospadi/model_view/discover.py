@@ -1,8 +1,9 @@
 """Finding decoder layers and linear groups by observing a forward pass; no architecture is recognised by name.
 
-The probe runs the model's own forward on a few tokens. Every parameter is replaced by zeros that take no memory, and
-every linear layer only returns zeros. The probe therefore takes a moment for any size, never reads a weight, and works
-on a skeleton on ``meta`` as well as on a real model.
+The probe runs the model's own forward on a few tokens. Every parameter and buffer is replaced by zeros that take no
+memory, and every linear layer only returns zeros. The probe therefore takes a moment for any size, never reads a
+weight, and works on a skeleton on ``meta`` as well as on a real model. Whatever a forward stores in its modules (rotary
+frequencies for the length it saw) is taken back.
 """
 
 from collections import Counter
@@ -11,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -153,11 +155,18 @@ def _probe(model: PreTrainedModel, watched: set[str]) -> _Record:
 
 
 def _zeros(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Zeros that take no memory, for every parameter and buffer by name."""
+    """Zeros that take no memory, for every parameter and buffer by name; a forward may write into the buffers."""
     return {
-        name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        **{name: torch.zeros((), dtype=t.dtype).expand(t.shape) for name, t in model.named_parameters()},
+        **{name: _writable_zeros(t) for name, t in model.named_buffers()},
     }
+
+
+def _writable_zeros(like: Tensor) -> Tensor:
+    """Zeros of a shape and dtype that take memory only where something is written into them."""
+    # numpy, unlike torch, asks the system for zeroed pages, and those are made when they are touched
+    empty = np.zeros(like.numel() * like.element_size(), dtype=np.uint8)
+    return torch.from_numpy(empty).view(like.dtype).view(like.shape)
 
 
 @torch.no_grad()
@@ -166,10 +175,38 @@ def _forward(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
     training = model.training
     model.train(False)
     try:
-        inputs = {"input_ids": torch.zeros(PROBE_SHAPE, dtype=torch.long), "use_cache": False}
-        functional_call(model, tensors, args=(), kwargs=inputs)
+        with _attributes_restored(model):
+            inputs = {"input_ids": torch.zeros(PROBE_SHAPE, dtype=torch.long), "use_cache": False}
+            functional_call(model, tensors, args=(), kwargs=inputs)
     finally:
         model.train(training)
+
+
+@contextmanager
+def _attributes_restored(model: nn.Module) -> Iterator[None]:
+    """Take back the attributes and buffers that a forward sets; tensors that are not buffers are on the CPU meanwhile.
+
+    A tensor that is a plain attribute of a skeleton has no numbers, and a forward may want to move it to the device
+    where it runs.
+    """
+    kept = [
+        (module, dict(vars(module)), dict(module._buffers), set(module._non_persistent_buffers_set))
+        for module in model.modules()
+    ]
+    try:
+        for module, attributes, _, _ in kept:
+            for name, value in attributes.items():
+                if isinstance(value, Tensor) and value.device.type == "meta":
+                    vars(module)[name] = _writable_zeros(value)
+        yield
+    finally:
+        for module, attributes, buffers, passing in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            module._non_persistent_buffers_set.clear()
+            module._non_persistent_buffers_set.update(passing)
 
 
 class _Uses(TorchFunctionMode):

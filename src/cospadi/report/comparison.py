@@ -119,7 +119,7 @@ def _plotted(comparison: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def comparison_page(comparison: Mapping[str, Any]) -> str:
     """The self-contained page of a comparison, without scripts or links."""
-    dense, rows = comparison.get("dense") or {}, all_rows(comparison)
+    rows = all_rows(comparison)
     run = {key: value for key, value in comparison.items() if key not in ("dense", "rows", "references", "text")}
     title = f"{model_name(comparison)}: methods compared"
     measured = f"measured {comparison.get('measured')}" if comparison.get("measured") else ""
@@ -130,13 +130,19 @@ def comparison_page(comparison: Mapping[str, Any]) -> str:
         [
             html_warnings(warnings_of(comparison)),
             html_section("Quality against bytes", _figure(comparison)),
-            html_section("Rows", html_remark(_remark(comparison)) + _row_table(rows, dense)),
+            html_section("Rows", comparison_rows(comparison)),
             html_section("Rows without a result", _reasons(rows)),
             html_section("Tasks", _task_table(comparison)),
             html_section("Calibration text", html_facts(calibration_facts(comparison))),
             html_section("Run", html_facts([*model_facts(run), Fact("Command", str(comparison.get("command") or ""))])),
         ],
     )
+
+
+def comparison_rows(comparison: Mapping[str, Any]) -> str:
+    """The table of all rows, with a line on how they were measured."""
+    table = _row_table(all_rows(comparison), comparison.get("dense") or {})
+    return html_remark(_remark(comparison)) + table
 
 
 def _figure(comparison: Mapping[str, Any]) -> str:

@@ -5,30 +5,24 @@ from typing import Any
 
 from rich.console import Console
 
+from cospadi.report.measured import contents_facts, estimate_facts, evaluation_facts, task_rows, tensor_rows
 from cospadi.report.terminal import Table, print_facts, print_heading, print_warnings
 from cospadi.report.text import (
     DASH,
-    arrow,
     error_text,
     human_bytes,
-    human_count,
     human_seconds,
     integer_text,
-    mapping,
     number,
     percent,
     perplexity_text,
 )
 from cospadi.report.view import (
-    Fact,
     by_kind,
     headlines,
     model_name,
-    perplexity_fact,
     read_groups,
-    requested,
     share,
-    total,
 )
 
 
@@ -68,33 +62,9 @@ def print_estimate(estimate: Mapping[str, Any], console: Console) -> None:
             ``warnings``.
         console: where to print.
     """
-    rows = read_groups(estimate)
-    before = estimate.get("bytes_before", total(row.bytes_before for row in rows))
-    after = estimate.get("bytes_after", total(row.bytes for row in rows))
-    keep = estimate.get("keep_actual", share(after, before))
-    times = estimate.get("seconds")
-    seconds = times.get("total") if isinstance(times, Mapping) else times
-    device = f"on {estimate['device']}" if estimate.get("device") else ""
-    process = (estimate.get("memory") or {}).get("process")
-    own = f"including {human_bytes(process)} for Python and its libraries" if process else device
-    took = human_seconds(seconds)
-    if isinstance(times, Mapping) and seconds is None and times.get("calibrate") is not None:
-        took = f"{DASH} (calibration alone takes {human_seconds(times['calibrate'])})"
     print_heading(console, model_name(estimate), estimate.get("method"), "estimate")
-    whole = arrow(human_bytes(estimate.get("file_bytes_before")), human_bytes(estimate.get("file_bytes")))
-    print_facts(
-        console,
-        [
-            Fact("Architecture", str(estimate.get("architecture") or "")),
-            Fact("Parameters", human_count(estimate.get("parameters"))),
-            Fact("Compressed layers", arrow(human_bytes(before), human_bytes(after))),
-            Fact("Bytes kept", percent(keep), requested(estimate)),
-            Fact("Whole checkpoint", whole),
-            Fact("Estimated memory", human_bytes(estimate.get("peak_memory_bytes")), own),
-            Fact("Estimated time", took, device),
-        ],
-    )
-    kinds = by_kind(rows)
+    print_facts(console, estimate_facts(estimate))
+    kinds = by_kind(read_groups(estimate))
     if kinds:
         table = Table(
             ("projection", "left"), ("method", "left"), ("groups", "right"), ("atoms", "right"),
@@ -116,14 +86,20 @@ def print_estimate(estimate: Mapping[str, Any], console: Console) -> None:
 
 
 def print_inspect(report: Mapping[str, Any], console: Console) -> None:
-    """Print the contents of a compressed checkpoint, group by group.
+    """Print the contents of a checkpoint: its groups, or the kinds of its tensors where it has none.
 
     Args:
-        report: the content of ``report.json``, or the part of it that the checkpoint's ``config.json`` contains.
+        report: see :func:`cospadi.evaluation.inspect`.
         console: where to print.
     """
-    print_heading(console, model_name(report), report.get("architecture"), report.get("method"))
-    print_facts(console, headlines(report))
+    print_heading(console, model_name(report), report.get("architecture"), report.get("kind"), report.get("method"))
+    print_facts(console, contents_facts(report))
+    tensors = Table(
+        ("tensor", "left"), ("number", "right"), ("shape", "right"), ("dtype", "left"), ("bytes", "right")
+    )  # fmt: skip
+    for cells in tensor_rows(report):
+        tensors.add(*cells)
+    tensors.print(console)
     rows = read_groups(report)
     table = Table(
         ("layer", "right"), ("projection", "left"), ("method", "left"), ("atoms", "right"),
@@ -156,31 +132,11 @@ def print_evaluation(result: Mapping[str, Any], console: Console) -> None:
         console: where to print.
     """
     print_heading(console, model_name(result) if result.get("model") else "", "evaluation")
-    bits = number(result.get("bits_per_byte"))
-    kept = share(result.get("bytes"), result.get("dense_bytes"))
-    print_facts(
-        console,
-        [
-            perplexity_fact(result),
-            Fact("Bits per byte", DASH if bits is None else f"{bits:.4f}"),
-            Fact("Word perplexity", perplexity_text(result.get("word_perplexity"))),
-            Fact(
-                "Size",
-                arrow(human_bytes(result.get("dense_bytes")), human_bytes(result.get("bytes"))),
-                "" if kept is None else percent(kept),
-            ),
-            Fact("Time", human_seconds(result.get("seconds"))),
-        ],
-    )
-    tasks = mapping(result.get("tasks"))
-    if tasks:
-        table = Table(("task", "left"), ("metric", "left"), ("value", "right"))
-        for task, metrics in tasks.items():
-            for metric, value in (metrics if isinstance(metrics, Mapping) else {"": metrics}).items():
-                real = number(value)
-                if real is not None:
-                    table.add(str(task), str(metric), f"{real:.4f}")
-        table.print(console)
+    print_facts(console, evaluation_facts(result))
+    table = Table(("task", "left"), ("metric", "left"), ("value", "right"))
+    for row in task_rows(result):
+        table.add(*row)
+    table.print(console)
     print_warnings(console, result)
 
 

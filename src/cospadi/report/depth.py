@@ -59,6 +59,7 @@ from cospadi.report.view import (
     calibration_facts,
     model_facts,
     model_name,
+    opener,
     perplexity_fact,
     requested,
     warnings_of,
@@ -70,10 +71,10 @@ if TYPE_CHECKING:
 
 HEAT_MAP = "distances.png"
 _STOCK = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {kind}, AutoTokenizer
 
 path = "."  # this folder, or its id on the hub
-model = AutoModelForCausalLM.from_pretrained(path)
+model = {kind}.from_pretrained(path)
 tokenizer = AutoTokenizer.from_pretrained(path)
 """
 _MEASURES = {"cosine": "mean cosine distance over all tokens", "angular": "angular distance of the last token"}
@@ -256,6 +257,7 @@ def depth_card(report: Mapping[str, Any], picture: bool = True) -> str:
     rows = [[fact.label, fact.value, fact.note] for fact in depth_headlines(report)]
     columns = ["removed blocks", "replaced by", "cosine distance", "error against plain removal"]
     image = f"![Distances of all pairs of depths; the cut is outlined]({ASSETS}/{HEAT_MAP})" if picture else ""
+    loading = _STOCK.format(kind=opener(report))
     return markdown_document(
         [
             front_matter(report, ("cospadi", "pruning")),
@@ -264,7 +266,7 @@ def depth_card(report: Mapping[str, Any], picture: bool = True) -> str:
             table(["", "", ""], rows),
             section(
                 "How to load",
-                fenced(_STOCK if stock else f"import cospadi  # registers the format\n{_STOCK}", "python"),
+                fenced(loading if stock else f"import cospadi  # registers the format\n{loading}", "python"),
             ),
             section("Warnings", bullets(warnings_of(report))),
             section("The cut", table(columns, run_rows(report), numbers_from=2)),

@@ -69,7 +69,7 @@ def page(report: Mapping[str, Any]) -> str:
             html_cards(headlines(report)),
             html_warnings(warnings_of(report)),
             html_section("Layers", _figures(report)),
-            html_section("Projections", _kind_table(by_kind(groups))),
+            html_section("Projections", kind_table(by_kind(groups))),
             html_section("Groups", _group_table(groups, error_meaning(report))),
             html_section("Recipe", html_code(yaml_text(report.get("recipe")))),
             html_section("Calibration text", html_facts(calibration_facts(report))),
@@ -79,7 +79,8 @@ def page(report: Mapping[str, Any]) -> str:
     )
 
 
-def _kind_table(kinds: Sequence[KindRow]) -> str:
+def kind_table(kinds: Sequence[KindRow]) -> str:
+    """A table of the kinds of projections; empty without any."""
     columns = [
         ("projection", False), ("method", False), ("groups", True), ("before", True), ("after", True),
         ("kept", True), ("mean error", True), ("worst", True), ("in layer", True),

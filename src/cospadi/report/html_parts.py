@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from cospadi.report.figures import FAINT, INK, MUTED, PALETTE, render
-from cospadi.report.style import CSS
+from cospadi.report.style import CSS, FRAGMENT_CSS
 from cospadi.report.view import Fact
 
 if TYPE_CHECKING:
@@ -44,6 +44,25 @@ def html_document(title: str, heading: str, lead: Sequence[object], body: Sequen
         + "".join(body)
         + "</main>\n</body>\n</html>\n"
     )
+
+
+def html_fragment(heading: str, lead: Sequence[object], body: Sequence[str]) -> str:
+    """A part of someone else's page, such as the output of a notebook's cell: it loads nothing and runs nothing.
+
+    Args:
+        heading: of the fragment; may be empty.
+        lead: parts of the line below the heading; empty ones are left out.
+        body: content as HTML.
+    """
+    line = " · ".join(str(part) for part in lead if part)
+    top = f'<p class="heading">{escape(heading)}</p>\n' if heading else ""
+    top += f'<p class="remark">{escape(line)}</p>\n' if line else ""
+    return f'<div class="cospadi">\n<style>{FRAGMENT_CSS}</style>\n{top}{"".join(body)}</div>\n'
+
+
+def html_folded(title: str, content: str) -> str:
+    """Content that opens on a click; empty if there is none."""
+    return f"<details>\n<summary>{escape(title)}</summary>\n{content}</details>\n" if content else ""
 
 
 def html_section(title: str, content: str) -> str:

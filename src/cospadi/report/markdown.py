@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from cospadi.report.html_parts import yaml_text
-from cospadi.report.view import Fact
+from cospadi.report.view import Fact, opener
 
 ASSETS = "assets"
 """Folder of a checkpoint that holds the card's pictures."""
@@ -26,7 +26,9 @@ def front_matter(report: Mapping[str, Any], tags: Sequence[str]) -> str:
             card must not claim what nobody stated.
         tags: of the model.
     """
-    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    head: dict[str, Any] = {"library_name": "transformers"}
+    if opener(report) == "AutoModelForCausalLM":
+        head["pipeline_tag"] = "text-generation"
     base = report.get("base_model") or report.get("model")
     if isinstance(base, str) and _HUB_ID.fullmatch(base):
         head["base_model"] = base

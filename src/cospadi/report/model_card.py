@@ -23,6 +23,7 @@ from cospadi.report.view import (
     headlines,
     model_facts,
     model_name,
+    opener,
     read_groups,
     warnings_of,
 )
@@ -33,10 +34,10 @@ PICTURES = {
 }
 _LOADING = """\
 import cospadi  # registers the format
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {kind}, AutoTokenizer
 
 path = "."  # this folder, or its id on the hub
-model = AutoModelForCausalLM.from_pretrained(path)
+model = {kind}.from_pretrained(path)
 tokenizer = AutoTokenizer.from_pretrained(path)
 """
 
@@ -59,7 +60,7 @@ def model_card(report: Mapping[str, Any], pictures: Sequence[str] = tuple(PICTUR
             f"# {inline(name)}, compressed by cospadi",
             _introduction(report, name),
             table(["", "", ""], [[fact.label, fact.value, fact.note] for fact in headlines(report)]),
-            section("How to load", fenced(_LOADING, "python")),
+            section("How to load", fenced(_LOADING.format(kind=opener(report)), "python")),
             section("Warnings", bullets(warnings_of(report))),
             _layers(report, pictures),
             _groups(report),

@@ -1,9 +1,12 @@
-"""Progress of a long run: a bar on a terminal, occasional plain lines in a log; always on stderr."""
+"""Progress of a long run: a bar on a terminal or in a notebook, occasional plain lines in a log; always on stderr."""
 
 import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import (
@@ -18,7 +21,44 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from cospadi.errors import RecipeError
+from cospadi.progress import Progress as Callback
+from cospadi.progress import silent
+from cospadi.report.notebook import NotebookDisplay, in_notebook
 from cospadi.report.text import error_text, human_seconds, percent
+
+ProgressOption = Callback | bool | Literal["auto"] | None
+"""How a function shows its progress; see :func:`showing`."""
+
+
+@contextmanager
+def showing(progress: ProgressOption) -> Iterator[Callback]:
+    """The callback for what a user asked for.
+
+    Args:
+        progress: ``"auto"``: a bar on a terminal or in a notebook, nothing elsewhere; True: also plain lines elsewhere;
+            False or None: nothing; or a callback.
+
+    Raises:
+        RecipeError: if it is none of these.
+    """
+    if callable(progress):
+        yield progress
+    elif progress not in ("auto", True, False, None):
+        raise RecipeError(f"progress must be 'auto', True, False or a function, not {progress!r}")
+    elif progress and in_notebook():
+        yield NotebookDisplay().update
+    elif progress is True or (progress == "auto" and _on_terminal()):
+        with ProgressDisplay() as display:
+            yield display.update
+    else:
+        yield silent
+
+
+def _on_terminal() -> bool:
+    """Whether stderr is a terminal that can draw a bar."""
+    console = Console(stderr=True)
+    return bool(getattr(sys.stderr, "isatty", lambda: False)()) and console.is_terminal and not console.is_dumb_terminal
 
 
 class _Field(ProgressColumn):

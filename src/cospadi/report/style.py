@@ -1,4 +1,4 @@
-"""The style sheet of the report page: one column, system fonts, light and dark, readable on phones and on paper."""
+"""Style sheets. The report page: one column, system fonts, light and dark, readable on phones and on paper."""
 
 CSS = """
 :root {
@@ -89,3 +89,24 @@ summary { cursor: pointer; color: var(--muted); margin-bottom: .5rem; }
   h2 { break-after: avoid; }
 }
 """
+
+FRAGMENT_CSS = """
+.cospadi { font: 14px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; max-width: 60rem; }
+.cospadi .heading { font-weight: 600; margin: 0; overflow-wrap: anywhere; }
+.cospadi .remark { opacity: .7; margin: 0; overflow-wrap: anywhere; }
+.cospadi .note { opacity: .7; font-size: .88em; overflow-wrap: anywhere; }
+.cospadi .cards { display: flex; flex-wrap: wrap; gap: .5rem; margin: .5rem 0; }
+.cospadi .cards > div { border: 1px solid rgba(128, 128, 128, .4); border-radius: .4rem; padding: .35rem .7rem; }
+.cospadi .cards dt { opacity: .7; font-weight: 400; font-size: .85em; margin: 0; padding: 0; }
+.cospadi .cards dd { margin: 0; padding: 0; }
+.cospadi .cards .value { font-weight: 600; font-variant-numeric: tabular-nums; }
+.cospadi .warnings { border-left: .25rem solid #c58a00; padding: .1rem .7rem; margin: .5rem 0; }
+.cospadi .warnings ul { margin: 0; padding: 0 0 0 1rem; }
+.cospadi .wide { overflow-x: auto; }
+.cospadi table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .3rem 0; }
+.cospadi th, .cospadi td { text-align: left; padding: .15rem .6rem .15rem 0; background: none; white-space: nowrap; }
+.cospadi th.n, .cospadi td.n { text-align: right; }
+.cospadi pre { white-space: pre-wrap; margin: .3rem 0; }
+.cospadi summary { cursor: pointer; opacity: .7; }
+"""
+"""Of a fragment in a notebook: it takes ink and paper from the notebook's theme, light or dark."""

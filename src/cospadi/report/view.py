@@ -237,12 +237,21 @@ def by_kind(rows: Sequence[GroupRow]) -> list[KindRow]:
     ]
 
 
+def opener(report: Mapping[str, Any]) -> str:
+    """The class of transformers that opens the result: the automatic one for causal language models."""
+    kind = report.get("architecture")
+    if not isinstance(kind, str) or not re.fullmatch(r"[A-Za-z]\w*", kind) or kind.endswith("ForCausalLM"):
+        return "AutoModelForCausalLM"
+    return kind
+
+
 def model_name(report: Mapping[str, Any]) -> str:
     """Name of the model; ``"unnamed model"`` where the report has none."""
     return str(report.get("model") or "unnamed model")
 
 
-def _known(facts: Iterable[Fact]) -> list[Fact]:
+def stated(facts: Iterable[Fact]) -> list[Fact]:
+    """The facts that have a value."""
     return [fact for fact in facts if fact.value not in ("", DASH)]
 
 
@@ -276,7 +285,7 @@ def headlines(report: Mapping[str, Any]) -> list[Fact]:
     times = report.get("seconds")
     seconds = times.get("total") if isinstance(times, Mapping) else times
     sizes = arrow(human_bytes(before), human_bytes(after))
-    return _known(
+    return stated(
         [
             Fact("Compressed layers", sizes, "originally 16 bits per weight"),
             Fact("Bytes kept", percent(keep), requested(report)),
@@ -307,7 +316,7 @@ def model_facts(report: Mapping[str, Any]) -> list[Fact]:
     def text(key: str) -> str:
         return "" if report.get(key) is None else str(report[key])
 
-    return _known(
+    return stated(
         [
             Fact("Model", model_name(report)),
             Fact("Architecture", text("architecture")),
@@ -330,7 +339,7 @@ def calibration_facts(report: Mapping[str, Any]) -> list[Fact]:
     length = number(facts.get("seq_len"))
     of = "" if length is None else f"of {length:,.0f} tokens"
     longest = facts.get("longest_document", facts.get("longest_document_tokens"))
-    return _known(
+    return stated(
         [
             Fact("Text", str(facts.get("source") or "")),
             Fact("Fields", ", ".join(map(str, sequence(facts.get("fields"))))),

@@ -42,6 +42,11 @@ def write_plots(report: Mapping[str, Any], folder: str | os.PathLike[str]) -> li
         return []
 
 
+def pages_written(out: str | os.PathLike[str]) -> bool:
+    """Whether the pages of a finished run exist; they are written last, so an interruption may have prevented it."""
+    return all(Path(out, name).exists() for name in ("report.html", "README.md"))
+
+
 def write_all(report: Mapping[str, Any], out_dir: str | os.PathLike[str]) -> dict[str, Path]:
     """Write ``report.json``, ``report.html``, ``README.md`` and the plots in ``assets/``.
 

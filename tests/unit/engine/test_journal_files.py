@@ -1,6 +1,7 @@
 """The pieces of the journal, one by one; whole interrupted runs are in the integration tests."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from cospadi.engine.journal import (
     Journal,
     check_output,
     differences,
+    held,
 )
 from cospadi.errors import NumericalError, OutputError, ResourceError
+from cospadi.report.write import report_json
 
 
 def test_differences_are_named_with_old_and_new():
@@ -116,3 +119,86 @@ def test_output_directories(tmp_path):
         check_output(tmp_path)
     (tmp_path / ".cospadi").mkdir()
     check_output(tmp_path)
+    (tmp_path / ".cospadi").rmdir()
+    for name, content in (("report.json", '{"cospadi_version": "0.1.0", '), ("rows.jsonl", '{"fingerprint": "0", ')):
+        (tmp_path / name).write_text(content)
+        check_output(tmp_path, comparison=name == "rows.jsonl")
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(OutputError, match="not empty"):
+            check_output(tmp_path)
+        (tmp_path / name).unlink()
+
+
+def test_a_finished_run_without_its_report_is_made_again(tmp_path):
+    for name in ("recipe.yaml", "SHA256SUMS", "config.json", "model.safetensors"):
+        with pytest.raises(OutputError, match="not empty") if name == "SHA256SUMS" else nullcontext():
+            check_output(tmp_path)
+        (tmp_path / name).write_text("{}")
+    with Journal(tmp_path, {"a": 1}) as journal:
+        assert journal.report() is None
+
+
+def finished(out, **fingerprint):
+    """A run that is done: its report is all that says so."""
+    with Journal(out, fingerprint) as journal:
+        (out / "report.json").write_text(json.dumps({"cospadi_version": "1", "fingerprint": journal.record}))
+        journal.finish()
+
+
+def test_a_finished_run_is_known_by_its_report(tmp_path):
+    finished(tmp_path, a={"b": 1.5, "c": None})
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    with Journal(tmp_path, {"a": {"b": 1.5, "c": None}}) as journal:
+        assert journal.report() is not None
+        with pytest.raises(OutputError, match="another run is working"):
+            Journal(tmp_path, {"a": {"b": 1.5, "c": None}})
+        journal.finish()
+    for _ in range(2):
+        with pytest.raises(OutputError, match=r"a finished run with other settings \(a\.b: 1\.5 → 2\): .*--fresh"):
+            Journal(tmp_path, {"a": {"b": 2, "c": None}})
+        assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    with Journal(tmp_path, {"a": 2}, fresh=True) as journal:
+        assert journal.report() is None
+
+
+def test_paths_in_a_report_may_be_shortened(tmp_path):
+    finished(tmp_path, where="/a/long/path", other=1)
+    (tmp_path / "report.json").write_text(report_json(json.loads((tmp_path / "report.json").read_text())))
+    assert "long" not in (tmp_path / "report.json").read_text()
+    with Journal(tmp_path, {"where": "/a/long/path", "other": 1}) as journal:
+        journal.finish()
+    with pytest.raises(OutputError, match="finished run with other settings"):
+        Journal(tmp_path, {"where": "/another/path", "other": 1})
+
+
+def test_a_finished_run_of_an_earlier_version_is_known_by_its_folder(tmp_path):
+    (tmp_path / ".cospadi").mkdir()
+    (tmp_path / ".cospadi/fingerprint.json").write_text('{"a": 1}')
+    (tmp_path / ".cospadi/lock").touch()
+    (tmp_path / "report.json").write_text('{"cospadi_version": "0.1.0", "model": "ä"}')
+    with pytest.raises(OutputError, match=r"a: 1 → 2"):
+        Journal(tmp_path, {"a": 2})
+    for _ in range(2):
+        with Journal(tmp_path, {"a": 1}) as journal:
+            journal.finish()
+        assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["model"] == "ä"
+
+
+def test_a_report_that_does_not_say_what_the_run_was(tmp_path):
+    (tmp_path / "report.json").write_text('{"cospadi_version": "0.1.0"}')
+    with pytest.raises(OutputError, match=r"its report does not say which\): .*--fresh"):
+        Journal(tmp_path, {"a": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    Journal(tmp_path, {"a": 1}, fresh=True).close()
+
+
+def test_a_lock_whose_file_is_gone_holds_nothing(tmp_path):
+    first = held(tmp_path)
+    assert held(tmp_path) is None
+    (tmp_path / ".cospadi/lock").unlink()  # as a run that finishes does
+    second = held(tmp_path)
+    assert first is not None and second is not None and held(tmp_path) is None
+    first.close()
+    assert held(tmp_path) is None
+    second.close()

@@ -8,6 +8,7 @@ from cospadi.checkpoint import factor_bytes, format_for, save
 from cospadi.engine.plan.plan import make_plan, target_keep
 from cospadi.engine.plan.target import side_bytes
 from cospadi.errors import BudgetError
+from cospadi.kernels.synthetic import random_packed
 from cospadi.model_view import discover, open_model
 from cospadi.recipe import Recipe
 from tiny import save_tiny
@@ -21,6 +22,10 @@ def test_a_close_upper_bound(tmp_path: Path, architecture, changes):
     specs = [group.spec for group in plan.groups]
     bound = side_bytes(model, specs, plan.bytes_after + plan.other_bytes)
     format_for(specs).replace(model, specs)
+    for spec in specs:
+        parts = {"codes": spec.codes} | ({"dictionary": spec.dictionary} if spec.dictionary else {})
+        packed = {f"{part}.{role}": t for part, matrix in parts.items() for role, t in random_packed(matrix).items()}
+        format_for(specs).install(model, spec, packed)
     save(model, tokenizer, tmp_path / "out", specs)
     files = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
     beside = files - factor_bytes(tmp_path / "out") - plan.other_bytes

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cospadi.checkpoint import file_bytes
 from cospadi.checkpoint.formats.factored import FACTORED
 from cospadi.errors import BudgetError, ModelError, NumericalError, OutputError, RecipeError
-from cospadi.evaluation.speed import SHAPES, Settings, benchmark, layers, loading, run, timing, whole
+from cospadi.evaluation.speed import SHAPES, Settings, layers, loading, run, run_benchmark, timing, whole
 from cospadi.evaluation.speed.layers import Bench, random_group, relative_error
 from cospadi.evaluation.speed.shapes import (
     Subject,
@@ -354,7 +354,7 @@ def test_defaults_suit_the_device():
 
 def test_wrong_devices():
     with pytest.raises(RecipeError, match="is not a device"):
-        benchmark(Settings(device="gpu7"))
+        run_benchmark(Settings(device="gpu7"))
 
 
 def test_kernels_are_compiled_ahead_for_all_that_is_timed(monkeypatch):

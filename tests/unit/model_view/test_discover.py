@@ -1,4 +1,5 @@
 import copy
+import resource
 
 import pytest
 import torch
@@ -52,6 +53,59 @@ def test_the_probe_leaves_the_model_as_it_was():
     assert all("forward" not in m.__dict__ and not m._forward_hooks for m in model.modules())
     assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
     assert torch.equal(model(input_ids=ids).logits, before)
+
+
+LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2], "long_factor": [2.0, 3.0, 4.0]}
+ROPES = {
+    "longrope": LONG | {"original_max_position_embeddings": 32, "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    | {"original_max_position_embeddings": 32},
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.5},
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_every_kind_of_rotary_positions_is_probed_without_a_trace(rope):
+    model = tiny_model("llama", rope_parameters=ROPES[rope] | {"rope_theta": 10000.0})
+    ids = token_ids(1, 40)
+    with torch.no_grad():
+        before = copy.deepcopy(model)(input_ids=ids).logits
+    state = {name: set(vars(module)) | set(module._buffers) for name, module in model.named_modules()}
+    view = discover(model)
+    assert len(view.groups) == 12 and view.groups == discover(skeleton(model.config)).groups
+    assert {name: set(vars(module)) | set(module._buffers) for name, module in model.named_modules()} == state
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_a_forward_may_write_into_buffers_and_attributes_of_any_size():
+    class Counting(nn.Module):
+        def __init__(self, inner, device):
+            super().__init__()
+            self.inner = inner
+            self.register_buffer("seen", torch.zeros(4, dtype=torch.bfloat16, device=device))
+            self.register_buffer("mask", torch.empty(2**31, dtype=torch.bool, device="meta"), persistent=False)
+            self.limits = torch.ones(4, device=device)
+
+        def forward(self, x):
+            self.seen.add_(1)
+            self.limits = self.limits.to(x.device)
+            self.register_buffer("length", torch.tensor(x.shape[1]))
+            return self.inner(x) + self.limits[0] + self.mask[-1]
+
+    for model in (tiny_model(), skeleton(tiny_config())):
+        for layer in model.model.layers:
+            layer.mlp = Counting(layer.mlp, model.device)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        view = discover(model)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 2**19  # KiB: less than any of the masks
+        assert len(view.groups) == 12
+        counting = model.model.layers[0].mlp
+        assert "length" not in counting._buffers and counting.limits.device == model.device
+        assert model.device.type == "meta" or not counting.seen.any()
 
 
 def test_tied_head_is_left_alone():

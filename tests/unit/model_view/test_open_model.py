@@ -8,11 +8,11 @@ import torch
 from huggingface_hub import errors
 from transformers import T5Config
 
-from cospadi import compress, estimate, load, prune
+from cospadi import compress, evaluate, generate, load, prune
 from cospadi.errors import ModelError
 from cospadi.evaluation.compare import compare
 from cospadi.model_view import (
-    loading,
+    locating,
     model_name,
     open_config,
     open_model,
@@ -206,11 +206,11 @@ def hub(monkeypatch):
             raise Hub.answer
 
     Hub.asked.clear()
-    loading._kept.cache_clear()
+    locating._kept.cache_clear()
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", metadata)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     yield Hub
-    loading._kept.cache_clear()
+    locating._kept.cache_clear()
 
 
 def http_error(kind, status):
@@ -262,23 +262,26 @@ def test_without_the_hub_a_cached_model_opens(hub, monkeypatch, tmp_path, saved)
 
 def test_a_model_on_the_hub_is_left_to_transformers(hub):
     hub.answer = None
-    assert "local_files_only" not in loading._where("some/tiny", None)
-    assert loading._where("some/tiny", "v2")["revision"] == "v2"
+    assert "local_files_only" not in locating.located("some/tiny", None)
+    assert locating.located("some/tiny", "v2")["revision"] == "v2"
     assert [url.split("/resolve/")[1] for url, _ in hub.asked] == ["main/config.json", "v2/config.json"]
 
 
-def test_a_model_in_memory_is_no_name(tmp_path):
+def test_a_model_in_memory_is_no_name_and_needs_its_tokenizer(tmp_path):
     model = tiny_model()
+    for call in (lambda: load(model), lambda: open_config(model)):
+        with pytest.raises(ModelError, match="not a LlamaForCausalLM: save the model"):
+            call()
+    text = ["text"]
     calls = [
-        lambda: load(model),
-        lambda: open_config(model),
-        lambda: estimate(model, keep=0.8),
-        lambda: compress(model, tmp_path / "out", keep=0.8, calibration=("text",)),
-        lambda: prune(model, tmp_path / "out", blocks=1, calibration=("text",)),
-        lambda: compare(model, tmp_path / "out", methods=["svd"], keeps=[0.8], text=("text",), calibration=("text",)),
+        lambda: compress(model, tmp_path / "out", keep=0.8, calibration=text),
+        lambda: prune(model, tmp_path / "out", blocks=1, calibration=text),
+        lambda: compare(model, tmp_path / "out", methods=["svd"], keeps=[0.8], text=text, calibration=text),
+        lambda: evaluate(model, text=text),
+        lambda: generate(model, "text"),
     ]
     for call in calls:
-        with pytest.raises(ModelError, match="not a LlamaForCausalLM: save the model"):
+        with pytest.raises(ModelError, match="needs its tokenizer: pass tokenizer=AutoTokenizer"):
             call()
 
 

@@ -152,9 +152,51 @@ class Format(ABC, Generic[S]):
         )
         for rename in renamings:
             renamed = tuple(self.renamed(spec, rename) for spec in specs)
-            if all(known.issuperset(spec.modules) for spec in renamed):
+            if all(name in known or beyond(model, name) for spec in renamed for name in spec.modules):
                 return renamed
         return specs
+
+    def within(
+        self, model: PreTrainedModel, stored: Sequence[S], here: Sequence[S]
+    ) -> tuple[tuple[S, ...], tuple[S, ...]]:
+        """Leave out what belongs to layers that a model does not have, because it was asked for fewer.
+
+        Args:
+            model: perhaps shorter than the checkpoint, as by ``from_pretrained(…, num_hidden_layers=3)``.
+            stored: all specs, under the names on disk.
+            here: the same under the names in the model.
+
+        Returns:
+            both, as far as the model reaches.
+
+        Raises:
+            ModelError: if nothing is left, or a spec cannot be cut.
+        """
+        kept: list[tuple[S, S]] = []
+        for old, new in zip(stored, here, strict=True):
+            inside = [index for index, name in enumerate(new.modules) if not beyond(model, name)]
+            if len(inside) == len(new.modules):
+                kept.append((old, new))
+            elif inside:
+                kept.append((self.part(old, inside), self.part(new, inside)))
+        if not kept:
+            raise ModelError("all compressed layers lie beyond the layers that the model was asked for: ask for more")
+        return tuple(old for old, _ in kept), tuple(new for _, new in kept)
+
+    def part(self, spec: S, kept: Sequence[int]) -> S:
+        """A spec of some of its modules, where the others lie beyond the layers of the model.
+
+        Args:
+            spec: of several modules.
+            kept: indices of those that stay; at least one, and not all.
+
+        Raises:
+            ModelError: if the others cannot be left out; so by default.
+        """
+        raise ModelError(
+            f"{spec.modules[0]} is stored together with layers that the model was not asked for; format {self.name} "
+            "cannot leave them out: load all layers"
+        )
 
     # The files
 
@@ -244,6 +286,16 @@ class Format(ABC, Generic[S]):
     def stored_dtypes(self, model: PreTrainedModel) -> Iterator[None]:
         """Hold the tensors in the dtype in which they are saved for a while. Does nothing by default."""
         yield
+
+
+def beyond(model: nn.Module, name: str) -> bool:
+    """Whether a name belongs to a layer past the end of a model's list of layers."""
+    module: Any = model
+    for step in name.split("."):
+        if isinstance(module, nn.ModuleList) and step.isdigit() and int(step) >= len(module):
+            return True
+        module = getattr(module, step, None)
+    return False
 
 
 FORMATS: Registry[Format[Any]] = Registry("checkpoint format", "cospadi.checkpoint.formats", "cospadi.formats")

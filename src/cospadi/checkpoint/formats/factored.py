@@ -7,6 +7,7 @@ The description lists groups as in :meth:`~cospadi.format.GroupSpec.to_dict`. Th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,6 +59,14 @@ class FactoredFormat(GroupedFormat[GroupSpec]):
     def shape(self, spec: GroupSpec, index: int) -> tuple[int, int]:
         """See :meth:`GroupedFormat.shape`."""
         return spec.d_out[index], spec.d_in
+
+    def part(self, spec: GroupSpec, kept: Sequence[int]) -> GroupSpec:
+        """The same dictionary with the codes of fewer modules. See :meth:`Format.part`."""
+        if kept[0] != 0 and spec.dictionary is not None:
+            return super().part(spec, kept)
+        d_out = tuple(spec.d_out[index] for index in kept)
+        codes = replace(spec.codes, rows=sum(d_out))
+        return replace(spec, modules=tuple(spec.modules[index] for index in kept), d_out=d_out, codes=codes)
 
     def placed(self, layer: FactoredLinear) -> tuple[GroupSpec, int]:
         """See :meth:`GroupedFormat.placed`."""

@@ -8,6 +8,7 @@ beside them, whoever loads the checkpoint gets dense layers. The tensors are tho
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from cospadi.checkpoint.formats.base import FORMATS
@@ -29,6 +30,14 @@ class SharedFormat(GroupedFormat[SharedSpec]):
         return {key: value for key, value in data.items() if key != "compose"} | (
             {"compose": True} if data.get("compose") else {}
         )
+
+    def part(self, spec: SharedSpec, kept: Sequence[int]) -> SharedSpec:
+        """Fewer layers with the same atoms, if more layers than atoms stay. See :meth:`Format.part`."""
+        if kept[0] != 0 or (not spec.whole and spec.atoms >= len(kept)):
+            return super().part(spec, kept)
+        modules = tuple(spec.modules[index] for index in kept)
+        ranks = tuple(spec.ranks[index] for index in kept)
+        return replace(spec, modules=modules, ranks=ranks, atoms=len(kept) if spec.whole else spec.atoms)
 
     def bound(self, specs: Sequence[SharedSpec]) -> dict[str, Any]:
         """The description if every module came to be a group of its own; see :meth:`Format.bound`."""

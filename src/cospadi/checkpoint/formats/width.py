@@ -152,6 +152,14 @@ class WidthFormat(Format[WidthSpec]):
             {rename(name): block for name, block in spec.blocks.items()},
         )
 
+    def part(self, spec: WidthSpec, kept: Sequence[int]) -> WidthSpec:
+        """The narrowed layers of fewer blocks; sliced blocks end in the last one's width. See :meth:`Format.part`."""
+        names = {spec.modules[index] for index in kept}
+        if not names.issuperset(spec.blocks):
+            return super().part(spec, kept)
+        linears = {name: shape for name, shape in spec.linears.items() if name in names}
+        return WidthSpec(linears, spec.embeddings, spec.blocks)
+
     def names(self, specs: Sequence[WidthSpec]) -> list[str]:
         """See :meth:`Format.names`."""
         return list(_wanted(specs[0]))
@@ -263,7 +271,9 @@ def describe_width(model: PreTrainedModel) -> WidthSpec:
     """
     from cospadi.model_view import skeleton  # registration must not need the model classes of transformers
 
-    stock = {name: tuple(p.shape) for name, p in skeleton(model.config).named_parameters(remove_duplicate=False)}
+    stock = {
+        name: tuple(p.shape) for name, p in skeleton(model.config, type(model)).named_parameters(remove_duplicate=False)
+    }
     linears: dict[str, LinearShape] = {}
     embeddings: dict[str, int] = {}
     blocks: dict[str, BlockShape] = {}

@@ -7,15 +7,19 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from cospadi.engine.allocate.atoms import by_atoms
 from cospadi.engine.allocate.by_trials import by_trials
 from cospadi.engine.allocate.pairing import matched, plans_of_pairs
 from cospadi.engine.allocate.spectra import by_spectra
 from cospadi.engine.context import RunContext
 from cospadi.engine.journal import Journal
+from cospadi.engine.plan.order import plain_share
 from cospadi.engine.plan.plan import Plan, planned
 from cospadi.engine.plan.target import side_bytes
 from cospadi.methods import get_method
+from cospadi.model_view import require_predictions
 from cospadi.recipe import Recipe
 
 Choose = Callable[[int], Plan]
@@ -36,6 +40,29 @@ RULES: dict[str, Rule] = {
 def allocation_rule(recipe: Recipe) -> str:
     """Name of the recipe's allocation: the one asked for, else the method's own."""
     return recipe.allocation or get_method(recipe.method).allocation
+
+
+def require_loss(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Refuse a recipe that needs a language model's loss for a model that has none.
+
+    Args:
+        model: real or on ``meta``.
+        recipe: of the run.
+
+    Raises:
+        ModelError: naming what needs the loss, and what to use instead.
+    """
+    method = get_method(recipe.method)
+    if "fisher" in method.needs:
+        require_predictions(model, f"method {method.name!r}", "use another method, such as svd_llm")
+    rule = allocation_rule(recipe)
+    if rule in ("knapsack", "atoms"):
+        what = f"allocation {rule!r}" + ("" if recipe.allocation else f", the default of method {method.name!r},")
+        require_predictions(model, what, "use --allocation uniform, or another method such as gptq")
+    if plain_share(recipe) < 1:
+        require_predictions(model, "gram 'loss'", "use --gram plain")
+    if recipe.refine is not None and recipe.refine.output_steps:
+        require_predictions(model, "tuning to the predictions", "leave out output_steps")
 
 
 def final_plan(context: RunContext, recipe: Recipe, plan: Plan, journal: Journal) -> Plan:
@@ -84,7 +111,7 @@ def _within_target(decided: Plan, choose: Choose, plan: Plan, context: RunContex
     """A smaller plan, where another mixture of representations needs more beside the tensors than was reckoned with."""
 
     def beside(of: Plan) -> int:
-        return side_bytes(context.view.model, of.specs, of.other_bytes + of.bytes_after)
+        return side_bytes(context.view.model, of.specs, of.other_bytes + of.bytes_after, plan.beside)
 
     whole, reckoned = plan.budget, beside(plan)
     budget = whole

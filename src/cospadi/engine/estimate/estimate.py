@@ -18,20 +18,25 @@ import torch
 from cospadi.calibration import sequences_per_batch
 from cospadi.calibration.statistics import CHUNK_TOKENS
 from cospadi.calibration.token_weights import LOGITS, PART_TOKENS
-from cospadi.engine.allocate.rules import allocation_rule
+from cospadi.checkpoint.headers import Entry
+from cospadi.engine.allocate.rules import allocation_rule, require_loss
 from cospadi.engine.estimate.planning_work import SOFTMAX, parts, planning_work
 from cospadi.engine.estimate.solver_work import solver_work
 from cospadi.engine.estimate.speed import START, measure_speed
+from cospadi.engine.plan.extra import carried_tensors, without_extra
 from cospadi.engine.plan.order import order_of, plain_share
 from cospadi.engine.plan.plan import Plan, make_plan
 from cospadi.engine.plan.pruning import check_section, prune_skeleton
+from cospadi.engine.plan.target import Beside
 from cospadi.engine.plan.text import reads_text
+from cospadi.engine.rehearsal import rehearse as try_the_end
 from cospadi.engine.tune.tuner import EVALUATIONS
 from cospadi.errors import RecipeError
 from cospadi.format import GroupSpec
 from cospadi.methods import get_method
 from cospadi.methods.cost import Work
-from cospadi.model_view import LinearGroup, ModelView, check_length, discover, model_name, open_config, skeleton
+from cospadi.model_view import LinearGroup, ModelView, check_length, config_of, discover, skeleton
+from cospadi.options import recipe_from
 from cospadi.recipe import Recipe, Refine
 from cospadi.runtime.devices import compute_dtype, device_name, parse_device, resolve_device
 
@@ -42,7 +47,7 @@ PROBES = 4
 """Learning rates that a refinement usually tries before it settles."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Estimate:
     """What `cospadi estimate` prints.
 
@@ -99,14 +104,31 @@ class Estimate:
             "groups": [group.row() for group in plan.groups],
         }
 
+    def __repr__(self) -> str:
+        from cospadi.report.results import estimate_line
 
-def estimate(model: str | Path, recipe: Recipe | dict[str, Any] | str | Path | None = None, **changes: Any) -> Estimate:
-    """Sizes, layer table, memory and time, from the configuration alone: no weights are read.
+        return estimate_line(self.to_dict())
+
+    def _repr_html_(self) -> str:
+        from cospadi.report.results import estimate_fragment
+
+        return estimate_fragment(self.to_dict())
+
+
+def estimate(
+    model: object,
+    recipe: Recipe | dict[str, Any] | str | Path | None = None,
+    *,
+    rehearse: bool = False,
+    **options: Any,
+) -> Estimate:
+    """Sizes, layer table, memory and time, from the configuration alone; see :func:`cospadi.estimate`.
 
     Args:
-        model: local directory or hub id.
+        model: local directory, hub id, or a transformers model.
         recipe: a recipe, its keys and values, or the path of one; left out: the defaults.
-        **changes: fields of :class:`~cospadi.recipe.Recipe` that override it, such as ``keep=0.6``.
+        rehearse: also save and open a result without content, and look at the headers of the weights that are here.
+        **options: see :func:`~cospadi.options.recipe_from`; they override the recipe.
 
     Raises:
         ModelError: if there is no configuration, or the architecture is not supported.
@@ -114,30 +136,39 @@ def estimate(model: str | Path, recipe: Recipe | dict[str, Any] | str | Path | N
         RecipeError: if the method or one of its options does not exist, or is out of range.
         CalibrationError: if the model has no positions for sequences of that length.
     """
-    recipe = Recipe.of(recipe).merged(changes)
+    recipe = recipe_from(recipe, options)
     get_method(recipe.method).check(recipe.options)
     recipe.require_budget()
     parse_device(recipe.device)
     if recipe.prune is not None:
         check_section(recipe.prune)
-    config = open_config(model)
+    config, name = config_of(model)
     empty = skeleton(config)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         if reads_text(recipe):
             check_length(empty, recipe.calibration.seq_len)
+    require_loss(empty, recipe)
     view = discover(empty)
     parameters, removed, asked = empty.num_parameters(), 0, recipe
+    extra: dict[str, Entry] = {}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        if rehearse:
+            extra = carried_tensors(model, view, recipe)
+            recipe = without_extra(recipe, extra)
     if recipe.prune is not None:
         view, recipe, removed = prune_skeleton(view, recipe)
-    plan = make_plan(view, recipe)
+    plan = make_plan(view, recipe, Beside(indexed=bool(extra)))
+    if rehearse:
+        try_the_end(view, plan, None, extra)
     try:
         device: torch.device | None = resolve_device(recipe.device)
     except RecipeError:  # sizes are of use on a machine without the one that will do the work, too
         device = None
     work = phases(view, plan, asked)
     return Estimate(
-        model=model_name(model),
+        model=name,
         architecture=(config.architectures or [type(empty).__name__])[0],
         parameters=parameters,
         plan=plan,
@@ -146,7 +177,7 @@ def estimate(model: str | Path, recipe: Recipe | dict[str, Any] | str | Path | N
         seconds=seconds(work, view, device),
         device=None if device is None else device_name(device),
         removed_bytes=removed,
-        notes=[str(w.message) for w in caught if w.category is UserWarning],
+        notes=[str(w.message) for w in (*caught, *told) if w.category is UserWarning],
     )
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from cospadi.engine.plan.grouping import arranged
 from cospadi.engine.plan.selection import chosen_modules, narrowed, restricted
-from cospadi.engine.plan.target import side_bytes
+from cospadi.engine.plan.target import NOTHING_MORE, Beside, side_bytes
 from cospadi.errors import BudgetError, RecipeError
 from cospadi.format import GroupShape, Spec
 from cospadi.methods import Method, get_method, refuse_decided
@@ -59,11 +59,13 @@ class Plan:
         groups: in model order.
         keep_requested: share of bytes asked for.
         other_bytes: bytes of everything that is left alone (embeddings, norms, head).
+        beside: what the checkpoint will hold beside the tensors of the model.
     """
 
     groups: tuple[PlannedGroup, ...]
     keep_requested: float
     other_bytes: int
+    beside: Beside = field(default=NOTHING_MORE, compare=False, repr=False)
 
     @property
     def bytes_before(self) -> int:
@@ -164,8 +166,13 @@ def target_keep(target: int, before: int, others: int) -> float:
     return (target - others) / before
 
 
-def make_plan(view: ModelView, recipe: Recipe) -> Plan:
+def make_plan(view: ModelView, recipe: Recipe, beside: Beside = NOTHING_MORE) -> Plan:
     """Plan a run on a real or a meta model.
+
+    Args:
+        view: of the model.
+        recipe: of the run.
+        beside: see :class:`Plan`.
 
     Raises:
         BudgetError: if the size cannot be reached.
@@ -184,23 +191,38 @@ def make_plan(view: ModelView, recipe: Recipe) -> Plan:
     if recipe.keep is not None:
         keep = recipe.keep
     else:
-        keep = _keep_for_target(parse_size(str(recipe.target_size)), view, shapes, method, others, recipe.options)
+        target = parse_size(str(recipe.target_size))
+        keep = _keep_for_target(target, view, shapes, method, others, recipe.options, beside)
     specs = uniform_specs(shapes, method, keep, recipe.options)
     groups = tuple(
         PlannedGroup(item.sources[0].layer, item.sources, spec, recipe.options)
         for item, spec in zip(together, specs, strict=True)
     )
-    return Plan(groups, keep, others)
+    return Plan(groups, keep, others, beside)
 
 
 def _keep_for_target(
-    target: int, view: ModelView, shapes: Sequence[GroupShape], method: Method, others: int, options: dict[str, Any]
+    target: int,
+    view: ModelView,
+    shapes: Sequence[GroupShape],
+    method: Method,
+    others: int,
+    options: dict[str, Any],
+    beside: Beside,
 ) -> float:
     """The share to keep so that all files together fit into `target` bytes."""
     before, least = sum(shape.dense_bytes for shape in shapes), least_keep(shapes, method, options)
-    # What stands beside the tensors hardly depends on how much of them is kept: any plan tells it.
-    sides = side_bytes(view.model, uniform_specs(shapes, method, max(least, 0.5), options), target)
+    # What stands beside the tensors hardly depends on how much of them is kept: any plan tells it, or the next one.
+    specs = uniform_specs(shapes, method, max(least, 0.5), options)
+    sides = side_bytes(view.model, specs, target, beside)
     keep = target_keep(target, before, others + sides)
+    while keep >= least:
+        specs = uniform_specs(shapes, method, keep, options)
+        more = side_bytes(view.model, specs, target, beside)
+        if more <= sides or others + more + sum(spec.bytes for spec in specs) <= target:
+            break
+        sides = more
+        keep = target_keep(target, before, others + sides)
     if keep < least:
         lowest = others + sides + ceil(least * before)
         raise BudgetError(

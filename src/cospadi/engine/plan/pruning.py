@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from cospadi.checkpoint import is_compressed
 from cospadi.engine.plan.selection import chosen_modules, narrowed, restricted
 from cospadi.errors import BudgetError, RecipeError
-from cospadi.model_view import ModelView, discover, discover_layers, model_name, open_config, skeleton
+from cospadi.model_view import ModelView, config_of, discover, discover_layers, skeleton
 from cospadi.progress import Progress
 from cospadi.pruning import Edit, Evidence, Tokens, block_bytes, get_pruning_method, without_blocks
 from cospadi.pruning.base import fewest_blocks
@@ -109,7 +108,7 @@ def remaining(recipe: Recipe, before: int, after: int) -> Recipe:
     return recipe.model_copy(update={"keep": recipe.keep * before / after})
 
 
-def estimate_prune(source: str | Path, recipe: Recipe) -> dict[str, Any]:
+def estimate_prune(model: object, recipe: Recipe) -> dict[str, Any]:
     """How many blocks would go and what would be left, from the configuration alone.
 
     Raises:
@@ -119,12 +118,12 @@ def estimate_prune(source: str | Path, recipe: Recipe) -> dict[str, Any]:
     section = recipe.prune or Prune()
     check_section(section)
     method = get_pruning_method(section.method)
-    config = open_config(source)
-    model = skeleton(config)
-    sizes = [block_bytes(layer) for layer in discover_layers(model).layers]
+    config, name = config_of(model)
+    empty = skeleton(config)
+    sizes = [block_bytes(layer) for layer in discover_layers(empty).layers]
     data: dict[str, Any] = {
-        "model": model_name(source),
-        "architecture": (config.architectures or [type(model).__name__])[0],
+        "model": name,
+        "architecture": (config.architectures or [type(empty).__name__])[0],
         "method": method.name,
         "blocks_before": len(sizes),
         "bytes_before": sum(sizes),

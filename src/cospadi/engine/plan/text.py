@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cospadi.engine.plan.order import plain_share
 from cospadi.methods import get_method
 from cospadi.pruning import get_pruning_method
 from cospadi.recipe import Recipe
@@ -10,7 +11,8 @@ from cospadi.recipe import Recipe
 def needs_text(recipe: Recipe) -> bool:
     """Whether a recipe cannot be carried out without calibration text.
 
-    A method may need none; whatever follows the hidden states, or weighs layers, pairs or blocks by them, does.
+    A method may need none; whatever follows the hidden states or gradients, or weighs tokens, layers, pairs or blocks
+    by them, does.
     """
     method = get_method(recipe.method)
     return (
@@ -18,6 +20,7 @@ def needs_text(recipe: Recipe) -> bool:
         or (recipe.allocation or method.allocation) != "uniform"
         or (recipe.grouping or method.grouping) == "pairs"
         or bool(recipe.sequential)
+        or plain_share(recipe) < 1
         or recipe.anchor
         or recipe.refine is not None
         or (recipe.prune is not None and get_pruning_method(recipe.prune.method).text)

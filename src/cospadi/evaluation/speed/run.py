@@ -93,7 +93,7 @@ class Settings:
         )
 
 
-def benchmark(
+def run_benchmark(
     settings: Settings,
     *,
     out: Path | None = None,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cospadi.errors import BudgetError, NumericalError
-from cospadi.model_view import LayerReplay
+from cospadi.model_view import LayerReplay, require_predictions
 from cospadi.pruning.base import pruning_method
 from cospadi.pruning.depth.surgery import Cut
 from cospadi.pruning.evidence import REMEDY, Evidence, Tokens
@@ -45,6 +45,7 @@ def sleb(
         BudgetError: if there are too few blocks between the barriers.
         NumericalError: if the loss is NaN or Inf.
     """
+    require_predictions(evidence.view.model, "sleb", "use --method shortgpt")
     count = len(evidence.view.layers)
     if blocks > count - first - last:
         raise BudgetError(

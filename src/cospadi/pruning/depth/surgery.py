@@ -151,14 +151,14 @@ def _identity(view: ModelView, removed: Sequence[int]) -> Iterator[None]:
 
 
 def _skipping(view: ModelView, removed: Sequence[int]) -> Tensor:
-    """Logits of the original model on a few tokens with some blocks skipped.
+    """The output of the original model on a few tokens with some blocks skipped.
 
     Raises:
         ModelError: if the other blocks do not run without them.
     """
     try:
         with _identity(view, removed):
-            return _logits(view.model)
+            return _output(view.model)
     except Exception as error:
         raise ModelError(
             f"{type(view.model).__name__}: other blocks depend on these ({_reason(error)}); remove others"
@@ -166,13 +166,13 @@ def _skipping(view: ModelView, removed: Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel, *, use_cache: bool = False) -> Tensor:
-    """Logits on a few tokens, float32."""
+def _output(model: PreTrainedModel, *, use_cache: bool = False) -> Tensor:
+    """What the model computes of a few tokens, float32: logits, or the hidden states of a bare decoder."""
     table = embedding_weight(model)
     ids = torch.arange(_CHECK_TOKENS, device=table.device)[None] % len(table)
     model.train(False)
-    logits: Tensor = model(input_ids=ids, use_cache=use_cache).logits
-    return logits.float()
+    output: Tensor = model(input_ids=ids, use_cache=use_cache)[0]
+    return output.float()
 
 
 def _renumber(layers: Sequence[nn.Module], kept: Sequence[int]) -> None:
@@ -258,7 +258,7 @@ def _require_describable(model: PreTrainedModel, layers_name: str) -> None:
     for key, value in mine.items():
         if theirs.get(key) != value:
             raise _undescribable(model, f"transformers turns {key} {value} into {theirs.get(key)}")
-    fresh = skeleton(config)
+    fresh = skeleton(config, type(model))
     pairs = zip(model.get_submodule(layers_name).children(), fresh.get_submodule(layers_name).children(), strict=True)
     for index, (block, other) in enumerate(pairs):
         difference = "" if isinstance(block, LinearBlock) else _difference(block, other)
@@ -331,7 +331,7 @@ def _require_equal(model: PreTrainedModel, expected: Tensor) -> None:
         ModelError: if its logits differ, or it does not run.
     """
     try:
-        found = _logits(model)
+        found = _output(model)
     except Exception as error:
         linear = any(isinstance(module, LinearBlock) for module in model.modules())
         hint = "leave out separate=true" if linear else "remove others"
@@ -352,7 +352,7 @@ def _require_cache(model: PreTrainedModel) -> None:
         ModelError: if the pass fails.
     """
     try:
-        _logits(model, use_cache=True)
+        _output(model, use_cache=True)
     except Exception as error:
         left = ", ".join(sorted(_kinds(model.config)))
         raise ModelError(

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from cospadi.checkpoint.formats.width import attach_width
 from cospadi.errors import BudgetError, CalibrationError, ModelError, NumericalError
-from cospadi.model_view import ModelView, discover
+from cospadi.model_view import ModelView, discover, require_predictions
 from cospadi.pruning.base import block_bytes, pruning_method
 from cospadi.pruning.evidence import REMEDY, Evidence, Tokens
 from cospadi.pruning.width.linear import linear_of
@@ -119,6 +119,7 @@ def llm_pruner(
         BudgetError: if the share cannot be reached, or all blocks are left alone.
         ModelError: if the blocks have no separate heads and channels.
     """
+    require_predictions(evidence.view.model, "llm_pruner", "use --method magnitude or a depth method")
     view = discover(evidence.view.model)
     units = block_units(view)
     count = len(units)
@@ -327,8 +328,8 @@ def _watched(model: PreTrainedModel, names: Sequence[str], squared: bool) -> Ite
 
 def _logits(view: ModelView) -> Tensor:
     view.model.train(False)
-    logits: Tensor = view.model(input_ids=probe_ids(view), use_cache=False).logits
-    return logits
+    output: Tensor = view.model(input_ids=probe_ids(view), use_cache=False)[0]
+    return output
 
 
 @torch.no_grad()

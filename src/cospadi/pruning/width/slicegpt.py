@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from cospadi.calibration import Accumulator
 from cospadi.checkpoint.formats.width import attach_width
-from cospadi.errors import BudgetError
+from cospadi.errors import BudgetError, ModelError
 from cospadi.layers.sliced import SlicedNorm, make_sliced
 from cospadi.model_view import LayerReplay, ModelView
 from cospadi.pruning.base import block_bytes, pruning_method
@@ -79,6 +79,11 @@ def slicegpt(evidence: Evidence, keep: float, *, slicing: Annotated[float, Field
         ModelError: if the stream of this architecture cannot be rotated.
     """
     view = evidence.view
+    if view.model.config.get_text_config() is not view.model.config:
+        raise ModelError(
+            f"{type(view.model).__name__}: other parts write into the residual stream of its language model, so the "
+            "stream cannot be narrowed; use a depth method"
+        )
     blocks = residual_blocks(view)
     full = stream_width(view, blocks)
     total = sum(map(block_bytes, view.layers))

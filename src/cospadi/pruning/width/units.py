@@ -154,6 +154,6 @@ def describe_in_config(
 
 
 def _describes(model: PreTrainedModel) -> bool:
-    stock = skeleton(model.config)
+    stock = skeleton(model.config, type(model))
     shapes = [{name: tuple(p.shape) for name, p in m.named_parameters()} for m in (stock, model)]
     return shapes[0] == shapes[1]

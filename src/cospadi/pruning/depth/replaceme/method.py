@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cospadi.errors import RecipeError
+from cospadi.model_view import require_predictions
 from cospadi.pruning.base import pruning_method
 from cospadi.pruning.depth.choose_runs import choose_runs
 from cospadi.pruning.depth.distances import chosen_run, require_run
@@ -127,6 +128,10 @@ def replaceme(
     structure = _agreed(structure, solver, fold, select, ridge, gain, transforms, separate=separate, start=start)
     require_run(len(evidence.view.layers), blocks, start, first=1)
     measure: Measure = "loss" if select in (None, "loss") else "error"
+    if measure == "loss":
+        require_predictions(
+            evidence.view.model, "replaceme with select=loss", "use --set select=error or select=cosine"
+        )
     corrector = _Corrector(
         evidence,
         solver=solver,
