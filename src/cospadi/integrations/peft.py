@@ -89,9 +89,9 @@ class StoredLora(LoraLinear):
 
     def low_rank(self, name: str) -> LowRank:
         """What an adapter adds to the weight."""
-        return LowRank(
-            self.lora_A[name].weight.detach().float(), self.lora_B[name].weight.detach().float() * self.scaling[name]
-        )
+        down: Any = self.lora_A[name]
+        up: Any = self.lora_B[name]
+        return LowRank(down.weight.detach().float(), up.weight.detach().float() * self.scaling[name])
 
     def why_not_merged(self, name: str) -> str:
         """Why an adapter cannot be merged exactly; empty if it can."""
