@@ -155,11 +155,21 @@ def _probe(model: PreTrainedModel, watched: set[str]) -> _Record:
 
 
 def _zeros(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Zeros that take no memory, for every parameter and buffer by name; a forward may write into the buffers."""
+    """Zeros that take little memory, for every parameter and buffer by name; a forward may write into the buffers."""
     return {
-        **{name: torch.zeros((), dtype=t.dtype).expand(t.shape) for name, t in model.named_parameters()},
+        **{name: _shared_zeros(t) for name, t in model.named_parameters()},
         **{name: _writable_zeros(t) for name, t in model.named_buffers()},
     }
+
+
+def _shared_zeros(like: Tensor) -> Tensor:
+    """Zeros of a shape and dtype that are one number, or of stacks of matrices one matrix.
+
+    Grouped products of experts require strides of real matrices.
+    """
+    if like.ndim < 3:
+        return torch.zeros((), dtype=like.dtype).expand(like.shape)
+    return _writable_zeros(like[0]).expand(like.shape)
 
 
 def _writable_zeros(like: Tensor) -> Tensor:

@@ -7,6 +7,9 @@ from tiny import _GATED, tiny_model
 STANDARD = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "phi3", "gpt_neox", "opt")
 FOLDABLE = tuple(name for name in STANDARD if not name.startswith("gemma"))
 
+EXPERTS = ("mixtral", "qwen3_moe")
+"""Stacks of experts, which can be removed block by block, though not factorised."""
+
 HYBRID = ("qwen3_5_text", "lfm2")
 """Blocks of two kinds: linear attention or a short convolution (0, 1, 3) and full attention (2, 4)."""
 
@@ -37,6 +40,8 @@ _OWN = {
         "hidden_size_per_layer_input": 0,
         "global_head_dim": 6,
     },
+    "mixtral": _GATED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": _GATED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12},
     "granite": _GATED | {"residual_multiplier": 0.22},
 }
 

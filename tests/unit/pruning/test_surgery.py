@@ -2,16 +2,16 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cospadi.errors import BudgetError, ModelError
 from cospadi.model_view import discover_layers, skeleton
 from cospadi.pruning.depth.surgery import Cut, runs, without_blocks
 from tiny import tiny_config, token_ids
-from unit.pruning.models import HYBRID, STANDARD, deep_model, generated, logits, skipping
+from unit.pruning.models import EXPERTS, HYBRID, STANDARD, deep_model, generated, logits, skipping
 
 IDS = token_ids(2, 20, seed=4)
-CASES = [(name, (0, 3)) for name in STANDARD]
+CASES = [(name, (0, 3)) for name in (*STANDARD, *EXPERTS)]
 CASES += [(name, cut) for name in HYBRID for cut in ((0,), (2,), (1, 2), (0, 1, 3))]
 CASES += [(name, cut) for name in ("llama", "gemma3_text") for cut in ((1,), (1, 2), (2, 4))]
 
@@ -87,6 +87,26 @@ def test_a_configuration_that_cannot_say_what_is_left_is_refused():
     with pytest.raises(ModelError, match=r"attn\.scaling of block 1 would change"):
         without_blocks(discover_layers(model), (1,))
     without_blocks(discover_layers(deep_model("gpt2", scale_attn_by_inverse_layer_idx=True)), (3, 4))
+
+
+def test_a_configuration_that_counts_its_blocks_twice_is_cut():
+    config = tiny_config("xlstm", num_hidden_layers=5, num_blocks=5, num_heads=4)
+    pruned = without_blocks(discover_layers(skeleton(config)), (0, 3))
+    assert len(pruned.layers) == pruned.model.config.num_blocks == pruned.model.config.num_hidden_layers == 3
+
+
+def test_a_count_of_blocks_that_does_not_follow_is_refused():
+    class Fixed(LlamaConfig):
+        """A configuration that is read back with five blocks, whatever is stored."""
+
+        @classmethod
+        def from_dict(cls, config_dict, **kwargs):
+            return super().from_dict(config_dict | {"num_hidden_layers": 5}, **kwargs)
+
+    model = deep_model()
+    model.config.__class__ = Fixed
+    with pytest.raises(ModelError, match="transformers builds 5 blocks of it, not 4"):
+        without_blocks(discover_layers(model), (1,))
 
 
 @pytest.mark.parametrize("architecture", HYBRID)

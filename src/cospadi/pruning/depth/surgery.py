@@ -23,6 +23,8 @@ _PLAIN = (int, float, str, type(None))
 _PER_BLOCK = re.compile("layer|block|types|pattern|idx|indices|indexes|intermediate_size|heads")
 """Occurs in the names of configuration lists that have one entry per block, or that list block indices."""
 _INDICES = re.compile("idx|indices|indexes")
+_COUNTS = re.compile("(num|n)_(hidden_)?(layers|blocks)")
+"""Names of numbers that may count the blocks; some configurations hold the count twice."""
 
 
 @dataclass(frozen=True)
@@ -235,6 +237,8 @@ def _cut_config(config: PreTrainedConfig, count: int, kept: Sequence[int], linea
             # A linear block keeps no cache. It takes the kind of the block before it, so that it is never the first of
             # its kind: transformers asks the first block of a kind for the length of the cache.
             setattr(config, key, [value[_kind_of_linear(old) if old in linear else old] for old in kept])
+    for key in [key for key, value in vars(config).items() if _COUNTS.fullmatch(key) and value == count]:
+        setattr(config, key, len(kept))
     config.num_hidden_layers = len(kept)
 
 
@@ -259,8 +263,10 @@ def _require_describable(model: PreTrainedModel, layers_name: str) -> None:
         if theirs.get(key) != value:
             raise _undescribable(model, f"transformers turns {key} {value} into {theirs.get(key)}")
     fresh = skeleton(config, type(model))
-    pairs = zip(model.get_submodule(layers_name).children(), fresh.get_submodule(layers_name).children(), strict=True)
-    for index, (block, other) in enumerate(pairs):
+    blocks, others = ([*each.get_submodule(layers_name).children()] for each in (model, fresh))
+    if len(blocks) != len(others):
+        raise _undescribable(model, f"transformers builds {len(others)} blocks of it, not {len(blocks)}")
+    for index, (block, other) in enumerate(zip(blocks, others, strict=True)):
         difference = "" if isinstance(block, LinearBlock) else _difference(block, other)
         if difference:
             raise _undescribable(model, f"{difference} of block {index} would change")
