@@ -42,6 +42,11 @@ def disk_errors(path: str | os.PathLike[str], when_full: str = RESUMES) -> Itera
         ) from error
 
 
+def no_space(error: Exception) -> bool:
+    """Whether an error of the operating system or of safetensors is a full disk or a file that may not grow."""
+    return _error_number(error) in _FULL
+
+
 def _error_number(error: Exception) -> int | None:
     """The errno of an error; safetensors mentions it only in its message."""
     if isinstance(error, OSError) and error.errno is not None:

@@ -241,7 +241,7 @@ def test_memory_that_does_not_suffice_for_compression(monkeypatch, where, flag, 
 @pytest.mark.parametrize(
     ("verb", "where", "flag", "value"),
     [
-        ("evaluate", "transformers.LlamaForCausalLM.forward", "--batch", 1),
+        ("evaluate", "transformers.LlamaModel.forward", "--batch", 1),
         ("generate", "transformers.GenerationMixin.generate", "--max-new-tokens", 2),
     ],
 )

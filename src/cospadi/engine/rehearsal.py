@@ -29,6 +29,7 @@ from cospadi.engine.plan.plan import Plan
 from cospadi.errors import BudgetError, CheckpointError, ModelError, OutputError
 from cospadi.format import GroupSpec, Spec
 from cospadi.format.leaves import codes_name, dictionary_name
+from cospadi.io import no_space
 from cospadi.kernels.synthetic import random_packed
 from cospadi.model_view import ModelView, discover_layers, skeleton
 from cospadi.pruning.depth.surgery import without_blocks
@@ -72,6 +73,8 @@ def rehearse(
     except (MemoryError, torch.OutOfMemoryError, OutputError):
         raise
     except Exception as error:
+        if no_space(error):  # where temporary files go; the run itself writes elsewhere
+            return
         cause = " ".join(f"{error}".split())[:240] or type(error).__name__
         raise ModelError(f"{name}: its result could not be saved and opened ({cause}); nothing was computed") from error
 

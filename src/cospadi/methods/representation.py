@@ -44,7 +44,10 @@ class Representation:
         """The distinct specs within the range at the given shares of the dense bytes, by rising bytes."""
         method, found = get_method(self.method), {}
         if self.fixed:
-            spec = method.spec(shape, shape.dense_bytes, self.options)
+            try:
+                spec = method.spec(shape, shape.dense_bytes, self.options)
+            except BudgetError:  # a layer so small that padding alone takes more than it has
+                return []
             return [spec] if shares[0] / FURTHER <= spec.bytes / shape.dense_bytes <= shares[-1] else []
         for share in shares:
             if not self.least <= share <= self.most:

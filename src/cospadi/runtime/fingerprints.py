@@ -52,11 +52,16 @@ def commit() -> str:
         return given
     if not (SOURCE / ".git").exists():
         return ""
-    command = ["git", "-C", str(SOURCE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        changed = "-dirty" if _git("status", "-s", "-uno") else ""
+        return _git("rev-parse", "HEAD") + changed
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(SOURCE), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:

@@ -239,7 +239,7 @@ def mixed(tmp_path_factory):
         patch.setattr(trials, "solve_trial", counted)
         patch.setattr(by_trials, "profile", lambda *a, **k: found.extend(profile.profile(*a, **k)) or found)
         world = SimpleNamespace(view=view, store=store, ids=ids(0, 2))
-        start, plan = planned(world, folder / "j", Recipe(method="auto", keep=0.3))
+        start, plan = planned(world, folder / "j", Recipe(method="auto", keep=0.3, options={"favour": "speed"}))
     return SimpleNamespace(view=view, store=store, start=start, plan=plan, solved=solved, found=found, folder=folder)
 
 

@@ -77,7 +77,9 @@ def test_what_shapes_suggest_to_auto_is_counted_as_its_method():
     def spec(name, keep, **options):
         return replace(get_method(name).spec(shape, int(keep * shape.dense_bytes), options), method=name)
 
-    assert solver_work(spec("auto", 0.27), {}) == solver_work(spec("gptq", 0.27, bits=4, group=64), FITTED)
+    integers = solver_work(spec("auto", 0.27, favour="speed"), {})
+    assert integers == solver_work(spec("gptq", 0.27, bits=4, group=64), FITTED)
+    assert solver_work(spec("auto", 0.27), {}) == solver_work(spec("trellis", 0.27), {})
     assert solver_work(spec("auto", 0.1), {}).kernels > 0
     sparse = spec("auto", 0.6, bits=16)
     assert solver_work(sparse, {"bits": 16}) == solver_work(replace(sparse, method="pursuit"), {})

@@ -309,9 +309,10 @@ def test_half_steps_whose_groups_end_within_an_element():
 
 def test_specs_without_a_kernel():
     for spec in (
-        MatrixSpec(4, 96, bits=2, trellis=Trellis(16, 4, 64)),
+        MatrixSpec(4, 96, bits=2, trellis=Trellis(16, 2, 32)),
         MatrixSpec(4, 96, "8:32", bits=8, half=True),
         MatrixSpec(4, 96, bits=3, half=True),
     ):
         assert not launch.readable(spec)
     assert launch.readable(MatrixSpec(4, 96, bits=2, half=True))
+    assert launch.readable(MatrixSpec(4, 96, bits=2, trellis=Trellis(16, 4, 64)))
