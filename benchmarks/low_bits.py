@@ -49,6 +49,7 @@ PARTS = {
     "anchor .25": {"anchor": True, "anchor_share": 0.25},
     "anchor .5": {"anchor": True, "anchor_share": 0.5},
     "loss, anchor .25": {"gram": "loss", "anchor": True, "anchor_share": 0.25},
+    "state 14": {"options": {"state": 14}},
     "state 12": {"options": {"state": 12}},
     "state 10": {"options": {"state": 10}},
     "8 inputs": {"options": {"inputs": 8}},
@@ -60,6 +61,19 @@ PARTS = {
 }
 
 
+AUTO_PARTS = {
+    "loss": {"gram": "loss"},
+    "anchor .25": {"anchor": True, "anchor_share": 0.25},
+    "loss, anchor .25": {"gram": "loss", "anchor": True, "anchor_share": 0.25},
+    "integers": {"options": {"favour": "speed"}},
+    "dense Grams": {"sequential": False},
+    "tuned": {"refine": {"steps": 1, "output_steps": 300}},
+    "loss, anchor .25, tuned": {
+        "gram": "loss", "anchor": True, "anchor_share": 0.25, "refine": {"steps": 1, "output_steps": 300},
+    },
+}  # fmt: skip
+
+
 def recipes() -> dict[str, dict[str, Any]]:
     """All rows: bases, and bases with a part changed, named ``base | part``; ``auto`` at some keeps."""
     rows = dict(BASES)
@@ -69,6 +83,8 @@ def recipes() -> dict[str, dict[str, Any]]:
             rows[f"{name} | {part}"] = changed | {"options": base["options"] | change.get("options", {})}
     for keep in (0.313, 0.27, 0.253, 0.2, 0.156, 0.14, 0.128):
         rows[f"auto {keep}"] = {"method": "auto", "keep": keep}
+        for part, change in AUTO_PARTS.items():
+            rows[f"auto {keep} | {part}"] = {"method": "auto", "keep": keep} | change
         rows[f"gptq {keep}"] = {"method": "gptq", "keep": keep}
     return rows
 

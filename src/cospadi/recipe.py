@@ -165,11 +165,17 @@ class Recipe(_Strict):
         "the method publishes.",
     )
     gram_blend: float = Field(0.2, ge=0, le=1, description="Share of the plain Gram that `gram: loss` mixes in.")
-    anchor: bool = Field(
-        False, description="Fit each layer to the original outputs, given inputs from the already compressed layers."
+    anchor: bool | None = Field(
+        None,
+        description="Fit each layer to the original outputs, given inputs from the already compressed layers; left "
+        "out: what suits the method.",
     )
-    anchor_share: float = Field(
-        0.5, gt=0, le=1, description="Share of the correction towards the original outputs that `anchor` applies."
+    anchor_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of the correction towards the original outputs that `anchor` applies; left out: what suits "
+        "the method, else 0.5.",
     )
     refine: Refine | None = Field(
         None, description="Tune each decoder layer after it is factorised: true, or a section of settings."

@@ -102,6 +102,28 @@ def test_off_switch(checkpoint):
     assert done.returncode != 0 and "mismatch" in done.stderr
 
 
+PEFT = """
+import sys
+exec(sys.argv[1])
+import torch, peft
+from peft.tuners.tuners_utils import BaseTuner
+print("extended", "cospadi.integrations.peft" in sys.modules, hasattr(BaseTuner, "_cospadi_extended"))
+"""
+
+
+@pytest.mark.parametrize(
+    "first", ["import peft", "import torch", "import transformers", "from peft.tuners.lora import LoraConfig"]
+)
+def test_peft_is_extended_in_any_import_order(first):
+    done = run(PEFT, first)
+    assert done.returncode == 0 and "extended True True" in done.stdout, done.stderr
+
+
+def test_the_off_switch_leaves_peft_alone():
+    done = run(PEFT, "import torch", COSPADI_AUTOLOAD="0")
+    assert done.returncode == 0 and "extended False False" in done.stdout, done.stderr
+
+
 def test_costs_nothing_without_transformers():
     done = run("import torch, sys; print([m for m in sys.modules if m.split('.')[0] in ('cospadi', 'transformers')])")
     assert done.stdout.strip() == "[]", done.stderr

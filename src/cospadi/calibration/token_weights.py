@@ -37,8 +37,9 @@ BACKWARD_TOKENS = 4096
 """Tokens of one backward pass through a layer."""
 LOGITS = 1 << 27
 """Most logits at once."""
-MOST = 0.999
-"""Weights are clipped at this quantile of their layer's: a few tokens must not make up the Gram."""
+CLIPPED = 0.001
+"""Share of a layer's tokens whose weights are clipped, the largest ones: a few tokens must not make up the Gram.
+No fewer than one a sequence: where attention rests on the first token, a value projection's weights would, too."""
 SCALE = 2.0**12
 """Gradients are multiplied by it before they are squared, so that the squares of small ones do not vanish."""
 EFFECTIVE_PER_INPUT = 2
@@ -71,7 +72,7 @@ class TokenWeights:
             try:
                 with safe_open(path, "pt") as file:
                     for name, seen in raw.items():
-                        seen.append(file.get_tensor(name).reshape(-1))
+                        seen.append(file.get_tensor(name))
             except (SafetensorError, OSError) as error:
                 raise OutputError(f"{path} is damaged ({error}): delete it, or use --fresh") from None
         found = {name: usable(torch.cat(seen)) for name, seen in raw.items()}
@@ -82,15 +83,17 @@ def usable(raw: Tensor) -> Weights | None:
     """Squared gradients as weights: clipped, and of mean 1.
 
     Args:
-        raw: squared gradient of every token, summed over the layer's outputs, float32 (tokens,).
+        raw: squared gradient of every token, summed over the layer's outputs, float32 (sequences, length).
 
     Returns:
         the weights; None where all are zero, or one is NaN or Inf.
     """
     if not bool(raw.isfinite().all()):
         return None
-    most = raw.kthvalue(max(1, math.ceil(MOST * len(raw)))).values
-    clipped = raw.clamp_max(most).double()
+    tokens = raw.reshape(-1)
+    largest = max(len(raw), int(CLIPPED * len(tokens)))
+    most = tokens.kthvalue(max(1, len(tokens) - largest)).values
+    clipped = tokens.clamp_max(most).double()
     mean = float(clipped.mean())
     if not mean > 0:
         return None

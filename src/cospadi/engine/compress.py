@@ -24,7 +24,7 @@ from cospadi.engine.inputs import Inputs, given_text
 from cospadi.engine.journal import Journal, check_complete, check_output
 from cospadi.engine.outputs import Checkpoint, environment, write_report
 from cospadi.engine.plan.extra import carried_tensors, extra_bytes, without_extra
-from cospadi.engine.plan.order import order_of, plain_share
+from cospadi.engine.plan.order import order_of, plain_share, suited
 from cospadi.engine.plan.plan import Plan, make_plan
 from cospadi.engine.plan.pruning import check_section, prune_first
 from cospadi.engine.plan.selection import chosen_modules, restricted
@@ -137,6 +137,7 @@ class CompressRun:
         begun, out = time.perf_counter(), self.outputs.out
         self._check()
         device = resolve_device(self.recipe.device)
+        self.recipe = suited(self.recipe, device)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             self.progress("read", 0, 1, "text and model")

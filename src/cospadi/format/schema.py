@@ -18,7 +18,7 @@ from cospadi.format.patterns import balanced_nonzeros, parse_pattern
 from cospadi.format.trellis import RATES, Trellis
 
 FORMAT_VERSION = 2
-BITS = (2, 3, 4, 8, 14, 16)
+BITS = (2, 3, 4, 5, 6, 8, 14, 16)
 
 
 def _words(values: int, bits: int) -> int:
@@ -35,8 +35,8 @@ class MatrixSpec:
         columns: inputs (d_in of a dictionary, atoms of codes).
         pattern: ``"dense"``, ``"free"`` (any `nonzeros` of a row) or ``"n:m"``.
         nonzeros: stored values per row; equals `columns` for ``"dense"``.
-        bits: 16: the model's 16-bit float; 14: bfloat16 without its two lowest mantissa bits; 2, 3, 4, 8: integers
-            with scales; 1, 2, 3, 4 with a trellis.
+        bits: 16: the model's 16-bit float; 14: bfloat16 without its two lowest mantissa bits; 2, 3, 4, 5, 6, 8:
+            integers with scales; 1, 2, 3, 4 with a trellis.
         group: stored values that share a scale, along the row; 0 means the whole row.
         symmetric: integers around zero; otherwise a zero point of `bits` bits is stored beside every scale.
         half: integers in half steps. Symmetric: 2^bits levels around zero, none of them zero. Otherwise zero points may
@@ -138,7 +138,7 @@ class MatrixSpec:
     @property
     def version(self) -> int:
         """The first format version that can describe the matrix."""
-        return 2 if self.half or self.trellis is not None else 1
+        return 2 if self.half or self.trellis is not None or self.bits in (5, 6) else 1
 
     def to_dict(self) -> dict[str, Any]:
         """What is needed to read the matrix, without defaults and without the shape."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -89,8 +89,9 @@ class StoredLora(LoraLinear):
 
     def low_rank(self, name: str) -> LowRank:
         """What an adapter adds to the weight."""
-        down, up = (cast(Tensor, part[name].weight).detach().float() for part in (self.lora_A, self.lora_B))
-        return LowRank(down, up * self.scaling[name])
+        down: Any = self.lora_A[name]
+        up: Any = self.lora_B[name]
+        return LowRank(down.weight.detach().float(), up.weight.detach().float() * self.scaling[name])
 
     def why_not_merged(self, name: str) -> str:
         """Why an adapter cannot be merged exactly; empty if it can."""

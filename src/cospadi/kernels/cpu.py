@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 from cospadi.format import MatrixSpec, Packed
 from cospadi.kernels.cost import rebuild_pays
 from cospadi.kernels.decode import as_levels, block, dense_rows
+from cospadi.kernels.expanded import expanded
 
 # Numbers in a block: about 1 MB in bfloat16, which fits into the L2 cache and is enough work per torch call.
 BLOCK_ELEMENTS = 1 << 19
@@ -45,6 +46,8 @@ def packed_linear(x: Tensor, packed: Packed, spec: MatrixSpec) -> Tensor:
         return packed_linear(x, *levels).mul_(packed["scales"].view(-1).to(x.dtype))
     if not spec.sparse and spec.bits == 16:
         return linear(x, packed["values"].to(x.dtype))
+    if spec.trellis is not None and packed["values"].device.type == "cpu":
+        return linear(x, expanded(packed, spec, x.dtype))
     step = block_rows(x.shape[0], spec.columns, _whole(spec))
     if step >= spec.rows:
         return linear(x, dense_rows(packed, spec, x.dtype))

@@ -2,8 +2,8 @@
 
 `cospadi.kernels.autotune` chooses the kernel of each of the two products separately, per shape and number of tokens.
 For one token, x D stays in float32 between them. The dense path, which unpacks the factors into scratch memory and
-calls cuBLAS, serves specs without a kernel (3 and 14 bits, trellis codes, sparse with zero points or half steps), those
-not in 16-bit floats, machines without Triton, and products whose kernels all fail to compile or to run.
+calls cuBLAS, serves specs without a kernel (3, 5, 6 and 14 bits, trellis codes, sparse with zero points or half steps),
+those not in 16-bit floats, machines without Triton, and products whose kernels all fail to compile or to run.
 
 In eager mode a decode step waits for the host. Everything that follows from the spec is therefore prepared at the first
 call and looked up by one key later (`autotune.ways`).

@@ -97,6 +97,8 @@ class Method:
     cost: Cost | None
     memory: Memory
     offers: Callable[[Mapping[str, Any]], list[Any]] | None
+    by_device: Mapping[str, Mapping[str, Any]]
+    wishes: Callable[[str, Mapping[str, Any]], Mapping[str, Any]] | None
 
     def check(self, options: dict[str, Any]) -> dict[str, Any]:
         """Validate options and fill in defaults.
@@ -138,6 +140,10 @@ class Method:
             raise NumericalError(f"{problem.name}: method {self.name!r} returned NaN or Inf")
         return found
 
+    def options_on(self, device: str, options: dict[str, Any]) -> dict[str, Any]:
+        """Options as given, and where they leave it open what suits a type of device (``"cpu"``, ``"cuda"``)."""
+        return {**self.by_device.get(device, {}), **options}
+
     def wants_sequential(self, options: dict[str, Any]) -> bool:
         """Whether, with these options, statistics are to be taken after the layers before are compressed."""
         if isinstance(self.sequential, str):
@@ -170,6 +176,8 @@ def method(
     cost: Cost | None = None,
     memory: Memory = factored_memory,
     offers: Callable[[Mapping[str, Any]], list[Any]] | None = None,
+    by_device: Mapping[str, Mapping[str, Any]] | None = None,
+    wishes: Callable[[str, Mapping[str, Any]], Mapping[str, Any]] | None = None,
 ) -> Callable[[Solve], Solve]:
     """Register a method.
 
@@ -193,6 +201,10 @@ def method(
         cost: ``cost(spec, options) -> Work`` of one solve; None: no honest guess.
         memory: ``memory(spec) -> bytes`` that one solve holds on the device.
         offers: ``offers(options) -> representations`` that an allocation may choose from; None: the method itself.
+        by_device: defaults of options on a type of device (``"cpu"``, ``"cuda"``) that differ from those of the
+            signature, for what takes too long elsewhere.
+        wishes: ``wishes(type of device, options) -> fields`` of the recipe that the method sets where the recipe leaves
+            them open: ``sequential``, ``gram``, ``anchor``, ``anchor_share``.
 
     Returns:
         A decorator for ``solve(problem, spec, *, options…) -> solution``; its docstring's first line is the summary.
@@ -220,6 +232,8 @@ def method(
                 cost=cost,
                 memory=memory,
                 offers=offers,
+                by_device=by_device or {},
+                wishes=wishes,
             ),
         )
         return solve

@@ -75,7 +75,14 @@ def gptq(
         )
         if rescale:
             found = rescaled(
-                rows, found, bits=codes.bits, group=codes.group, hessian=gram, rounds=rescale, damping=damping
+                rows,
+                found,
+                bits=codes.bits,
+                group=codes.group,
+                hessian=gram,
+                rounds=rescale,
+                damping=damping,
+                half=codes.half,
             )
         parts.append(found)
     return stacked_rows(parts, problem)

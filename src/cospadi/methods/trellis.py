@@ -17,6 +17,8 @@ StateBits = Annotated[int, Field(ge=8, le=16)]
 """Bits of a state: each more halves the alphabet's gaps and doubles the time to encode."""
 TILE = 256
 """Values of a tile."""
+QUICK_STATE: Mapping[str, Mapping[str, Any]] = {"cpu": {"state": 10}}
+"""A state that a processor encodes in minutes instead of hours."""
 LONG = 1024
 """Inputs from which on a tile holds eight of them instead of four."""
 
@@ -37,7 +39,8 @@ def trellis_plan(
         shape: the layers.
         budget: bytes.
         bits: 4, 3, 2 or 1; 0: the most that fit, at least 2.
-        state: bits of a state. 16 has the smallest error; on a processor 10 to 12 save most of the time.
+        state: bits of a state. 16 has the smallest error and is the default on a GPU. Every bit less halves the time
+            to encode; a processor takes 10 unless told otherwise, with about 13 % more error.
         inputs: inputs of a tile of 256 weights; 0: 4, or 8 where a layer has more than 1024 inputs. The fewer, the
             better the feedback between tiles, and the more steps it takes.
         block: largest block of the rotation.
@@ -55,19 +58,29 @@ def trellis_plan(
     return spec
 
 
+SEARCH, SEARCH_CPU = 2.5, 3.2e-4
+"""What a state costs per value, both passes around the tile together: memory traffic in bytes, as an H100 encodes many
+tiles at once (58,000 a second at 16 bits), and more on a processor, in kernels (3,250 tiles a second at 10 bits on two
+threads)."""
+TURN, WAITING = 40.0, 80.0
+"""Kernels of a turn, and states for which a turn takes as long as one more: a tile is searched step by step, however
+few of them there are."""
+
+
 def trellis_cost(spec: GroupSpec, options: Mapping[str, Any]) -> Work:
     """Rotation, feedback between blocks, and the search for the best path through every tile."""
     z, code = Sizes.of(spec), spec.codes.trellis
     assert code is not None
     rounds, sweeps = numbers(options, "rounds", "sweeps")
     passes = rounds + sweeps
-    paths = Work(moved=SEARCH * z.n * z.d * 2**code.state, kernels=40 * z.d / code.inputs)
+    states = float(2**code.state)
+    paths = Work(
+        moved=SEARCH * z.n * z.d * states,
+        kernels=(TURN + states / WAITING) * z.d / code.inputs,
+        cpu_kernels=SEARCH_CPU * z.n * z.d * states,
+    )
     factors = eigen(z.d) + Work(products=6.0 * z.d**3)
     return factors + passes * (2 * product(z.n, z.d, z.d) + paths)
-
-
-SEARCH = 24.0
-"""Bytes of memory traffic that a state costs per value, both passes around the tile together."""
 
 
 @method(
@@ -77,6 +90,7 @@ SEARCH = 24.0
     cost=trellis_cost,
     grouping="siblings",
     sequential=True,
+    by_device=QUICK_STATE,
 )
 def trellis(
     problem: Problem,

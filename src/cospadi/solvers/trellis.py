@@ -43,11 +43,10 @@ def windows(symbols: Tensor, bits: int, state: int) -> Tensor:
     Returns:
         int64 (…, T).
     """
-    symbols = symbols.to(torch.int64)
-    states = torch.zeros_like(symbols)
-    for place in range(-(-state // bits)):
-        states |= symbols.roll(-place, -1) << (bits * place)
-    return states.bitwise_and_(2**state - 1)
+    places = -(-state // bits)
+    circular = torch.cat([symbols, symbols[..., : places - 1]], -1).to(torch.int64)
+    factors = torch.arange(places, device=symbols.device) * bits
+    return (circular.unfold(-1, places, 1) << factors).sum(-1).bitwise_and_(2**state - 1)
 
 
 def decode(symbols: Tensor, bits: int, state: int) -> Tensor:

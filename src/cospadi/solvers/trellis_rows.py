@@ -199,6 +199,20 @@ class _State:
         """The matrix (d_out, d_in) as it stands."""
         return self.levels * self.scales[:, None]
 
+    def padded(self, rows: Tensor) -> Tensor:
+        """Rows (d_out, …) with as many rows of zeros as the last row of tiles lacks."""
+        missing = self.down * self.code.outputs - len(rows)
+        return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
+
+    def normalised(self, rows: Tensor) -> Tensor:
+        """Rows (d_out, n) in units of levels, padded."""
+        return self.padded(rows / torch.where(self.scales > 0, self.scales, 1.0)[:, None])
+
+    def row_weights(self) -> Tensor:
+        """What the squared error of one level costs in each row, (row tiles · outputs, 1); only ratios count."""
+        relative = self.scales / self.scales.amax().clamp_min(torch.finfo(torch.float32).tiny)
+        return self.padded((relative.square() * self.importance)[:, None])
+
     def per_tile(self, losses: Tensor) -> Tensor:
         """Sums (row tiles,) of the losses of rows (d_out,)."""
         losses = losses * self.importance
@@ -235,15 +249,19 @@ class _State:
 
 
 class _Pass(Protocol):
-    """One visit to every block of a matrix."""
+    """One visit to every block of a matrix.
+
+    Targets, weights and levels are those of all rows of all tiles, padding included, and targets are in units of
+    levels: rows (row tiles · outputs, inputs) are tiles already when they are viewed as (row tiles, T).
+    """
 
     state: _State
 
     def ask(self, turn: int) -> tuple[Tensor, Tensor]:
-        """Targets (d_out, width) of the block of this turn, and what missing them costs, (width,)."""
+        """Targets of the block of this turn, and the weights of their squared errors, of which only ratios count."""
 
     def take(self, turn: int, symbols: Tensor, levels: Tensor) -> None:
-        """The symbols (row tiles, T) of that block and their levels (d_out, width)."""
+        """The symbols (row tiles, T) of that block and their levels."""
 
     def done(self) -> None:
         """All blocks are encoded."""
@@ -256,6 +274,7 @@ class _Plan:
     Attributes:
         order: the block of each turn.
         starts: where the columns of each turn start in processing order, and where the last ends.
+        places: (d_in,) the columns in processing order.
         factor: U, float32 (d_in, d_in), in processing order.
         inverses: U_JJ⁻¹ of every turn.
         costs: diagonal of M_J of every turn.
@@ -263,42 +282,51 @@ class _Plan:
 
     order: list[int]
     starts: list[int]
+    places: Tensor
     factor: Tensor
     inverses: list[Tensor]
     costs: list[Tensor]
 
 
 def _plan(state: _State, damping: float) -> _Plan:
-    """Blocks by falling mean diagonal: the most important are encoded while most others can still compensate."""
-    columns = state.columns
+    """Blocks by falling mean diagonal: the most important are encoded while most others can still compensate.
+
+    A block with fewer columns than the others, at the end of the matrix, is the last one.
+    """
+    columns, each = state.columns, state.code.inputs
+    whole = columns // each
     diagonal = state.hessian.diagonal().double()
-    means = torch.stack([diagonal[state.slice(block)].mean() for block in range(state.across)])
-    order = means.argsort(descending=True, stable=True).tolist()
+    means = diagonal[: whole * each].view(whole, each).mean(1)
+    order = means.argsort(descending=True, stable=True)
     places = torch.arange(columns, device=diagonal.device)
-    plan: Feedback = feedback(
-        state.hessian, damping, torch.cat([places[state.slice(block)] for block in order]), torch.float64
-    )
-    unit = plan.coupling + torch.eye(columns, dtype=torch.float64, device=diagonal.device)
-    starts = [0]
-    inverses, costs = [], []
-    for block in order:
-        at = slice(starts[-1], starts[-1] + len(range(columns)[state.slice(block)]))
-        near = unit[at, at]
-        eye = torch.eye(len(near), dtype=torch.float64, device=near.device)
-        inverses.append(torch.linalg.solve_triangular(near, eye, upper=True).float())
-        costs.append((near.square() @ plan.cost[at]).float())
-        starts.append(at.stop)
-    return _Plan(order, starts, unit.float(), inverses, costs)
+    chosen = places[: whole * each].view(whole, each)[order].flatten()
+    places = torch.cat([chosen, places[whole * each :]])
+    found: Feedback = feedback(state.hessian, damping, places, torch.float64)
+    unit = found.coupling + torch.eye(columns, dtype=torch.float64, device=diagonal.device)
+    inverses: list[Tensor] = []
+    costs: list[Tensor] = []
+    for start, stop, width in ((0, whole * each, each), (whole * each, columns, columns % each)):
+        if start == stop:
+            continue
+        near = unit[start:stop, start:stop].view(-1, width, (stop - start) // width, width)
+        near = near.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        eye = torch.eye(width, dtype=torch.float64, device=near.device).expand_as(near)
+        inverses += torch.linalg.solve_triangular(near, eye, upper=True).float().unbind()
+        costs += (near.square() @ found.cost[start:stop].view(-1, width, 1))[:, :, 0].float().unbind()
+    blocks = [*order.tolist(), *([whole] if columns % each else [])]
+    starts = [*range(0, whole * each, each), *([whole * each] if columns % each else []), columns]
+    return _Plan(blocks, starts, places, unit.float(), inverses, costs)
 
 
 class _Sweep:
-    """Error feedback from block to block."""
+    """Error feedback from block to block, in units of levels and with the columns in processing order."""
 
     def __init__(self, state: _State, plan: _Plan) -> None:
         self.state, self.plan = state, plan
         self.per = max(1, COLUMNS // state.code.inputs)
-        self.errors, self.levels = torch.zeros_like(state.rows), torch.empty_like(state.rows)
-        self.symbols = torch.empty_like(state.symbols)
+        self.rows, self.weights = state.normalised(state.rows[:, plan.places]), state.row_weights()
+        self.errors, self.levels = torch.zeros_like(self.rows), torch.empty_like(self.rows)
+        self.symbols: list[Tensor] = []
 
     def ask(self, turn: int) -> tuple[Tensor, Tensor]:
         plan, starts = self.plan, self.plan.starts
@@ -307,19 +335,26 @@ class _Sweep:
         if turn == first:
             last = starts[min(first + self.per, len(plan.order))]
             self.pending = self.errors[:, :begin] @ plan.factor[:begin, begin:last]
-        near = self.errors[:, begin : at.start] @ plan.factor[begin : at.start, at]
-        shift = (self.pending[:, at.start - begin : at.stop - begin] + near) @ plan.inverses[turn]
-        return self.state.rows[:, self.state.slice(plan.order[turn])] + shift, plan.costs[turn]
+        near = torch.addmm(
+            self.pending[:, at.start - begin : at.stop - begin],
+            self.errors[:, begin : at.start],
+            plan.factor[begin : at.start, at],
+        )
+        return torch.addmm(self.rows[:, at], near, plan.inverses[turn]), self.weights * plan.costs[turn]
 
     def take(self, turn: int, symbols: Tensor, levels: Tensor) -> None:
-        plan, state = self.plan, self.state
-        at, block = slice(plan.starts[turn], plan.starts[turn + 1]), plan.order[turn]
-        self.errors[:, at] = state.rows[:, state.slice(block)] - levels * state.scales[:, None]
-        self.levels[:, state.slice(block)] = levels
-        self.symbols[:, block] = symbols
+        at = slice(self.plan.starts[turn], self.plan.starts[turn + 1])
+        levels = levels[:, : at.stop - at.start]
+        torch.sub(self.rows[:, at], levels, out=self.errors[:, at])
+        self.levels[:, at] = levels
+        self.symbols.append(symbols)
 
     def done(self) -> None:
-        self.state.keep_better(self.levels, self.symbols)
+        plan, count = self.plan, len(self.state.rows)
+        levels, symbols = torch.empty_like(self.state.rows), torch.empty_like(self.state.symbols)
+        levels[:, plan.places] = self.levels[:count]
+        symbols[:, torch.tensor(plan.order, device=symbols.device)] = torch.stack(self.symbols, 1)
+        self.state.keep_better(levels, symbols)
 
 
 class _Descent:
@@ -327,7 +362,7 @@ class _Descent:
 
     def __init__(self, state: _State) -> None:
         self.state, self.per = state, max(1, COLUMNS // state.code.inputs)
-        self.errors = state.rows - state.values()
+        self.errors, self.weights = state.rows - state.values(), state.row_weights()
 
     def ask(self, turn: int) -> tuple[Tensor, Tensor]:
         state, at = self.state, self.state.slice(turn)
@@ -341,10 +376,11 @@ class _Descent:
         # no check, for which the host would wait: a damped Hessian is regular
         step = torch.linalg.solve_ex(near.double(), slope.T.double())[0].T.float()
         self.targets = state.levels[:, at] * state.scales[:, None] + step
-        return self.targets, near.diagonal()
+        return state.normalised(self.targets), self.weights * near.diagonal()
 
     def take(self, turn: int, symbols: Tensor, levels: Tensor) -> None:
         state, at = self.state, self.state.slice(turn)
+        levels = levels[: len(state.rows), : at.stop - at.start]
         near, losses = state.curvature[at, at], []
         for choice in (levels, state.levels[:, at]):
             missed = choice * state.scales[:, None] - self.targets
@@ -367,20 +403,23 @@ class _Descent:
 
 
 def _encode_blocks(passes: Sequence[_Pass], code: TrellisCode) -> None:
-    """Take all matrices through their blocks, the tiles of one block of each at a time."""
+    """Take all matrices through their blocks, the tiles of one block of each at a time.
+
+    A turn is a dozen operations for each matrix and as many for all of them: the host must not be what a GPU waits for.
+    """
+    size = code.inputs * code.outputs
+    counts = [item.state.down for item in passes]
     for turn in range(passes[0].state.across if passes else 0):
-        targets, weights, widths = [], [], []
-        for item in passes:
-            wanted, costs = item.ask(turn)
-            scales = item.state.scales[:, None]
-            targets.append(tiles(wanted / torch.where(scales > 0, scales, 1.0), code)[:, 0])
-            relative = scales / scales.amax().clamp_min(torch.finfo(torch.float32).tiny)
-            weights.append(tiles(relative.square() * item.state.importance[:, None] * costs, code)[:, 0])
-            widths.append(wanted.shape[1])
-        symbols = encode_finite(torch.cat(targets), code.bits, code.state, torch.cat(weights))
-        parts = torch.split(symbols, [item.state.down for item in passes])
-        for item, part, width in zip(passes, parts, widths, strict=True):
-            levels = decode(part, code.bits, code.state)[:, None]
-            item.take(turn, part, untiled(levels, code, len(item.state.rows), width))
+        asked = [item.ask(turn) for item in passes]
+        missing = code.inputs - asked[0][0].shape[1]
+        if missing:
+            pad = torch.nn.functional.pad
+            asked = [(pad(targets, (0, missing)), pad(weights, (0, missing))) for targets, weights in asked]
+        targets, weights = (torch.cat([pair[i].view(-1, size) for pair in asked]) for i in (0, 1))
+        symbols = encode_finite(targets, code.bits, code.state, weights)
+        levels = decode(symbols, code.bits, code.state)
+        pieces = zip(passes, torch.split(symbols, counts), torch.split(levels, counts), strict=True)
+        for item, part, found in pieces:
+            item.take(turn, part, found.view(-1, code.inputs))
     for item in passes:
         item.done()

@@ -57,7 +57,7 @@ def test_weights_are_those_of_one_backward_pass_through_the_whole_model(tmp_path
     unit = None
     for name, item in found.items():
         raw = expected[name].flatten()
-        clipped = raw.clamp_max(raw.sort().values[-1])  # of 65 tokens none lies beyond the 99.9th percentile
+        clipped = raw.clamp_max(raw.sort().values[-6])  # one token a sequence is clipped
         torch.testing.assert_close(item.values.double(), clipped / clipped.mean(), rtol=2e-3, atol=1e-3)
         unit = unit or item.energy / float(clipped.mean())
         assert item.energy == pytest.approx(unit * float(clipped.mean()), rel=1e-3)
@@ -115,16 +115,22 @@ def test_the_seed_decides(tmp_path):
 def test_few_tokens_do_not_make_up_the_gram():
     raw = torch.rand(5000, generator=torch.Generator().manual_seed(0))
     raw[:5] = 1e6
-    found = usable(raw)
+    found = usable(raw[None])
     assert float(found.values.max()) < 3 and float(found.values.mean()) == pytest.approx(1, rel=1e-5)
     assert found.effective == pytest.approx(5000 * 0.75, rel=0.05)  # (mean)² / mean square of a uniform draw
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_gradients_that_vanish_or_overflow_are_of_no_use(value):
-    raw = torch.zeros(100)
-    raw[3] = value
+    raw = torch.zeros(4, 25)
+    raw[3, 3] = value
     assert usable(raw) is None
+
+
+def test_one_token_a_sequence_that_all_others_attend_to_does_not_make_up_the_gram():
+    raw = torch.rand(12, 50, generator=torch.Generator().manual_seed(1))
+    raw[:, 0] = 1e4
+    assert float(usable(raw).values.max()) < 3
 
 
 def test_a_layer_without_gradients_keeps_its_plain_gram_and_is_named(tmp_path):
@@ -262,4 +268,5 @@ def test_cuda_streams_the_layers_of_a_model_on_the_host(tmp_path):
     for name, item in first.items():
         assert torch.equal(item.values, second[name].values)
         raw = expected[name].flatten().cpu()
+        raw = raw.clamp_max(raw.sort().values[-6])
         torch.testing.assert_close(item.values.double(), raw / raw.mean(), rtol=2e-2, atol=1e-2)

@@ -4,6 +4,7 @@ import torch
 from checkpoints.factory import KINDS, make_spec, random_stored
 from cospadi.format import MatrixSpec, Stored, pack, unpack
 from cospadi.format.pack import decode_values, pack_bits, pack_mask, unpack_bits, unpack_mask
+from cospadi.kernels.decode import dense_rows
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +64,7 @@ def test_matrix_round_trip(kind, part, seed):
         assert torch.equal(unpack_mask(packed["mask"], spec.columns), stored.support)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_half_steps_by_hand(bits):
     """Symmetric: 2^bits levels about zero. With zero points: those at odd half steps, one bit more each."""
     high = 2**bits - 1
@@ -80,6 +81,18 @@ def test_half_steps_by_hand(bits):
     assert unpack_bits(packed["zeros"], bits + 1, 2).tolist() == [[1, 2 * high - 1]]
     assert torch.equal(unpack(packed, odd), matrix)
     assert odd.tensors()["zeros"] == ((1, 1), torch.int32)
+
+
+@pytest.mark.parametrize("options", [{}, {"symmetric": False, "group": 7}, {"half": True}, {"pattern": "9:16"}])
+@pytest.mark.parametrize("bits", [5, 6])
+def test_integers_between_four_and_eight_bits(bits, options):
+    spec = MatrixSpec(11, 41, bits=bits, **options)
+    stored = random_stored(spec, torch.Generator().manual_seed(bits), torch.bfloat16)
+    packed = pack(stored, spec)
+    assert {role: (tuple(t.shape), t.dtype) for role, t in packed.items()} == spec.tensors()
+    assert torch.equal(unpack(packed, spec), stored.matrix)
+    assert torch.equal(dense_rows(packed, spec, torch.float32), stored.matrix)
+    assert spec.version == 2
 
 
 def test_values_stand_in_column_order():

@@ -51,7 +51,7 @@ def test_float_dtype_of_tensors():
         ((4, 8, "5:4"), "0 < n <= m"),
         ((4, 8, "2:5"), "one of"),
         ((4, 8, "some"), "neither"),
-        ((4, 4, "dense", 0, 5), "bits"),
+        ((4, 4, "dense", 0, 7), "bits"),
         ((4, 4, "dense", 0, 4, -1), "group"),
     ],
 )

@@ -92,7 +92,8 @@ def test_a_wrong_option_comes_to_light_before_anything_is_read(tmp_path):
 
 def test_an_option_of_another_method_names_those_that_have_it():
     with pytest.raises(
-        RecipeError, match=r"'auto' has no option 'value_bits'; it takes bits; methods with it: .*pursuit"
+        RecipeError,
+        match=r"'auto' has no option 'value_bits'; it takes bits, favour, state; methods with it: .*pursuit",
     ):
         get_method("auto").check({"value_bits": 8})
     with pytest.raises(RecipeError, match=r"did you mean 'rounds'\?$"):

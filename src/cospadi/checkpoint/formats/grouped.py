@@ -110,7 +110,10 @@ class GroupedFormat(Format[S]):
             try:
                 specs.append(self.read_group(item))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"{where}: group {number} of quantization_config is wrong: {error}") from None
+                raise CheckpointError(
+                    f"{where}: group {number} of quantization_config is wrong: {error}; copy the checkpoint again, or "
+                    "upgrade cospadi if a later version wrote it"
+                ) from None
         names = [name for spec in specs for name in spec.modules]
         if len(set(names)) != len(names):
             twice = next(name for name in names if names.count(name) > 1)

@@ -21,6 +21,7 @@ from cospadi.checkpoint.formats.base import FORMATS, Format
 from cospadi.checkpoint.formats.grouped import module_of
 from cospadi.checkpoint.headers import Entry
 from cospadi.errors import CheckpointError, ModelError
+from cospadi.layers import is_dense_linear
 from cospadi.layers.sliced import BlockParts, SlicedBlock, SlicedNorm, make_sliced
 from cospadi.layers.tensors import GUARD, GUARD_DTYPE, GUARD_SHAPE
 
@@ -290,16 +291,16 @@ def describe_width(model: PreTrainedModel) -> WidthSpec:
             )
             inner = (parts.mixer_norm, parts.mlp_norm, "mixer_shortcut", "mlp_shortcut")
             told |= {f"{name}.{child}.{leaf}" for child in inner for leaf in ("weight", "bias")}
-        elif isinstance(module, nn.Linear | nn.Embedding):
+        elif is_dense_linear(module) or isinstance(module, nn.Embedding):
             leaves = {f"{name}.{leaf}": tuple(p.shape) for leaf, p in module.named_parameters()}
             built = {leaf: stock.get(leaf) for leaf in (f"{name}.weight", f"{name}.bias")}
             if f"{name}.weight" not in stock or all(built[leaf] == leaves.get(leaf) for leaf in built):
                 continue
             told |= built.keys()
-            if isinstance(module, nn.Linear):
-                linears[name] = LinearShape(module.in_features, module.out_features, module.bias is not None)
-            else:
+            if isinstance(module, nn.Embedding):
                 embeddings[name] = module.embedding_dim
+            elif is_dense_linear(module):
+                linears[name] = LinearShape(module.in_features, module.out_features, module.bias is not None)
     have = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     for name in sorted((have.keys() | stock.keys()) - told):
         if have.get(name) != stock.get(name):

@@ -24,7 +24,7 @@ from cospadi.engine.estimate.planning_work import SOFTMAX, parts, planning_work
 from cospadi.engine.estimate.solver_work import solver_work
 from cospadi.engine.estimate.speed import START, measure_speed
 from cospadi.engine.plan.extra import carried_tensors, without_extra
-from cospadi.engine.plan.order import order_of, plain_share
+from cospadi.engine.plan.order import order_of, plain_share, suited
 from cospadi.engine.plan.plan import Plan, make_plan
 from cospadi.engine.plan.pruning import check_section, prune_skeleton
 from cospadi.engine.plan.target import Beside
@@ -139,7 +139,7 @@ def estimate(
     recipe = recipe_from(recipe, options)
     get_method(recipe.method).check(recipe.options)
     recipe.require_budget()
-    parse_device(recipe.device)
+    recipe = suited(recipe, parse_device(recipe.device))
     if recipe.prune is not None:
         check_section(recipe.prune)
     config, name = config_of(model)

@@ -30,6 +30,7 @@ from cospadi.recipe import Recipe
 from cospadi.runtime.fingerprints import derived_seed
 
 ANCHOR_RIDGE = 1e-2
+ANCHOR_SHARE = 0.5
 
 
 @dataclass
@@ -243,7 +244,8 @@ class Sequential:
         if moments is not None:
             plain, loss = moments.gram, moments.loss
             targets = (
-                anchored_target(w, moments, ridge=ANCHOR_RIDGE, blend=self.recipe.anchor_share) for w in problem.weights
+                anchored_target(w, moments, ridge=ANCHOR_RIDGE, blend=self.recipe.anchor_share or ANCHOR_SHARE)
+                for w in problem.weights
             )
             problem = replace(
                 problem,

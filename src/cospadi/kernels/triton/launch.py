@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from cospadi.format import MatrixSpec, Packed
-from cospadi.kernels.triton.launch_common import Config, per_word, pitch, readable
+from cospadi.kernels.triton.launch_common import Config, per_word, pitch
+from cospadi.kernels.triton.launch_common import readable as readable_words
 from cospadi.kernels.triton.launch_dense import dense, expand_integers, few_tokens, one_token, one_token_fits, span
 from cospadi.kernels.triton.launch_sparse import balanced, balanced_fits, expand, pitched, sparse, unit, walk
+from cospadi.kernels.triton.launch_trellis import MOST_TOKENS as MOST_TRELLIS_TOKENS
+from cospadi.kernels.triton.launch_trellis import expand_trellis, trellis, trellis_fits
 
 __all__ = [
-    "Config", "balanced", "balanced_fits", "dense", "expand", "expand_integers", "few_tokens", "handed_on", "one_token",
-    "one_token_fits", "options", "per_word", "pitch", "pitched", "readable", "span", "sparse", "unit", "unpacked",
-    "walk",
+    "Config", "balanced", "balanced_fits", "dense", "expand", "expand_integers", "expand_trellis", "few_tokens",
+    "handed_on", "one_token", "one_token_fits", "options", "per_word", "pitch", "pitched", "readable", "span", "sparse",
+    "trellis", "trellis_fits", "unit", "unpacked", "walk",
 ]  # fmt: skip
 
 MOST_TOKENS = 64  # that the decode kernels take
@@ -36,6 +39,7 @@ DENSE_MANY = (Config(16, 256, 2, stages=4), Config(32, 128, 4, stages=4))
 DENSE_MANY_PACKED = (Config(32, 64, 4), Config(16, 32, 2, stages=4))
 ONE_TOKEN = (Config(8, 32, 4), Config(4, 64, 4), Config(8, 64, 4))  # width in chunks of 16 bytes
 FEW_TOKENS = (Config(32, 4, 4, stages=3), Config(16, 4, 4, stages=3), Config(16, 8, 8, stages=2))  # width in spans
+TRELLIS = (Config(1, 16, 4), Config(1, 8, 4), Config(1, 32, 8), Config(1, 8, 2))  # width in tiles
 EXPAND = Config(2, 16, 1)
 EXPAND_INTEGERS = Config(2, 1024, 4)  # width in columns
 
@@ -45,6 +49,8 @@ Option = tuple[Callable[..., Tensor], Config]
 
 def options(spec: MatrixSpec, tokens: int) -> list[Option]:
     """Kernels and launch parameters that compute ``x Mᵀ`` for a spec and number of tokens, the most promising first."""
+    if spec.trellis is not None:
+        return [(trellis, config) for config in TRELLIS] if tokens <= MOST_TRELLIS_TOKENS else []
     if not spec.sparse:
         bytes_ = spec.bits == 16 or spec.signed_bytes
         if tokens == 1:
@@ -62,6 +68,11 @@ def options(spec: MatrixSpec, tokens: int) -> list[Option]:
     return [(sparse, config) for config in (SPARSE_ONE if tokens == 1 else SPARSE_MANY)]
 
 
+def readable(spec: MatrixSpec) -> bool:
+    """Whether a kernel reads this spec."""
+    return readable_words(spec) if spec.trellis is None else trellis_fits(spec)
+
+
 def handed_on(
     spec: MatrixSpec, tokens: int, reader: MatrixSpec | None, dtype: torch.dtype
 ) -> tuple[torch.dtype, dict[str, bool]]:
@@ -73,6 +84,8 @@ def handed_on(
 
 def unpacked(packed: Packed, spec: MatrixSpec, dtype: torch.dtype) -> Tensor:
     """Unpack a :func:`readable` matrix, unless it is 16-bit dense, to (rows, columns) in `dtype`."""
+    if spec.trellis is not None:
+        return expand_trellis(packed, spec, dtype)
     if spec.sparse:
         return expand(packed, spec, dtype, EXPAND)
     return expand_integers(packed, spec, dtype, EXPAND_INTEGERS)

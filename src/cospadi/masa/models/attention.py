@@ -12,6 +12,7 @@ from torch.nn import functional
 from transformers import initialization as init
 
 from cospadi.errors import ModelError
+from cospadi.layers import is_dense_linear
 from cospadi.masa.models.coefficients import CoefficientNetwork, compose, spread_rows
 from cospadi.masa.models.configuration import SharedAttentionConfig, assignment
 
@@ -252,9 +253,9 @@ def share_attention(attentions: Sequence[nn.Module], config: SharedAttentionConf
         return shared
     for name in config.shared_types:
         linears = [getattr(attention, f"{name}_proj", None) for attention in attentions]
-        if not all(isinstance(linear, nn.Linear) for linear in linears):
+        if not all(is_dense_linear(linear) for linear in linears):
             raise ModelError(f"an attention layer has no linear layer {name}_proj; leave {name!r} out of shared_types")
-        dense = [linear for linear in linears if isinstance(linear, nn.Linear)]
+        dense = [linear for linear in linears if is_dense_linear(linear)]
         _check_equal_shapes(name, dense)
         rows, columns = dense[0].weight.shape
         if config.attention_sharing != "low_rank":

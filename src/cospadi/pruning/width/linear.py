@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from cospadi.layers import is_dense_linear
+
 
 def linear_of(module: nn.Module, name: str) -> nn.Linear:
     """A linear layer by name.
@@ -12,8 +14,8 @@ def linear_of(module: nn.Module, name: str) -> nn.Linear:
         TypeError: if the module of that name is not one.
     """
     linear = module.get_submodule(name)
-    if not isinstance(linear, nn.Linear):
-        raise TypeError(f"{name} is a {type(linear).__name__}, not nn.Linear")
+    if not is_dense_linear(linear):
+        raise TypeError(f"{name} is a {type(linear).__name__}, not a dense nn.Linear")
     return linear
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from cospadi.errors import ModelError
+from cospadi.layers import is_dense_linear
 from cospadi.model_view import LayerReplay, ModelView
 
 _PROBE = (1, 8)
@@ -119,7 +120,7 @@ def find_branch(view: ModelView, block: int, replay: LayerReplay) -> Branch:
     called: list[tuple[str, Tensor]] = []
     with ExitStack() as stack:
         for path, module in layer.named_modules():
-            if isinstance(module, (nn.Linear, Conv1D)):
+            if is_dense_linear(module) or isinstance(module, Conv1D):
 
                 def note(_module: nn.Module, _args: Any, out: Tensor, _path: str = path) -> None:
                     called.append((_path, out))
