@@ -39,7 +39,13 @@ def test_no_stage_failed_otherwise_than_with_a_message(benchmark: ModuleType) ->
 def test_a_table_says_what_a_row_holds(benchmark: ModuleType) -> None:
     fine = {"name": "llama", "class": "LlamaForCausalLM", "compressed_layers": 28, "largest_difference": 2.1e-6}
     fine |= {"largest_logit": 3.6, "same_tokens": False, "prune": "ok", "pruned_difference": 0.0, "compress": "ok"}
-    refused = {"name": "mamba", "class": "MambaForCausalLM", "compress": "refused: MambaForCausalLM: no", "prune": "ok"}
+    refused = {
+        "name": "mamba",
+        "make": "ok",
+        "class": "MambaForCausalLM",
+        "compress": "refused: MambaForCausalLM: no",
+        "prune": "ok",
+    }
     page = benchmark.tables([refused, fine])
     assert "| llama | LlamaForCausalLM | 28 | 2.1e-06 | 3.6 | differ | 0 |" in page
     assert "| mamba | `no` | ok |" in page and page.count("llama") == 1
