@@ -410,7 +410,7 @@ def changed(original: Path, result: Path) -> int:
     """How many tensors of the original the result does not hold byte for byte, perhaps under another name."""
     before, after = (
         Counter(
-            (str(tensor.dtype), tuple(tensor.shape), tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            (str(tensor.dtype), tuple(tensor.shape), tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
             for file in folder.glob("*.safetensors")
             for tensor in load_file(file).values()
         )
