@@ -6,14 +6,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from cospadi import compress, estimate, evaluate, load
 from cospadi.checkpoint import export_dense
 from cospadi.evaluation import generate, inspect
 from cospadi.report import model_card
 from released import IMAGE, save_released
-from tiny import tiny_text, token_ids
+from tiny import save_tiny, tiny_text, token_ids
 
 VISION = ("Gemma3ForConditionalGeneration", "Qwen3_5ForConditionalGeneration")
 RENAMED = (*VISION, "NemotronHForCausalLM", "Lfm2ForCausalLM")
@@ -144,3 +144,17 @@ def test_an_automatic_plan_for_a_vision_language_model(tmp_path):
     before, after = tensors(source), tensors(tmp_path / "small")
     vision = {name for name in before if "visual" in name}
     assert vision and all(torch.equal(before[name], after[name]) for name in vision)
+
+
+def test_a_class_that_serves_several_model_types_keeps_the_type_and_its_names(tmp_path):
+    # EXAONE is a LlamaForCausalLM whose tensors have the names of GPT-2; the type of its configuration says so
+    source = save_tiny(tmp_path / "exaone", "exaone", intermediate_size=44, num_key_value_heads=2)
+    assert any(name.startswith("transformer.h.") for name in tensors(source))
+    compress(source, tmp_path / "small", keep=0.6, method="rtn", calibration=[tiny_text()], recipe=SMALL)
+    export_dense(tmp_path / "small", tmp_path / "dense")
+    assert config(tmp_path / "dense")["model_type"] == config(source)["model_type"] == "exaone"
+    assert tensors(tmp_path / "dense").keys() == tensors(source).keys()
+    small, _ = load(tmp_path / "small", dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    assert torch.allclose(outputs(small), outputs(dense), atol=0.1)  # the export is rounded to bfloat16
+    assert type(small.config) is type(dense.config)

@@ -14,7 +14,7 @@ from cospadi.checkpoint.formats.base import beyond, format_of
 from cospadi.checkpoint.headers import read_directory, read_json
 from cospadi.checkpoint.hooks import register
 from cospadi.checkpoint.validate import validate
-from cospadi.errors import CheckpointError, CospadiError, ResourceError
+from cospadi.errors import CheckpointError, CospadiError, ModelError, ResourceError
 from cospadi.io import expanded
 
 if TYPE_CHECKING:
@@ -56,14 +56,15 @@ def load(
     """
     directory = _locate(path, revision)
     config = read_json(directory / "config.json")
-    stored = format_of(config.get("quantization_config"))
+    stored, shorter = format_of(config.get("quantization_config")), bool(kwargs)
     if stored is None:
         read_directory(directory)
     else:
         validate(directory, deep=False)  # the numbers are checked on the loaded tensors
         register()
     try:
-        model, info = _model_class(config).from_pretrained(
+        kind, kwargs = _model_class(directory, kwargs)
+        model, info = kind.from_pretrained(
             directory,
             dtype=dtype,
             device_map=device_map,
@@ -81,7 +82,7 @@ def load(
     extra = extra_names(directory)
     for kind in ("missing", "mismatched", "unexpected"):
         names = sorted(str(name) for name in info.get(f"{kind}_keys") or ())
-        if kwargs:  # fewer layers may have been asked for
+        if shorter:  # fewer layers may have been asked for
             names = [name for name in names if not beyond(model, name)]
         if kind == "unexpected":
             names = [] if stored is None else [name for name in names if name not in extra]
@@ -113,13 +114,24 @@ def _locate(path: str | Path, revision: str | None) -> Path:
         ) from error
 
 
-def _model_class(config: dict[str, Any]) -> Any:
-    import transformers
+def _model_class(directory: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The class of a checkpoint, and options for it with the configuration that its model type names.
 
-    names = config.get("architectures") or [""]
-    found = getattr(transformers, str(names[0]), None)
-    known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    return found if known else transformers.AutoModelForCausalLM
+    A class may serve several model types, by which transformers renames tensors; left to itself, it would read the
+    configuration as that of its own type.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from cospadi.model_view import model_class  # like all of transformers' model classes, not at import time
+
+    config, rest = AutoConfig.from_pretrained(
+        directory, local_files_only=True, trust_remote_code=False, return_unused_kwargs=True, **options
+    )
+    try:
+        found, config = model_class(config)
+    except ModelError:  # transformers says what it is
+        return AutoModelForCausalLM, options
+    return found, rest | {"config": config}
 
 
 def _first_line(error: BaseException) -> str:
