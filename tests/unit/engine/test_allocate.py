@@ -290,7 +290,7 @@ def test_pieces_of_one_method_and_other_sizes_are_stored_apart(mixed):
 
 def test_a_plan_of_pieces_is_read_back(mixed):
     context = run_context(mixed.view, mixed.store, ids(0, 2))
-    recipe = Recipe(method="auto", keep=0.3)
+    recipe = Recipe(method="auto", keep=0.3, options={"favour": "speed"})
     assert final_plan(context, recipe, mixed.start, journal_in(mixed.folder / "j")) == mixed.plan
 
 
