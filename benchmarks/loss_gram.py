@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gptq_ablation import measured, stream
-from torch import Tensor
+from measuring import Stream, measured, stream
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cospadi.calibration import read_texts, token_blocks
@@ -56,7 +55,7 @@ class Measured(Checkpoint):
         texts: blocks of tokens by name.
     """
 
-    def __init__(self, out: Path, dense: PreTrainedModel, texts: dict[str, Tensor]) -> None:
+    def __init__(self, out: Path, dense: PreTrainedModel, texts: dict[str, Stream]) -> None:
         super().__init__(out, silent)
         self.dense, self.texts = dense, texts
         self.found: dict[str, Any] = {}

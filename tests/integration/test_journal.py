@@ -168,7 +168,7 @@ def test_killed_again_and_again_until_it_is_done(place, tmp_path):
     random.seed(3)
     out, kills = tmp_path / "out", 0
     while True:
-        process = start(line(place, out), tmp_path / "log", kill_at=("", random.randint(2, 12)))
+        process = start(line(place, out), tmp_path / "log", kill_at=("", random.randint(2, 9)))
         process.join(120)
         if process.exitcode == 0:
             break

@@ -165,6 +165,8 @@ class Journal:
                     "replace that run with --fresh"
                 )
             shutil.rmtree(self.statistics, ignore_errors=True)
+        elif (self.folder / MARKER).exists():
+            return  # it says so already
         own = {key: value for key, value in self.record.items() if key != "sha256"}
         write_durably(self.folder / MARKER, json.dumps(own, indent=1, sort_keys=True).encode())
 
