@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -16,9 +14,9 @@ from cospadi.aliases import canonical, canonical_bos
 from cospadi.errors import BudgetError, RecipeError
 from cospadi.io import expanded
 from cospadi.quantities import parse_share, parse_size
+from cospadi.recipe_messages import KINDS, first_problem
 
 DEFAULT_METHOD = "auto"
-_LONGEST_VALUE = 60
 
 
 def _number_of(share: Any) -> Any:
@@ -41,7 +39,7 @@ class _Strict(BaseModel):
         annotation = cls.model_fields[str(info.field_name)].annotation
         for kind in (int, float):
             if isinstance(value, bool) and kind in (annotation, *get_args(annotation)):
-                raise PydanticCustomError(f"{kind.__name__}_type", _KINDS[f"{kind.__name__}_"])
+                raise PydanticCustomError(f"{kind.__name__}_type", KINDS[f"{kind.__name__}_"])
         return value
 
 
@@ -252,7 +250,7 @@ class Recipe(_Strict):
             try:
                 super().__init__(**fields)
             except ValidationError as error:
-                raise RecipeError(_first_problem(error)) from None
+                raise RecipeError(first_problem(error, Recipe)) from None
 
     def require_budget(self) -> None:
         """Check that the recipe gives a size.
@@ -353,53 +351,6 @@ def with_prune(
         section |= {"blocks": blocks, "keep_blocks": keep_blocks}
     section["options"] = section["options"] | (options or {})
     return recipe.model_copy(update={"prune": None}).merged({"prune": section})
-
-
-def _first_problem(error: ValidationError) -> str:
-    first = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"])
-    if first["type"] != "extra_forbidden":
-        return f"{path} cannot be {_shown(first['input'])}: {_allowed(first)}"
-    model: type[BaseModel] = Recipe
-    for part in first["loc"][:-1]:
-        annotation = model.model_fields[str(part)].annotation
-        for inner in (annotation, *get_args(annotation)):
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                model = inner
-    near = difflib.get_close_matches(str(first["loc"][-1]), list(model.model_fields), n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(model.model_fields)}"
-    return f"unknown key {path!r}{hint}"
-
-
-_BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-_KINDS = {
-    "int_": "an integer",
-    "float_": "a number",
-    "string_": "text",
-    "bool_": "true or false",
-    "list_": "a list",
-    "dict_": "a section of keys and values",
-    "model_": "a section of keys and values",
-}
-
-
-def _allowed(problem: Mapping[str, Any]) -> str:
-    """Pydantic's complaint in words that need no knowledge of pydantic."""
-    for key, words in _BOUNDS.items():
-        if key in (problem.get("ctx") or {}):
-            return f"it must be {words} {problem['ctx'][key]}"
-    for kind, words in _KINDS.items():
-        if problem["type"].startswith(kind):
-            return f"it must be {words}"
-    if problem["type"] == "literal_error":
-        return f"it must be {problem['ctx']['expected']}"
-    reason = str(problem["msg"]).removeprefix("Value error, ")
-    return f"{reason[:1].lower()}{reason[1:]}"
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
 
 
 def json_schema() -> str:

@@ -63,47 +63,6 @@ class TrellisRows:
     matrix: Tensor
 
 
-def tiles(matrix: Tensor, code: TrellisCode) -> Tensor:
-    """Cut (rows, columns) into tiles (row tiles, column tiles, T), padded with zeros."""
-    rows, columns = matrix.shape
-    padded = torch.nn.functional.pad(matrix, (0, -columns % code.inputs, 0, -rows % code.outputs))
-    down, across = padded.shape[0] // code.outputs, padded.shape[1] // code.inputs
-    split = padded.view(down, code.outputs, across, code.inputs)
-    return split.transpose(1, 2).reshape(down, across, code.outputs * code.inputs)
-
-
-def untiled(values: Tensor, code: TrellisCode, rows: int, columns: int) -> Tensor:
-    """Inverse of :func:`tiles`, without the padding."""
-    down, across, _ = values.shape
-    split = values.view(down, across, code.outputs, code.inputs).transpose(1, 2)
-    return split.reshape(down * code.outputs, across * code.inputs)[:rows, :columns]
-
-
-def trellis_matrix(symbols: Tensor, scales: Tensor, columns: int, code: TrellisCode) -> Tensor:
-    """The float32 matrix (d_out, columns) that symbols and scales stand for."""
-    return untiled(decode(symbols, code.bits, code.state), code, len(scales), columns) * scales.float()[:, None]
-
-
-def trellis_rows(
-    rows: Tensor,
-    hessian: Tensor,
-    *,
-    bits: int,
-    state: int,
-    inputs: int,
-    outputs: int,
-    importance: Tensor | None = None,
-    damping: float = 0.01,
-    rounds: int = 1,
-    sweeps: int = 0,
-    dtype: torch.dtype = torch.bfloat16,
-) -> TrellisRows:
-    """Encode one matrix; see :func:`trellis_many`."""
-    code = TrellisCode(bits, state, inputs, outputs)
-    problem = Problem(rows, hessian, importance)
-    return trellis_many([problem], code, damping=damping, rounds=rounds, sweeps=sweeps, dtype=dtype)[0]
-
-
 @dataclass(frozen=True)
 class Problem:
     """A matrix to encode.
@@ -111,12 +70,10 @@ class Problem:
     Attributes:
         rows: (d_out, d_in) float.
         hessian: H (d_in, d_in) of its inputs: the loss of a row's error e is eᵀ H e.
-        importance: (d_out,) of every row's loss, not negative; None: all equal.
     """
 
     rows: Tensor
     hessian: Tensor
-    importance: Tensor | None = None
 
 
 def trellis_many(
@@ -179,8 +136,6 @@ class _State:
         device = self.rows.device
         self.hessian = problem.hessian.to(device)
         self.curvature = damped(self.hessian, damping).float()
-        ones = torch.ones(count, device=device)
-        self.importance = ones if problem.importance is None else problem.importance.to(device).float()
         self.scales = self.stored(self.rows.square().mean(1).sqrt() * (STRETCH[code.bits] / spread(code.state)))
         self.levels = torch.zeros_like(self.rows)
         size = code.inputs * code.outputs
@@ -211,11 +166,10 @@ class _State:
     def row_weights(self) -> Tensor:
         """What the squared error of one level costs in each row, (row tiles · outputs, 1); only ratios count."""
         relative = self.scales / self.scales.amax().clamp_min(torch.finfo(torch.float32).tiny)
-        return self.padded((relative.square() * self.importance)[:, None])
+        return self.padded(relative.square()[:, None])
 
     def per_tile(self, losses: Tensor) -> Tensor:
         """Sums (row tiles,) of the losses of rows (d_out,)."""
-        losses = losses * self.importance
         padding = self.down * self.code.outputs - len(losses)
         return torch.nn.functional.pad(losses, (0, padding)).view(self.down, -1).sum(1)
 

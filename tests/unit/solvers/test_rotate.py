@@ -5,7 +5,7 @@ from cospadi.format.hadamard import hadamard
 from cospadi.solvers.quantise import quantise_rows
 from cospadi.solvers.rescale import rescaled
 from cospadi.solvers.rotate import input_scales, random_signs, rotated_gram, rotated_rows, unrotated_rows
-from cospadi.solvers.trellis_rows import trellis_rows
+from cospadi.solvers.trellis_rows import Problem, TrellisCode, trellis_many
 from gram import correlated, loss, rand
 
 
@@ -94,5 +94,5 @@ def test_rotated_trellis_codes_beat_rotated_integers():
     signs, scales = rotation(rows)
     turned, around = rotated_rows(rows, signs, scales, 128), rotated_gram(gram, signs, scales, 128)
     integers = quantise_rows(turned, bits=2, half=True, hessian=around, search=30, sweeps=2, weighting=0.0)
-    codes = trellis_rows(turned, around, bits=2, state=10, inputs=4, outputs=64, sweeps=2)
+    codes = trellis_many([Problem(turned, around)], TrellisCode(2, 10, 4, 64), sweeps=2)[0]
     assert loss(around, turned, codes.matrix) < 0.85 * loss(around, turned, integers.matrix)
